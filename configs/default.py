@@ -1,0 +1,127 @@
+"""Every setting, with its unit and its meaning. The other files hold only what they change.
+
+The values here are those of MNIST 28x28 in the paper (DP-FETA, arXiv 2504.01395). A config file is
+called with ε after a colon: `--config=configs/mnist_28.py:1`; any setting can be changed on the
+command line: `--config.finetune.epochs=20`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(epsilon: str = '10') -> ConfigDict:
+    """The settings of a run with the budget ε given as text (the part after the colon)."""
+    config = ConfigDict()
+    config.name = 'mnist_28'  # appears in the report
+    # Leave unset: keys then come from the operating system. A number makes a run repeatable and
+    # therefore NOT private (anybody who guesses the number can remove the noise): tests only.
+    config.seed = placeholder(int)
+
+    config.dp = dp = ConfigDict()
+    dp.epsilon = parse_epsilon(epsilon)  # the budget of the whole run, > 0
+    dp.delta = 1e-5  # in (0, 1), and below 1 / number of private images
+    dp.accountant = 'rdp'  # rdp (as the paper), or pld (tighter)
+
+    config.data = data = ConfigDict()
+    data.source = 'tfds:mnist'  # digits | tfds:<name> | idx:<folder> | npz:<folder>
+    data.dir = ''  # where tensorflow-datasets keeps its data; '' = its own default
+    data.train_images = 60000  # number of private images; treated as public knowledge
+    data.image_size = 28  # pixels, after average_down
+    data.channels = 1  # 1 or 3
+    data.classes = 10  # labels are 0 .. classes - 1
+    data.average_down = 1  # k: replace blocks of k x k pixels by their mean
+
+    config.query = query = ConfigDict()  # the noisy central images; runs if pretrain.enabled
+    query.kind = 'mean'  # mean | mode
+    query.noise_multiplier = 5.0  # noise std / sensitivity, > 0
+    query.sampling_probability = 0.1  # of each image in each query, in (0, 1]
+    query.queries = 5  # how many times; each gives one central image per class
+    query.downsample = 2  # keep every k-th pixel for the query; results are resized back
+    query.pixel_center = 0.0  # 0 (as the paper) or 0.5 (half the sensitivity); mean only
+    query.bins = 2  # bins of the histograms; mode only
+    query.post_process = True  # median filter, and sharpening for grey images
+
+    config.model = model = ConfigDict()  # NCSN++ U-Net
+    model.width = 32  # channels of the first level
+    model.multipliers = (2, 2)  # channels per level, in units of width
+    model.blocks = 2  # residual blocks per level
+    model.attention_resolutions = (14,)  # in pixels
+    model.denoiser = 'edm'  # edm | vp | ve | v
+    model.dtype = 'float32'  # of activations: float32 | bfloat16; parameters are float32
+
+    config.pretrain = pretrain = ConfigDict()  # on central images: costs no privacy
+    pretrain.enabled = True  # False: plain DP-SGD diffusion with the whole budget
+    pretrain.batch_size = 64  # images
+    pretrain.epochs = 2000  # passes over the central images
+    pretrain.draws = 1  # noise draws per image
+    pretrain.learning_rate = 3e-4  # of Adam
+    pretrain.ema_decay = 0.999  # of the averaged weights, after its warm-up
+    pretrain.label_dropout = 0.1  # probability of training without the label
+    pretrain.augmentation = 'rand_augment'  # rand_augment | affine | none
+    pretrain.augmentation_settings = ConfigDict({'operations': 2, 'magnitude': 3})
+
+    config.finetune = finetune = ConfigDict()  # DP-SGD on the private images
+    finetune.batch_size = 4096  # expected images per step; q = 1 / ceil(N / batch_size)
+    finetune.epochs = 150  # steps = epochs / q
+    finetune.draws = 32  # K, noise draws per image and step
+    finetune.clip_norm = 1.0  # C, of the gradient of one image
+    finetune.learning_rate = 3e-4  # of Adam
+    finetune.ema_decay = 0.999
+    finetune.label_dropout = 0.1
+    finetune.microbatch = 4  # images on a device at once; any value gives the same update
+
+    config.generate = generate = ConfigDict()
+    generate.images = 60000  # synthetic images, balanced over the classes
+    generate.batch_size = 500  # images per device at once
+    generate.sampler = sampler()  # of the images for FID
+    # The paper tunes a second sampler for the images that train the classifiers.
+    generate.separate_classifier_images = False
+    generate.classifier_sampler = sampler()
+    generate.png_tree = False  # also release/synthetic/png/<class>/<number>.png
+
+    config.evaluate = evaluate = ConfigDict()  # looks at real images: results stay in private/
+    evaluate.fid = True
+    evaluate.feature_epochs = 10  # of the classifier on real images whose features FID uses
+    evaluate.classifiers = ('logistic', 'mlp', 'cnn')
+    evaluate.epochs = 50  # of the classifiers on synthetic images
+    evaluate.batch_size = 64
+    evaluate.learning_rate = 3e-4
+    evaluate.ema_decay = 0.9999
+    evaluate.held_out = 0.1  # share of the synthetic images that selects the model
+
+    config.loop = loop = ConfigDict()  # changes no result; may differ between restarts
+    loop.log_every_steps = 10
+    loop.checkpoint_every_seconds = 120.0
+    return config
+
+
+def sampler(name: str = 'heun', steps: int = 1000, **settings: float) -> ConfigDict:
+    """Settings of a sampler (EDM, Karras et al. 2022): Heun's by default, deterministic."""
+    config = ConfigDict()
+    config.name = name  # heun | ddim
+    config.steps = steps
+    config.guidance = 0.0  # 0 = none
+    config.s_churn = 0.0  # heun only, as are the next three
+    config.s_min = 0.0
+    config.s_max = 50.0
+    config.s_noise = 1.0
+    config.t_min = 0.002  # last and first noise level, and the curve between them
+    config.t_max = 80.0
+    config.rho = 7.0
+    config.update(settings)
+    return config
+
+
+def parse_epsilon(text: str) -> float:
+    """ε from the part of --config after the colon."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"ε after the colon of --config is {text!r}; it must be a number, as in mnist_28.py:1"
+        ) from None
+
+
+def is_small(epsilon: float) -> bool:
+    """Which of the paper's two settings (ε = 1 or ε = 10) is nearer, on a logarithmic scale."""
+    return epsilon < 10**0.5

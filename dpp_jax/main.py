@@ -1,0 +1,54 @@
+"""Command line: flags → one call.
+
+python -m dpp_jax.main --config=configs/mnist_28.py:1 --workdir=runs/mnist --stage=all
+"""
+
+from pathlib import Path
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'Settings: a file of configs/, with ε after a colon.', lock_config=True
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run; made if it is not there.')
+_STAGE = flags.DEFINE_enum(
+    'stage',
+    'all',
+    ['plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all'],
+    'What to run.',
+)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f'unknown arguments {argv[1:]}; settings are written --config.name=value')
+    # Imported late: a typing error on the command line is answered at once.
+    from dpp_jax import pipeline
+    from dpp_jax.training import loop
+
+    try:
+        pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
+    except loop.Interrupted as stopped:
+        print(f'\n{stopped}. The same command goes on from there.', file=sys.stderr)
+        sys.exit(0 if stopped.signal_number == 15 else 130)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if flags.FLAGS.verbosity > 0:
+            raise
+        sys.exit(f'dpp-jax: {error}')
+
+
+def entry_point():
+    """The console script `dpp-jax`."""
+    # Config files import each other as `configs.<name>`: make their parent folder importable.
+    for argument in sys.argv[1:]:
+        if argument.startswith(('--config=', '-config=')):
+            path = argument.split('=', 1)[1].split(':')[0]
+            sys.path.append(str(Path(path).absolute().parent.parent))
+    flags.mark_flags_as_required(['config', 'workdir'])
+    app.run(main)
+
+
+if __name__ == '__main__':
+    entry_point()

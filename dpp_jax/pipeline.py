@@ -1,0 +1,221 @@
+"""The stages in order, and the only place where names in a config become objects."""
+
+from collections.abc import Callable
+import functools
+from pathlib import Path
+import time
+
+from clu import parameter_overview
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dpp_jax.data import augment, sources
+from dpp_jax.diffusion import denoiser, loss, sampler, unet
+from dpp_jax.privacy import ledger as ledger_lib
+from dpp_jax.stages import central, evaluate, finetune, generate, plan, pretrain, report
+from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.training.model import Model
+
+STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
+CHOICES = ('plan', *STAGES, 'all')
+
+
+def run(config: ConfigDict, root: str | Path, stage: str) -> None:
+    """Run one stage, or all that are not done yet.
+
+    Args:
+        config: a resolved config, see configs/default.py.
+        root: the work directory.
+        stage: one of CHOICES.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError: a setting, the data or the work directory
+            is not as it must be; raised before any privacy is spent.
+    """
+    plan.check(config)
+    model = make_model(config)
+    workdir = workdir_lib.WorkDir(root)
+    if stage == 'plan':
+        print(plan.text(plan.make(config, model), config, done(config, workdir)))
+        return
+    workdir.open(config)
+    Run(config, workdir, model).run(STAGES if stage == 'all' else (stage,))
+
+
+def done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, bool]:
+    """Which stages have nothing left to do."""
+    needs_query = config.pretrain.enabled
+    return {
+        'central': not needs_query or central.is_done(workdir),
+        'pretrain': not needs_query or pretrain.is_done(workdir),
+        'finetune': finetune.is_done(workdir),
+        'generate': generate.is_done(config, workdir),
+        'evaluate': evaluate.is_done(config, workdir),
+        'report': report.is_done(workdir),
+    }
+
+
+class Run:
+    """A work directory with what its stages share; private images are read when first needed."""
+
+    def __init__(self, config: ConfigDict, workdir: workdir_lib.WorkDir, model: Model):
+        self.config = config
+        self.workdir = workdir
+        self.model = model
+
+    @functools.cached_property
+    def ledger(self) -> ledger_lib.Ledger:
+        return ledger_lib.Ledger(self.workdir.release / 'ledger.jsonl')
+
+    @functools.cached_property
+    def plan(self) -> plan.Plan:
+        return plan.load_or_make(self.config, self.model, self.workdir)
+
+    @functools.cached_property
+    def train_images(self) -> sources.Images:
+        return load_images(self.config, 'train')
+
+    @functools.cached_property
+    def test_images(self) -> sources.Images:
+        return load_images(self.config, 'test')
+
+    def run(self, stages: tuple[str, ...]) -> None:
+        """Run those of `stages` that are not done, and say what happens."""
+        finished = done(self.config, self.workdir)
+        todo = [stage for stage in stages if not finished[stage]]
+        if todo:
+            print(plan.text(self.plan, self.config, {stage: finished[stage] for stage in stages}))
+            self._write_parameters()
+            if {'central', 'finetune'} & set(todo):
+                self.train_images  # errors in the data surface before any privacy is spent
+        for stage in todo:
+            self._check_order(stage)
+            start = time.monotonic()
+            getattr(self, stage)()
+            print(f'{stage}: done in {time.monotonic() - start:.1f} s', flush=True)
+        if not todo:
+            print(f'Everything is done in {self.workdir.root}: {", ".join(stages)}.')
+        if stages[-1] == 'report':
+            print('\n' + (self.workdir.private / 'report.txt').read_text())
+
+    def central(self) -> None:
+        images = self.train_images
+        central.run(self.config, self.workdir, self.ledger, images.images, images.labels)
+
+    def pretrain(self) -> None:
+        augmentation = augment.make_augmentation(
+            self.config.pretrain.augmentation, **self.config.pretrain.augmentation_settings
+        )
+        pretrain.run(
+            self.config, self.workdir, self.model, augmentation, self.plan.pretrain_steps
+        )
+
+    def finetune(self) -> None:
+        images = self.train_images
+        finetune.run(
+            self.config,
+            self.workdir,
+            self.ledger,
+            self.plan,
+            self.model,
+            images.images,
+            images.labels,
+        )
+
+    def generate(self) -> None:
+        settings, classes = self.config.generate, self.config.data.classes
+        samplers = {
+            'images': make_sampler(settings.sampler, classes),
+            'classifier_images': make_sampler(settings.classifier_sampler, classes),
+        }
+        generate.run(self.config, self.workdir, self.model, samplers)
+
+    def evaluate(self) -> None:
+        evaluate.run(self.config, self.workdir, self.train_images, self.test_images)
+
+    def report(self) -> None:
+        report.run(self.config, self.workdir, self.ledger, self.plan)
+
+    def _write_parameters(self) -> None:
+        """clu's overview of the network, for people."""
+        overview = parameter_overview.get_parameter_overview(
+            self.model.shapes(), include_stats=False
+        )
+        path = self.workdir.release / 'parameters.txt'
+        workdir_lib.write_text(path, overview + '\n')
+        print(f'parameters     overview in {path}\n', flush=True)
+
+    def _check_order(self, stage: str) -> None:
+        """A stage reads what earlier ones wrote."""
+        finished = done(self.config, self.workdir)
+        missing = [name for name in STAGES[: STAGES.index(stage)] if not finished[name]]
+        # The report shows what is there; evaluation is not a condition.
+        missing = [name for name in missing if not (stage == 'report' and name == 'evaluate')]
+        if missing:
+            raise ValueError(
+                f'--stage={stage} needs what --stage={missing[0]} writes to '
+                f'{self.workdir.root}; run that first, or --stage=all'
+            )
+
+
+def load_images(config: ConfigDict, split: str) -> sources.Images:
+    """The real images of one split ('train' is the private set), checked against the config."""
+    data = config.data
+    images = sources.load(
+        data.source,
+        split,
+        data_dir=data.dir,
+        average_down=data.average_down,
+        classes=data.classes,
+    )
+    wanted = (data.image_size, data.image_size, data.channels)
+    if images.images.shape[1:] != wanted:
+        raise ValueError(
+            f'config.data.image_size and data.channels say {wanted}; the images of '
+            f'{data.source} are {images.images.shape[1:]} after average_down={data.average_down}'
+        )
+    if split == 'train' and len(images.images) != data.train_images:
+        raise ValueError(
+            f'config.data.train_images is {data.train_images}; {data.source} has '
+            f'{len(images.images)}. The privacy of the run is computed from this number: set it '
+            'to the number of private images'
+        )
+    return images
+
+
+def make_model(config: ConfigDict) -> Model:
+    """Network, denoiser and loss by their names."""
+    data, settings = config.data, config.model
+    network = unet.UNet(
+        image_channels=data.channels,
+        classes=data.classes,
+        width=settings.width,
+        multipliers=tuple(settings.multipliers),
+        blocks=settings.blocks,
+        attention_resolutions=tuple(settings.attention_resolutions),
+        dtype=jnp.dtype(settings.dtype),
+    )
+    return Model(
+        network=network,
+        image_shape=(data.image_size, data.image_size, data.channels),
+        classes=data.classes,
+        make_denoiser=functools.partial(denoiser.make_denoiser, settings.denoiser),
+        loss=loss.make_loss(settings.denoiser),
+    )
+
+
+def make_sampler(settings: ConfigDict, classes: int) -> Callable:
+    """(denoise, z (n, H, W, C) unit normal, label (n,), noise=) → images in [-1, 1]."""
+    arguments = {
+        'sigmas': sampler.sigma_steps(
+            settings.steps, t_min=settings.t_min, t_max=settings.t_max, rho=settings.rho
+        ),
+        'guidance': settings.guidance,
+        'no_class': classes,
+    }
+    if settings.name == 'ddim':  # deterministic: draws no noise
+        return lambda denoise, z, label, noise: sampler.ddim(denoise, z, label, **arguments)
+    churn = {name: settings[name] for name in ('s_churn', 's_min', 's_max', 's_noise')}
+    return lambda denoise, z, label, noise: sampler.heun(
+        denoise, z, label, noise=noise, **churn, **arguments
+    )

@@ -1,0 +1,106 @@
+"""Stage `evaluate`: synthetic images against real ones. No guarantee: results stay in private/."""
+
+import json
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from dpp_jax.data.sources import Images
+from dpp_jax.evaluation import classifiers, features
+from dpp_jax.stages import generate, workdir as workdir_lib
+from dpp_jax.training import progress
+
+
+def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
+    results = load(workdir)
+    return (not config.evaluate.fid or 'fid' in results) and all(
+        name in results.get('accuracy', {}) for name in config.evaluate.classifiers
+    )
+
+
+def load(workdir: workdir_lib.WorkDir) -> dict:
+    """The results so far."""
+    path = workdir.private / 'evaluation.json'
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def run(
+    config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images, test: Images
+) -> None:
+    """FID against the real training images; accuracy on real test images per classifier.
+
+    Results are written as they come, and what is there already is not computed again.
+    """
+    settings = config.evaluate
+    results = load(workdir) or {
+        '_note': 'Computed from private images without a guarantee. Do not publish.',
+        'accuracy': {},
+    }
+
+    def save():
+        workdir_lib.write_json(workdir.private / 'evaluation.json', results, mode=0o600)
+
+    paths = generate.files(config, workdir)
+    if settings.fid and 'fid' not in results:
+        with np.load(paths['images']) as data:
+            synthetic = data['images']
+        network = _feature_network(config, workdir, train)
+        results['fid'] = features.fid(network, train.images, synthetic)
+        # What a perfect generator would score: real images that training did not see.
+        results['fid_of_real_test_images'] = features.fid(network, train.images, test.images)
+        results['fid_features'] = network.name
+        save()
+    with np.load(paths.get('classifier_images', paths['images'])) as data:
+        images, labels = data['images'], data['labels']
+    for kind in settings.classifiers:
+        if kind in results['accuracy']:
+            continue
+        key = workdir.keys(f'evaluate/{kind}', config.seed).noise
+        with progress.bar(settings.epochs, f'train {kind}', 'epoch') as bar:
+            classifier = classifiers.train_classifier(
+                kind,
+                images,
+                labels,
+                classes=config.data.classes,
+                key=key,
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                ema_decay=settings.ema_decay,
+                held_out=settings.held_out,
+                progress=_advance(bar),
+            )
+        results['accuracy'][kind] = classifiers.accuracy(classifier, test.images, test.labels)
+        results.setdefault('held_out_accuracy', {})[kind] = classifier.held_out_accuracy
+        save()
+
+
+def _feature_network(
+    config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images
+) -> features.FeatureNetwork:
+    """The network whose features FID compares, trained once per work directory."""
+    path = workdir.private / 'feature_network.npz'
+    if path.exists():
+        return features.FeatureNetwork.load(path)
+    with progress.bar(config.evaluate.feature_epochs, 'fid features', 'epoch') as bar:
+        network = features.train_feature_network(
+            train.images,
+            train.labels,
+            classes=config.data.classes,
+            key=workdir.keys('evaluate/features', config.seed).noise,
+            epochs=config.evaluate.feature_epochs,
+            progress=_advance(bar),
+        )
+    network.save(path)
+    return network
+
+
+def _advance(bar):
+    """A callback (done, total, note) that moves a progress bar."""
+
+    def advance(done, total, note):
+        bar.total = total
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
+
+    return advance

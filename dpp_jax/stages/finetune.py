@@ -1,0 +1,85 @@
+"""Stage `finetune`: DP-SGD on the private images, from the pre-trained weights."""
+
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from dpp_jax.privacy import ledger as ledger_lib
+from dpp_jax.privacy import poisson
+from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.stages import metrics, workdir as workdir_lib
+from dpp_jax.stages.plan import Plan
+from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
+from dpp_jax.training.model import Model
+
+
+def is_done(workdir: workdir_lib.WorkDir) -> bool:
+    return (workdir.release / 'model' / 'finetune').exists()
+
+
+def run(
+    config: ConfigDict,
+    workdir: workdir_lib.WorkDir,
+    ledger: ledger_lib.Ledger,
+    plan: Plan,
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+) -> None:
+    """Take the plan's steps; save weights and averaged weights in release/."""
+    settings = config.finetune
+    keys = workdir.keys('dp_sgd', config.seed)
+    mechanism = GaussianMechanism(
+        name='dp_sgd',
+        noise_multiplier=plan.noise_multiplier,
+        sampling_probability=plan.sampling_probability,
+        sensitivity=settings.clip_norm,
+        randomness=keys.identifier,
+    )
+    sampler = poisson.PoissonSampler(len(images), plan.sampling_probability, keys.sampling)
+    capacity = sampler.capacity(settings.microbatch * devices.count())
+    optimizer = optax.adam(settings.learning_rate)
+    device_step = steps.make_dp_step(
+        model.example_loss(draws=settings.draws, label_dropout=settings.label_dropout),
+        optimizer,
+        mechanism,
+        expected_batch_size=sampler.expected_size,
+        microbatch=settings.microbatch,
+        ema_decay=settings.ema_decay,
+    )
+
+    def step(state, number):
+        ledger.append(mechanism.entry(number))
+        indices = sampler.indices(number)
+        batch = devices.deal(steps.make_batch(images, labels, indices, capacity))
+        used = steps.used_microbatches(len(indices), settings.microbatch)
+        return device_step(state, batch, used, keys.noise)
+
+    store = checkpoint.TrainingStore(workdir.private / 'resume' / 'finetune')
+    with metrics.writer(workdir.private / 'metrics' / 'finetune') as write:
+        final = loop.train(
+            step,
+            state_lib.create(_initial_params(config, workdir, model), optimizer),
+            total_steps=plan.steps,
+            store=store,
+            name='finetune',
+            write=write,
+            log_every_steps=config.loop.log_every_steps,
+            checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
+        )
+    store.close()
+    checkpoint.save_model(
+        workdir.release / 'model' / 'finetune',
+        {'params': final.params, 'ema_params': final.ema_params},
+    )
+
+
+def _initial_params(config: ConfigDict, workdir: workdir_lib.WorkDir, model: Model):
+    """The pre-trained weights (not their average, as the paper), or fresh ones."""
+    if not config.pretrain.enabled:
+        return model.init(workdir.keys('init', config.seed).noise)
+    shapes = model.shapes()
+    saved = checkpoint.load_model(
+        workdir.release / 'model' / 'pretrain', {'params': shapes, 'ema_params': shapes}
+    )
+    return saved['params']

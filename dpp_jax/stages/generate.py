@@ -1,0 +1,149 @@
+"""Stage `generate`: labelled synthetic images. Post-processing: it costs no privacy."""
+
+from collections.abc import Callable
+from pathlib import Path
+import shutil
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from dpp_jax.stages import pictures, workdir as workdir_lib
+from dpp_jax.training import checkpoint, devices, progress
+from dpp_jax.training.model import Model
+
+PICTURE_COLUMNS = 12
+
+
+def files(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, Path]:
+    """Purpose of the images → file: 'images' for FID and use, 'classifier_images' if separate."""
+    folder = workdir.release / 'synthetic'
+    names = ['images']
+    if config.generate.separate_classifier_images:
+        names.append('classifier_images')
+    return {name: folder / f'{name}.npz' for name in names}
+
+
+def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
+    folder = workdir.release / 'synthetic' / 'png'
+    wanted = list(files(config, workdir).values()) + [folder] * config.generate.png_tree
+    return all(path.exists() for path in wanted)
+
+
+def run(
+    config: ConfigDict,
+    workdir: workdir_lib.WorkDir,
+    model: Model,
+    samplers: dict[str, Callable],
+) -> None:
+    """Sample every set of images with the averaged weights of the fine-tuned model.
+
+    `samplers` maps 'images' (and 'classifier_images') to (denoise, z, label, noise) → images.
+    """
+    shapes = model.shapes()
+    saved = checkpoint.load_model(
+        workdir.release / 'model' / 'finetune', {'params': shapes, 'ema_params': shapes}
+    )
+    params = devices.replicate(saved['ema_params'])
+    for name, path in files(config, workdir).items():
+        if path.exists():
+            continue
+        key = workdir.keys(f'generate/{name}', config.seed).noise
+        images = _sample_all(
+            sample_function(model, samplers[name]),
+            params,
+            key,
+            total=config.generate.images,
+            batch_size=config.generate.batch_size,
+            parts=path.parent / f'.parts_{name}',
+            title='generate' if name == 'images' else 'generate (2)',
+        )
+        labels = image_labels(np.arange(len(images)), model.classes)
+        picture = pictures.rows_by_class(images, labels, model.classes, PICTURE_COLUMNS)
+        workdir_lib.write_bytes(path.with_suffix('.png'), pictures.png(picture))
+        workdir_lib.write_npz(path, images=images, labels=labels)
+        shutil.rmtree(path.parent / f'.parts_{name}', ignore_errors=True)
+    if config.generate.png_tree:
+        with np.load(files(config, workdir)['images']) as data:
+            write_png_tree(workdir.release / 'synthetic' / 'png', data['images'], data['labels'])
+
+
+def image_labels(index: np.ndarray, classes: int) -> np.ndarray:
+    """Label of image number `index`: the classes in turn, so that every prefix is balanced."""
+    return (index % classes).astype(np.int32)
+
+
+def sample_function(model: Model, sampler: Callable) -> Callable:
+    """(params, index (n,) int32, key) → (n, H, W, C) uint8, for devices.
+
+    All randomness of an image comes from its index, so that neither the batch size nor the number
+    of devices nor a restart changes it (but for rounding).
+    """
+
+    def sample(params, index, key):
+        image_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+        def noise(number):
+            return jax.vmap(
+                lambda image_key: jax.random.normal(
+                    jax.random.fold_in(image_key, number), model.image_shape
+                )
+            )(image_keys)
+
+        images = sampler(
+            model.denoiser(params), noise(0), index % model.classes, noise=lambda i: noise(i + 1)
+        )
+        return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+    return devices.parallel(sample, in_axes=(0, 0, None))
+
+
+def _sample_all(
+    sample: Callable,
+    params,
+    key: jax.Array,
+    *,
+    total: int,
+    batch_size: int,
+    parts: Path,
+    title: str,
+) -> np.ndarray:
+    """Images 0 .. total - 1, going on after the parts that an interrupted run left."""
+    batch = devices.count() * min(batch_size, -(-total // devices.count()))
+    done = _read_parts(parts)
+    start = sum(len(part) for part in done)
+    with progress.bar(total, title, 'image', start) as bar:
+        for first in range(start, total, batch):
+            index = np.arange(first, first + batch, dtype=np.int32)
+            images = devices.collect(sample(params, devices.deal(index), key))[: total - first]
+            workdir_lib.write_npz(parts / f'{first:010d}.npz', images=images)
+            done.append(images)
+            bar.update(len(images))
+    return np.concatenate(done)[:total]
+
+
+def _read_parts(folder: Path) -> list[np.ndarray]:
+    """The parts in order, as far as none is missing."""
+    parts, expected = [], 0
+    for path in sorted(folder.glob('[0-9]*.npz')):
+        if int(path.stem) != expected:
+            break
+        with np.load(path) as data:
+            parts.append(data['images'])
+        expected += len(parts[-1])
+    return parts
+
+
+def write_png_tree(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """folder/<class>/<number>.png for every image; the folder appears when it is complete."""
+    temporary = folder.with_name(f'.new_{folder.name}')
+    shutil.rmtree(temporary, ignore_errors=True)
+    for label in np.unique(labels):
+        (temporary / str(label)).mkdir(parents=True)
+    with progress.bar(len(images), 'png files', 'image') as bar:
+        for number, (image, label) in enumerate(zip(images, labels)):
+            (temporary / str(label) / f'{number:07d}.png').write_bytes(pictures.png(image))
+            bar.update()
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

@@ -1,0 +1,31 @@
+"""Training metrics for TensorBoard, through clu."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+from pathlib import Path
+
+from dpp_jax.training import devices
+
+
+@contextlib.contextmanager
+def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A function (step, values) → None that writes event files to `folder`.
+
+    Losses and gradient norms of private images carry no noise: `folder` must lie in private/.
+    """
+    if not devices.is_primary():
+        yield lambda step, values: None
+        return
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    # TensorFlow takes seconds to import and would claim the accelerators' memory.
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], 'GPU')
+    from clu import metric_writers
+
+    summaries = metric_writers.SummaryWriter(str(folder))
+    try:
+        yield summaries.write_scalars
+    finally:
+        summaries.close()

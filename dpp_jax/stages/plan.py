@@ -1,0 +1,245 @@
+"""Stage `plan`: what a run spends and needs, from the config alone. It touches no image."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from dpp_jax.privacy import accounting
+from dpp_jax.stages import central, workdir as workdir_lib
+from dpp_jax.training import model as model_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The mechanisms of a run, calibrated to its budget, and its size."""
+
+    private_images: int
+    delta: float
+    accountant: str
+    epsilon_budget: float
+    epsilon_query: float
+    epsilon_finetune: float
+    epsilon_total: float
+    query_noise_multiplier: float | None
+    query_sampling_probability: float | None
+    query_count: int
+    noise_multiplier: float
+    sampling_probability: float
+    steps: int
+    expected_batch_size: float
+    pretrain_steps: int
+    parameters: int
+    pretrain_noised_images: int
+    finetune_noised_images: int
+    memory_bytes_per_device: int
+
+
+def make(config: ConfigDict, model: model_lib.Model) -> Plan:
+    """Calibrate the fine-tuning noise so that query and fine-tuning together stay within (ε, δ).
+
+    q = 1 / ceil(N / batch_size), steps = epochs / q, as in the paper.
+
+    Raises:
+        ValueError: a setting is out of range, or the query alone exceeds the budget.
+    """
+    check(config)
+    dp, query, finetune = config.dp, config.query, config.finetune
+    images = config.data.train_images
+    batches = math.ceil(images / finetune.batch_size)
+    steps = finetune.epochs * batches
+    asked = query.queries if config.pretrain.enabled else 0
+    queries = [
+        accounting.subsampled_gaussian(query.noise_multiplier, query.sampling_probability, asked)
+    ] * bool(asked)
+
+    def everything(sigma):
+        return accounting.compose(
+            [*queries, accounting.subsampled_gaussian(sigma, 1 / batches, steps)]
+        )
+
+    sigma = accounting.calibrate(everything, dp.epsilon, dp.delta, dp.accountant)
+
+    def spent(event):
+        return accounting.epsilon(event, dp.delta, dp.accountant)
+
+    shapes = model.shapes()
+    central_count = asked * config.data.classes
+    pretrain_batch = min(config.pretrain.batch_size, max(central_count, 1))
+    pretrain_steps = config.pretrain.epochs * math.ceil(central_count / pretrain_batch)
+    return Plan(
+        private_images=images,
+        delta=dp.delta,
+        accountant=dp.accountant,
+        epsilon_budget=dp.epsilon,
+        epsilon_query=spent(accounting.compose(queries)),
+        epsilon_finetune=spent(accounting.subsampled_gaussian(sigma, 1 / batches, steps)),
+        epsilon_total=spent(everything(sigma)),
+        query_noise_multiplier=query.noise_multiplier if asked else None,
+        query_sampling_probability=query.sampling_probability if asked else None,
+        query_count=asked,
+        noise_multiplier=sigma,
+        sampling_probability=1 / batches,
+        steps=steps,
+        expected_batch_size=images / batches,
+        pretrain_steps=pretrain_steps,
+        parameters=model_lib.size(shapes),
+        pretrain_noised_images=pretrain_steps * pretrain_batch * config.pretrain.draws,
+        finetune_noised_images=round(steps * images / batches * finetune.draws),
+        memory_bytes_per_device=_memory(config, model, shapes),
+    )
+
+
+def load_or_make(config: ConfigDict, model: model_lib.Model, workdir: workdir_lib.WorkDir) -> Plan:
+    """The plan that this work directory follows; fixed when it is first made."""
+    path = workdir.release / 'plan.json'
+    if path.exists():
+        return Plan(**json.loads(path.read_text()))
+    plan = make(config, model)
+    workdir_lib.write_json(path, dataclasses.asdict(plan))
+    return plan
+
+
+def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) -> str:
+    """The plan for people to read."""
+    lines = [
+        f'Plan for {config.name}: {plan.private_images:,} private images, '
+        f'ε = {plan.epsilon_budget:g}, δ = {plan.delta:g} ({plan.accountant.upper()} accountant)',
+        'Unit of privacy: one image; neighbours differ by adding or removing one.',
+        '',
+        f'{"mechanism (Poisson-sampled Gaussian)":38}{"σ":>9}{"q":>10}{"count":>8}{"ε alone":>9}',
+    ]
+    if plan.query_count:
+        lines.append(
+            f'{"central images (" + config.query.kind + " query)":38}'
+            f'{plan.query_noise_multiplier:9.4f}{plan.query_sampling_probability:10.6f}'
+            f'{plan.query_count:8d}{plan.epsilon_query:9.4f}'
+        )
+    lines += [
+        f'{"fine-tuning (DP-SGD)":38}{plan.noise_multiplier:9.4f}{plan.sampling_probability:10.6f}'
+        f'{plan.steps:8d}{plan.epsilon_finetune:9.4f}',
+        f'{"together":38}{"":27}{plan.epsilon_total:9.4f}',
+        '',
+        f'network        {plan.parameters:,} parameters, denoiser {config.model.denoiser}',
+        f'pre-training   {plan.pretrain_steps:,} steps, {plan.pretrain_noised_images:,} noised images',
+        f'fine-tuning    {plan.steps:,} steps of {plan.expected_batch_size:,.1f} expected images'
+        f' x {config.finetune.draws} draws, {plan.finetune_noised_images:,} noised images',
+        f'generation     {config.generate.images:,} images, {config.generate.sampler.name} '
+        f'with {config.generate.sampler.steps} steps',
+        f'memory         about {plan.memory_bytes_per_device / 2**20:,.0f} MiB per device '
+        f'(microbatch {config.finetune.microbatch}, estimate), {jax.device_count()} '
+        f'{jax.devices()[0].platform} device(s)',
+    ]
+    if done is not None:
+        todo = [name for name, is_done in done.items() if not is_done]
+        lines += ['', 'would run      ' + (', '.join(todo) if todo else 'nothing: everything is done')]
+    return '\n'.join(lines)
+
+
+def _memory(config: ConfigDict, model: model_lib.Model, shapes) -> int:
+    """Bytes of state, per-example gradients and activations of one microbatch of fine-tuning."""
+    finetune = config.finetune
+    loss = model.example_loss(draws=finetune.draws, label_dropout=finetune.label_dropout)
+    n = finetune.microbatch
+
+    def residuals(params, images, labels, keys):
+        return jax.vjp(lambda p: jax.vmap(loss, (None, 0, 0, 0))(p, images, labels, keys), params)
+
+    kept = jax.eval_shape(
+        residuals,
+        shapes,
+        jax.ShapeDtypeStruct((n,) + model.image_shape, jnp.float32),
+        jax.ShapeDtypeStruct((n,), jnp.int32),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n)),
+    )
+    activations = sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(kept)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    )
+    parameters = model_lib.size(shapes)
+    # Weights, average, two moments of Adam, the sum, the noisy sum; one gradient per example.
+    return activations + 4 * parameters * (6 + n)
+
+
+def check(config: ConfigDict) -> None:
+    """Raise a ValueError that names the first setting out of range, its value and the range."""
+
+    def require(name: str, is_good, allowed: str):
+        value = config
+        for part in name.split('.'):
+            value = value[part]
+        if not is_good(value):
+            raise ValueError(f'config.{name} is {value!r}; it must be {allowed}')
+
+    def positive(value):
+        return math.isfinite(value) and value > 0
+
+    def probability(value):
+        return 0 < value <= 1
+
+    def share(value):
+        return 0 <= value < 1
+
+    def one_of(*values):
+        return lambda value: value in values, ' or '.join(repr(value) for value in values)
+
+    images = config.data.train_images
+    require('dp.epsilon', positive, 'a finite number > 0')
+    require('dp.delta', lambda d: 0 < d < 1, 'in (0, 1)')
+    require('dp.accountant', *one_of('rdp', 'pld'))
+    require('data.train_images', lambda n: n >= 1, 'at least 1')
+    require('dp.delta', lambda d: d < 1 / images, f'below 1 / data.train_images = {1 / images:.3g}')
+    require('data.channels', *one_of(1, 3))
+    for name in (
+        'data.image_size data.classes data.average_down query.queries query.downsample model.width '
+        'model.blocks pretrain.batch_size pretrain.epochs pretrain.draws finetune.batch_size '
+        'finetune.epochs finetune.draws finetune.microbatch generate.images generate.batch_size '
+        'generate.sampler.steps generate.classifier_sampler.steps evaluate.feature_epochs '
+        'evaluate.epochs evaluate.batch_size loop.log_every_steps'
+    ).split():
+        require(name, lambda n: isinstance(n, int) and n >= 1, 'a whole number, at least 1')
+    require('query.kind', *one_of('mean', 'mode'))
+    require('query.noise_multiplier', positive, 'a finite number > 0')
+    require('query.sampling_probability', probability, 'in (0, 1]')
+    require('query.pixel_center', lambda c: 0 <= c <= 0.5, 'in [0, 0.5]')
+    require('query.bins', lambda n: 2 <= n <= 256, 'in [2, 256]')
+    require('model.multipliers', lambda m: len(m) and all(k >= 1 for k in m), 'numbers, at least 1')
+    halvings = 2 ** (len(config.model.multipliers) - 1)
+    require(
+        'data.image_size',
+        lambda n: n % halvings == 0,
+        f'divisible by {halvings}, because config.model.multipliers = '
+        f'{tuple(config.model.multipliers)} halves images {len(config.model.multipliers) - 1} times',
+    )
+    sizes = [config.data.image_size // 2**level for level in range(len(config.model.multipliers))]
+    require(
+        'model.attention_resolutions', lambda r: set(r) <= set(sizes), f'a selection of {sizes}'
+    )
+    require('model.denoiser', *one_of('edm', 'vp', 've', 'v'))
+    require('model.dtype', *one_of('float32', 'bfloat16'))
+    for part in ('pretrain', 'finetune'):
+        require(f'{part}.learning_rate', positive, 'a finite number > 0')
+        require(f'{part}.ema_decay', share, 'in [0, 1)')
+        require(f'{part}.label_dropout', share, 'in [0, 1)')
+    require('finetune.clip_norm', positive, 'a finite number > 0')
+    require(
+        'finetune.batch_size', lambda n: n <= images, f'at most data.train_images = {images}'
+    )
+    for part in ('sampler', 'classifier_sampler'):
+        require(f'generate.{part}.name', *one_of('heun', 'ddim'))
+        require(f'generate.{part}.guidance', lambda g: g >= 0, 'at least 0')
+        require(f'generate.{part}.t_min', positive, 'a finite number > 0')
+        low = config.generate[part].t_min
+        require(f'generate.{part}.t_max', lambda t: low < t < math.inf, f'above t_min = {low}')
+    require(
+        'evaluate.classifiers',
+        lambda names: set(names) <= {'cnn', 'mlp', 'logistic'},
+        "a selection of 'cnn', 'mlp', 'logistic'",
+    )
+    require('evaluate.held_out', lambda s: 0 < s < 1, 'in (0, 1)')
+    central.make_mechanism(config, randomness='')  # its own checks

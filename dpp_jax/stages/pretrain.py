@@ -1,0 +1,74 @@
+"""Stage `pretrain`: train on the central images. Post-processing: it costs no privacy."""
+
+import math
+
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from dpp_jax.stages import metrics, workdir as workdir_lib
+from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
+from dpp_jax.training.model import Model
+
+
+def is_done(workdir: workdir_lib.WorkDir) -> bool:
+    return (workdir.release / 'model' / 'pretrain').exists()
+
+
+def run(
+    config: ConfigDict,
+    workdir: workdir_lib.WorkDir,
+    model: Model,
+    augment: steps.Augmentation,
+    total_steps: int,
+) -> None:
+    """Train from scratch and save weights and averaged weights in release/."""
+    settings = config.pretrain
+    with np.load(workdir.release / 'central_images.npz') as saved:
+        images, labels = saved['images'], saved['labels']
+    keys = workdir.keys('pretrain', config.seed)
+    batch_size = min(settings.batch_size, len(images))
+    capacity = math.ceil(batch_size / devices.count()) * devices.count()
+    optimizer = optax.adam(settings.learning_rate)
+    device_step = steps.make_pretrain_step(
+        model.example_loss(draws=settings.draws, label_dropout=settings.label_dropout),
+        optimizer,
+        augment=augment,
+        ema_decay=settings.ema_decay,
+    )
+
+    def step(state, number):
+        indices = epoch_stream(len(images), batch_size, number, keys.sampling)
+        batch = devices.deal(steps.make_batch(images, labels, indices, capacity))
+        return device_step(state, batch, keys.noise)
+
+    start = state_lib.create(model.init(keys.noise), optimizer)
+    store = checkpoint.TrainingStore(workdir.private / 'resume' / 'pretrain')
+    with metrics.writer(workdir.private / 'metrics' / 'pretrain') as write:
+        final = loop.train(
+            step,
+            start,
+            total_steps=total_steps,
+            store=store,
+            name='pretrain',
+            write=write,
+            log_every_steps=config.loop.log_every_steps,
+            checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
+        )
+    store.close()
+    checkpoint.save_model(
+        workdir.release / 'model' / 'pretrain',
+        {'params': final.params, 'ema_params': final.ema_params},
+    )
+
+
+def epoch_stream(size: int, batch_size: int, batch: int, seed: int) -> np.ndarray:
+    """Indices (batch_size,) of batch number `batch` in an endless sequence of shuffled passes."""
+    first = batch * batch_size
+    epochs = range(first // size, (first + batch_size - 1) // size + 1)
+    passes = [
+        np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch])).permutation(size)
+        for epoch in epochs
+    ]
+    offset = first - epochs[0] * size
+    return np.concatenate(passes)[offset : offset + batch_size]

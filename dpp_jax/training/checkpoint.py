@@ -1,0 +1,105 @@
+"""Checkpoints by orbax: of a training in progress, and of a finished model."""
+
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+import flax
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+PyTree = Any
+
+
+class TrainingStore:
+    """The last checkpoints of one training, in `folder`."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = Path(folder)
+        self._manager = ocp.CheckpointManager(
+            epath.Path(self.folder.absolute()),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Save `state` (host arrays); returns before all is on disk, an older one stays until then."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(_to_dict(state)))
+
+    def restore(self, template: PyTree) -> PyTree | None:
+        """The newest state, in the form of `template`; None if there is none.
+
+        Raises:
+            ValueError: the checkpoint belongs to another network.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        saved = self._manager.restore(step, args=ocp.args.StandardRestore(_like(template)))
+        return _fit(saved, template, self.folder / str(step))
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def save_model(folder: Path, model: PyTree) -> None:
+    """Write `model` (a pytree of arrays); the folder appears when it is complete."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(folder).absolute(), _to_dict(model), force=True)
+
+
+def load_model(folder: Path, template: PyTree) -> PyTree:
+    """What `save_model` wrote, in the form of `template` (arrays or shapes), as NumPy arrays.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the checkpoint belongs to another network.
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f'no model checkpoint in {folder}')
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved_shapes = checkpointer.metadata(folder).item_metadata.tree
+        _compare(_shapes(saved_shapes), _shapes(_to_dict(template)), folder)
+        saved = checkpointer.restore(folder, _like(template))
+    return _fit(saved, template, folder)
+
+
+def _to_dict(tree: PyTree) -> PyTree:
+    """Nested dicts with string keys: a form that does not depend on Python classes."""
+    return flax.serialization.to_state_dict(tree)
+
+
+def _like(template: PyTree) -> PyTree:
+    """Empty host arrays of the template's shapes: orbax then restores NumPy arrays."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _to_dict(template))
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple]:
+    """Path of every leaf → its shape."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+    return {
+        '/'.join(str(getattr(key, 'key', key)) for key in path): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _compare(saved: dict[str, tuple], wanted: dict[str, tuple], where: Path) -> None:
+    """Raise if a checkpoint does not fit, naming the first parameter that differs."""
+    for name in sorted(set(saved) | set(wanted)):
+        if saved.get(name) != wanted.get(name):
+            raise ValueError(
+                f'the checkpoint {where} belongs to another network: {name} is '
+                f'{saved.get(name, "missing")} there and {wanted.get(name, "missing")} in the '
+                'network of this config (config.model and config.data must be those it was '
+                'made with)'
+            )
+
+
+def _fit(saved: PyTree, template: PyTree, where: Path) -> PyTree:
+    """`saved` in the template's classes."""
+    _compare(_shapes(saved), _shapes(_to_dict(template)), where)
+    return flax.serialization.from_state_dict(template, saved)

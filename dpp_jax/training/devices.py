@@ -1,0 +1,69 @@
+"""How work is spread over devices. The only module that calls pmap.
+
+Arrays that belong to the devices have a leading axis of the local devices. Row i of a batch goes to
+device i mod D, so that the real rows of a padded batch are spread evenly.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import jax_utils
+import jax
+import numpy as np
+
+PyTree = Any
+AXIS = 'devices'
+
+
+def parallel(
+    function: Callable, *, in_axes: Sequence[int | None], donate: Sequence[int] = ()
+) -> Callable:
+    """`function` on every device at once, under the named axis AXIS, jitted.
+
+    Args:
+        function: positional arguments only.
+        in_axes: per argument 0 (has a device axis) or None (the same on every device).
+        donate: positions of arguments whose memory the result may reuse.
+    """
+    return jax.pmap(
+        function, axis_name=AXIS, in_axes=tuple(in_axes), donate_argnums=tuple(donate)
+    )
+
+
+def count() -> int:
+    """Devices of all processes."""
+    return jax.device_count()
+
+
+def is_primary() -> bool:
+    """Whether this process writes the files."""
+    return jax.process_index() == 0
+
+
+def replicate(tree: PyTree) -> PyTree:
+    """A copy of every leaf on each local device, with a leading device axis."""
+    return jax_utils.replicate(tree)
+
+
+def first(tree: PyTree) -> PyTree:
+    """What the first device holds, as NumPy arrays (waits for the computation)."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0))[0], tree)
+
+
+def deal(batch: PyTree) -> PyTree:
+    """Rows (n, ...), n divisible by the devices → this process's part (local, n / D, ...)."""
+    start = jax.process_index() * jax.local_device_count()
+    local = slice(start, start + jax.local_device_count())
+
+    def split(rows):
+        rows = np.asarray(rows)
+        dealt = rows.reshape((rows.shape[0] // count(), count()) + rows.shape[1:])
+        return np.ascontiguousarray(np.moveaxis(dealt, 1, 0)[local])
+
+    return jax.tree.map(split, batch)
+
+
+def collect(rows: jax.Array) -> np.ndarray:
+    """The inverse of `deal` within one process: (D, n / D, ...) → (n, ...)."""
+    rows = np.asarray(rows)
+    return np.moveaxis(rows, 0, 1).reshape((-1,) + rows.shape[2:])

@@ -1,0 +1,138 @@
+"""The two training steps: an ordinary one, and DP-SGD (Abadi et al. 2016).
+
+Both run under pmap and depend on a batch only through its real rows and their positions: the number
+of devices, the microbatch and the padding change nothing but rounding.
+
+A batch is a dict of arrays with a leading row axis: image (n, H, W, C) uint8, label (n,) int32,
+position (n,) int32 (the row's number in the logical batch), mask (n,) bool (False: padding).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpp_jax.privacy import mechanism as mechanism_lib
+from dpp_jax.privacy import poisson
+from dpp_jax.training import devices
+from dpp_jax.training.state import TrainState, apply_gradient
+
+PyTree = Any
+# (params, image (H, W, C) in [-1, 1], label (), key) → scalar
+ExampleLoss = Callable[[PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
+# (key, image float32 0..255) → the same
+Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def make_batch(
+    images: np.ndarray, labels: np.ndarray, indices: np.ndarray, capacity: int
+) -> dict[str, np.ndarray]:
+    """The rows `indices` of images and labels, padded to a multiple of `capacity` rows."""
+    padded, mask = poisson.pad(indices, capacity)
+    return {
+        'image': images[padded],
+        'label': labels[padded].astype(np.int32),
+        'position': np.arange(len(padded), dtype=np.int32),
+        'mask': mask,
+    }
+
+
+def to_model_range(image: jax.Array) -> jax.Array:
+    """Pixels 0..255 → [-1, 1] float32."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def make_pretrain_step(
+    loss: ExampleLoss,
+    optimizer: optax.GradientTransformation,
+    *,
+    augment: Augmentation,
+    ema_decay: float,
+) -> Callable:
+    """(state, batch, key) → (state, metrics), for devices; the state's memory is reused.
+
+    The gradient is that of the mean loss over the real rows of all devices.
+    """
+
+    def step(state: TrainState, batch: dict, key: jax.Array):
+        step_key = jax.random.fold_in(key, state.step)
+
+        def row_loss(params, image, label, position):
+            augment_key, loss_key = jax.random.split(jax.random.fold_in(step_key, position))
+            pixels = augment(augment_key, image.astype(jnp.float32))
+            return loss(params, to_model_range(pixels), label, loss_key)
+
+        def total_loss(params):
+            rows = (batch['image'], batch['label'], batch['position'])
+            losses = jax.vmap(row_loss, in_axes=(None, 0, 0, 0))(params, *rows)
+            return jnp.sum(jnp.where(batch['mask'], losses, 0))
+
+        total, gradient = jax.value_and_grad(total_loss)(state.params)
+        rows = jnp.sum(batch['mask'])
+        total, gradient, rows = jax.lax.psum((total, gradient, rows), devices.AXIS)
+        gradient = jax.tree.map(lambda leaf: leaf / rows, gradient)
+        return apply_gradient(state, gradient, optimizer, ema_decay), {'loss': total / rows}
+
+    return devices.parallel(step, in_axes=(0, 0, None), donate=(0,))
+
+
+def make_dp_step(
+    loss: ExampleLoss,
+    optimizer: optax.GradientTransformation,
+    mechanism: mechanism_lib.GaussianMechanism,
+    *,
+    expected_batch_size: float,
+    microbatch: int,
+    ema_decay: float,
+) -> Callable:
+    """(state, batch, microbatches, key) → (state, metrics), for devices; the state is reused.
+
+    Per-example gradients, clipped to the mechanism's sensitivity, are summed over microbatches and
+    devices; the noise is added to that sum once (every device draws the same noise from the same
+    key); the result is divided by the expected batch size, a public constant.
+
+    `microbatches` (int32) is how many microbatches per device hold real rows. `key` is secret.
+    The metrics are sums and means over private examples WITHOUT noise: for private/ only.
+    """
+
+    def step(state: TrainState, batch: dict, microbatches: jax.Array, key: jax.Array):
+        noise_key, draw_key = jax.random.split(jax.random.fold_in(key, state.step))
+
+        def example_loss(params, example):
+            example_key = jax.random.fold_in(draw_key, example['position'])
+            image = to_model_range(example['image'])
+            return loss(params, image, example['label'], example_key)
+
+        examples = {name: batch[name] for name in ('image', 'label', 'position')}
+        device_sum, sums = mechanism_lib.clipped_gradient_sum(
+            example_loss,
+            state.params,
+            examples,
+            batch['mask'],
+            clip_norm=mechanism.sensitivity,
+            microbatch=microbatch,
+            microbatches=microbatches,
+        )
+        total, sums = jax.lax.psum((device_sum, sums), devices.AXIS)
+        noisy = mechanism.privatise(total, noise_key)
+        gradient = jax.tree.map(lambda leaf: leaf / expected_batch_size, noisy)
+        rows = jnp.maximum(sums['examples'] - sums['non_finite'], 1)
+        metrics = {
+            'loss': sums['loss'] / rows,
+            'gradient_norm': sums['norm'] / rows,
+            'clipped_share': sums['clipped'] / rows,
+            'non_finite': sums['non_finite'],
+            'batch_size': sums['examples'],
+        }
+        return apply_gradient(state, gradient, optimizer, ema_decay), metrics
+
+    return devices.parallel(step, in_axes=(0, 0, None, None), donate=(0,))
+
+
+def used_microbatches(rows: int, microbatch: int) -> np.int32:
+    """Microbatches per device that hold real rows when `rows` rows are dealt to all devices."""
+    per_device = -(-rows // devices.count())
+    return np.int32(-(-per_device // microbatch))

@@ -1,0 +1,21 @@
+# Sourced by the other scripts: a virtual environment with the package installed.
+#   use_environment FOLDER EXTRA...   makes FOLDER if needed, installs what changed, activates it.
+use_environment() {
+  local folder=$1 extras=$2 python=${PYTHON:-python3} wanted
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "dpp_jax needs Python 3.11 or newer; $python is $("$python" --version 2>&1)." \
+      "Set PYTHON=/path/to/python3.11" >&2
+    return 1
+  }
+  [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+  # Install again only when the dependencies changed.
+  wanted="$(cksum setup.py constraints.txt) $extras"
+  if [ "$(cat "$folder/installed" 2>/dev/null)" != "$wanted" ]; then
+    echo "Installing dpp_jax$extras in $folder ..."
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
+      --constraint constraints.txt --editable ".$extras"
+    echo "$wanted" > "$folder/installed"
+  fi
+  # shellcheck disable=SC1091
+  . "$folder/bin/activate"
+}

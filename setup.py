@@ -1,0 +1,45 @@
+"""Installation of dpp_jax."""
+
+from setuptools import find_packages, setup
+
+# clu writes TensorBoard files through TensorFlow; nothing else needs it.
+_TENSORFLOW = [
+    'tensorflow-cpu>=2.18; platform_system == "Linux" and platform_machine == "x86_64"',
+    'tensorflow>=2.18; platform_system != "Linux" or platform_machine != "x86_64"',
+]
+
+setup(
+    name='dpp_jax',
+    version='0.1.0',
+    description='Differentially private synthetic images with diffusion models, in JAX',
+    packages=find_packages(include=['dpp_jax', 'dpp_jax.*']),
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py',
+        'array_record',  # the format that tensorflow-datasets reads without TensorFlow
+        'clu',
+        'dm-pix',
+        'dp-accounting>=0.5',
+        'etils[epath]',
+        'flax>=0.10',
+        'importlib_resources',  # imported by MNIST's builder in tensorflow-datasets
+        'jax>=0.8',
+        'ml_collections>=1.0',
+        'numpy>=1.26',
+        'optax>=0.2.4',
+        'orbax-checkpoint>=0.11',
+        'pillow',
+        'scikit-learn',
+        'scipy',
+        'tensorflow-datasets>=4.9.7',
+        'tqdm',
+        *_TENSORFLOW,
+    ],
+    extras_require={
+        'cuda': ['jax[cuda12]>=0.8'],
+        'tpu': ['jax[tpu]>=0.8'],
+        'pytorch': ['torch>=2.4'],
+        'test': ['hypothesis', 'pytest>=8', 'torch>=2.4'],
+    },
+    entry_points={'console_scripts': ['dpp-jax=dpp_jax.main:entry_point']},
+)

@@ -1,10 +1,7 @@
 """Classifiers that say what synthetic images are worth: trained on them, tested on real ones.
 
-Three kinds: the paper's CNN and an MLP (Flax, one trainer), and scikit-learn's logistic regression.
 Which weights to keep is decided on held-out images *of the training set itself*: nothing here takes
 a second set of images while it trains, so real test images cannot take part in the selection.
-
-Images are uint8 NHWC, labels integers in [0, classes).
 """
 
 import dataclasses
@@ -49,9 +46,8 @@ class Conv3x3(nn.Module):
         if self.same:
             x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         height, width, inputs = x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
-        kernel = self.param(
-            'kernel', nn.initializers.lecun_normal(), (3, 3, inputs, self.channels)
-        )
+        shape = (3, 3, inputs, self.channels)
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
         bias = self.param('bias', nn.initializers.zeros_init(), (self.channels,))
         views = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
         patches = jnp.concatenate(views, axis=-1)
@@ -74,7 +70,8 @@ class Cnn(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """Logits (N, classes), and the values before the last ReLU (N, hidden)."""
-        same = not _paper_cnn_fits(images.shape[1], images.shape[2])
+        side = min(images.shape[1:3])
+        same = ((side - 2) // 2 - 2) // 2 - 2 < 1
         dropout = functools.partial(nn.Dropout, 0.5, deterministic=not train)
         x = nn.relu(_max_pool(Conv3x3(32, same, name='conv_1')(images)))
         x = dropout(name='dropout_1')(x)
@@ -173,14 +170,11 @@ def train_classifier(
         network, images, labels, key=key, epochs=epochs, batch_size=batch_size,
         learning_rate=learning_rate, ema_decay=ema_decay, held_out=held_out, progress=progress,
     )  # fmt: skip
+    selected = f'epoch {best_epoch} of {epochs}'
     return Classifier(
-        kind,
-        classes,
-        tuple(np.shape(images)[1:]),
-        held_out_accuracy,
-        f'epoch {best_epoch} of {epochs}',
+        kind, classes, tuple(np.shape(images)[1:]), held_out_accuracy, selected,
         lambda batch: apply_network(network, params, batch)[0].argmax(axis=1),
-    )
+    )  # fmt: skip
 
 
 def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
@@ -214,12 +208,13 @@ def train_network(
     images, labels = metrics.check_labelled(images, labels, network.classes)
     rng = _numpy_rng(key)
     train_rows, held_rows = _split(labels, network.classes, held_out, rng)
-    held_images, held_labels = images[held_rows], labels[held_rows]
     train_images = jnp.asarray(images[train_rows])
     train_labels = jnp.asarray(labels[train_rows], jnp.int32)
 
     init_key, dropout_key = jax.random.split(key)
-    state = _initial_state(network, init_key, images.shape[1:])
+    params = _initial_params(network, init_key, images.shape[1:])
+    optimizer = optax.scale_by_adam().init(params)
+    state = _TrainState(params, optimizer, average=params, step=jnp.zeros((), jnp.int32))
     best_params, best_accuracy, best_epoch = None, -1.0, 0
     note, done = f'epoch 1/{epochs}', 0
     for epoch in range(1, epochs + 1):
@@ -234,8 +229,8 @@ def train_network(
             if progress is not None:
                 jax.block_until_ready(state.step)  # or the bar would run ahead of the work
                 progress(done, total, note)
-        predicted = apply_network(network, state.average, held_images)[0].argmax(axis=1)
-        epoch_accuracy = metrics.label_accuracy(predicted, held_labels)
+        predicted = apply_network(network, state.average, images[held_rows])[0].argmax(axis=1)
+        epoch_accuracy = metrics.label_accuracy(predicted, labels[held_rows])
         if epoch_accuracy >= best_accuracy:
             best_params, best_accuracy, best_epoch = state.average, epoch_accuracy, epoch
         note = f'epoch {min(epoch + 1, epochs)}/{epochs}, held-out accuracy {epoch_accuracy:.3f}'
@@ -268,12 +263,6 @@ class _TrainState(flax.struct.PyTreeNode):
     step: jax.Array
 
 
-def _paper_cnn_fits(height: int, width: int) -> bool:
-    """Whether the unpadded chain of the paper leaves at least one pixel."""
-    side = min(height, width)
-    return ((side - 2) // 2 - 2) // 2 - 2 >= 1
-
-
 def _max_pool(x: jax.Array) -> jax.Array:
     """2×2 max-pool, stride 2, an odd last row or column dropped; nothing on a side below 2."""
     batch, height, width, channels = x.shape
@@ -285,20 +274,15 @@ def _max_pool(x: jax.Array) -> jax.Array:
     return x.reshape(batch, height, 2, width, 2, channels).max(axis=(2, 4))
 
 
-def _to_float(images: jax.Array) -> jax.Array:
+def _to_float(images):
     """uint8 → float32 in [−1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+    return images.astype(np.float32) / 127.5 - 1.0
 
 
-def _initial_state(network: nn.Module, key: jax.Array, image_shape) -> _TrainState:
-    """The state before the first step."""
-    params = network.init(key, jnp.zeros((1, *image_shape)))['params']
-    return _TrainState(
-        params=params,
-        optimizer=optax.scale_by_adam().init(params),
-        average=params,
-        step=jnp.zeros((), jnp.int32),
-    )
+@functools.partial(jax.jit, static_argnames=('network', 'image_shape'))
+def _initial_params(network, key, image_shape):
+    """Random weights for images of the shape (H, W, C)."""
+    return network.init(key, jnp.zeros((1, *image_shape)))['params']
 
 
 @functools.partial(jax.jit, static_argnames='network')
@@ -324,7 +308,7 @@ def _train_steps(
         n = state.step + 1
         decay = jnp.minimum(ema_decay, (1.0 + n) / (10.0 + n))
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
-        return _TrainState(params=params, optimizer=optimizer, average=average, step=n), None
+        return _TrainState(params, optimizer, average, n), None
 
     return jax.lax.scan(one_step, state, (rows, mask))[0]
 
@@ -354,10 +338,7 @@ def _epoch_batches(count: int, batch_size: int, rng: np.random.Generator) -> lis
 
 
 def _split(labels, classes: int, held_out: float, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows held out, the same share of every class and at least one of each.
-
-    A class needs two images, or one of the two parts would be without it.
-    """
+    """Rows to train on and rows held out: the same share of every class, at least one of each."""
     if not 0 < held_out < 1:
         raise ValueError(f'held_out is {held_out}; it must be in (0, 1)')
     counts = np.bincount(labels, minlength=classes)
@@ -382,7 +363,7 @@ def _numpy_rng(key: jax.Array) -> np.random.Generator:
 
 def _check_training_settings(epochs, batch_size, learning_rate, ema_decay) -> None:
     """Raises ValueError for numbers with which nothing could be trained."""
-    for name, value in (('epochs', epochs), ('batch_size', batch_size)):
+    for name, value in {'epochs': epochs, 'batch_size': batch_size}.items():
         if value < 1 or value != int(value):
             raise ValueError(f'{name} is {value}; it must be a whole number of at least 1')
     if not 0 < learning_rate < np.inf:
@@ -397,7 +378,7 @@ def _train_logistic(images, labels, classes, key, held_out, progress) -> Classif
     train_rows, held_rows = _split(labels, classes, held_out, _numpy_rng(key))
 
     def flat(batch):
-        return np.asarray(batch, np.float32).reshape(len(batch), -1) / 127.5 - 1.0
+        return _to_float(batch).reshape(len(batch), -1)
 
     train_pixels, held_pixels = flat(images[train_rows]), flat(images[held_rows])
     best, best_accuracy = None, -1.0
@@ -413,10 +394,6 @@ def _train_logistic(images, labels, classes, key, held_out, progress) -> Classif
         if progress is not None:
             progress(done, len(_LOGISTIC_C), f'C = {c:g}, held-out accuracy {model_accuracy:.3f}')
     return Classifier(
-        'logistic',
-        classes,
-        images.shape[1:],
-        best_accuracy,
-        f'C = {best.C:g}',
+        'logistic', classes, images.shape[1:], best_accuracy, f'C = {best.C:g}',
         lambda batch: best.predict(flat(batch)),
-    )
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """Numbers that compare images: feature moments, the Fréchet distance, the share of right labels.
 
-Also the checks of images and labels that the rest of the package shares. All sums are kept in float64 and reduced once at the end.
+Also the checks of images and labels that the rest of the package shares. Sums are kept in float64
+and reduced once at the end.
 """
 
 from collections.abc import Iterable

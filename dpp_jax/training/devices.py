@@ -4,7 +4,8 @@ Arrays that belong to the devices have a leading axis of the local devices. Row 
 device i mod D, so that the real rows of a padded batch are spread evenly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 from typing import Any
 
 from flax import jax_utils
@@ -13,6 +14,27 @@ import numpy as np
 
 PyTree = Any
 AXIS = 'devices'
+_limit: int | None = None
+
+
+@contextlib.contextmanager
+def limited_to(number: int) -> Iterator[None]:
+    """Use only the first `number` local devices inside (one process)."""
+    global _limit
+    if not 1 <= number <= jax.local_device_count():
+        raise ValueError(
+            f'number of devices is {number}; it must be in [1, {jax.local_device_count()}]'
+        )
+    previous, _limit = _limit, number
+    try:
+        yield
+    finally:
+        _limit = previous
+
+
+def local() -> list[jax.Device]:
+    """The devices of this process that are in use."""
+    return jax.local_devices()[:_limit]
 
 
 def parallel(
@@ -26,13 +48,17 @@ def parallel(
         donate: positions of arguments whose memory the result may reuse.
     """
     return jax.pmap(
-        function, axis_name=AXIS, in_axes=tuple(in_axes), donate_argnums=tuple(donate)
+        function,
+        axis_name=AXIS,
+        in_axes=tuple(in_axes),
+        donate_argnums=tuple(donate),
+        devices=local() if _limit else None,
     )
 
 
 def count() -> int:
-    """Devices of all processes."""
-    return jax.device_count()
+    """Devices in use, of all processes."""
+    return len(local()) if _limit else jax.device_count()
 
 
 def is_primary() -> bool:
@@ -42,7 +68,7 @@ def is_primary() -> bool:
 
 def replicate(tree: PyTree) -> PyTree:
     """A copy of every leaf on each local device, with a leading device axis."""
-    return jax_utils.replicate(tree)
+    return jax_utils.replicate(tree, local())
 
 
 def first(tree: PyTree) -> PyTree:
@@ -52,13 +78,13 @@ def first(tree: PyTree) -> PyTree:
 
 def deal(batch: PyTree) -> PyTree:
     """Rows (n, ...), n divisible by the devices → this process's part (local, n / D, ...)."""
-    start = jax.process_index() * jax.local_device_count()
-    local = slice(start, start + jax.local_device_count())
+    start = jax.process_index() * len(local())
+    part = slice(start, start + len(local()))
 
     def split(rows):
         rows = np.asarray(rows)
         dealt = rows.reshape((rows.shape[0] // count(), count()) + rows.shape[1:])
-        return np.ascontiguousarray(np.moveaxis(dealt, 1, 0)[local])
+        return np.ascontiguousarray(np.moveaxis(dealt, 1, 0)[part])
 
     return jax.tree.map(split, batch)
 

@@ -1,0 +1,119 @@
+"""The feature network on real digits: its FID orders sets of images as it should; it can be saved."""
+
+import jax
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from dpp_jax.evaluation import features, metrics
+
+
+@pytest.fixture(name='digits', scope='module')
+def _digits():
+    data = load_digits()
+    return (data.images[..., None] * 255 / 16).astype(np.uint8), data.target
+
+
+def train(digits, seed=0, epochs=6, **settings):
+    return features.train_feature_network(
+        *digits, classes=10, key=jax.random.key(seed), epochs=epochs, **settings
+    )
+
+
+@pytest.fixture(name='network', scope='module')
+def _network(digits):
+    return train(digits)
+
+
+def test_network_learns_the_classes_and_says_what_it_is(network):
+    assert network.held_out_accuracy > 0.8
+    assert 'real training images' in network.name and 'not Inception' in network.name
+
+
+def test_features_do_not_depend_on_the_batches(network, digits):
+    images = digits[0][:100]
+    result = network.features(images)
+    assert result.shape == (100, features.FEATURES) and result.dtype == np.float32
+    np.testing.assert_allclose(result, network.features(images, batch_size=7), atol=1e-4)
+    assert np.std(result, axis=0).min() > 1e-3  # no feature is dead
+
+
+def test_fid_orders_sets_of_images(network, digits):
+    images, labels = digits
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(images))
+    half, other_half = images[order[::2]], images[order[1::2]]
+    noisy = np.clip(half + rng.normal(0, 60, half.shape), 0, 255).astype(np.uint8)
+    noisier = np.clip(half + rng.normal(0, 120, half.shape), 0, 255).astype(np.uint8)
+    pure_noise = rng.integers(0, 256, half.shape).astype(np.uint8)
+
+    same = features.fid(network, half, half)
+    real = features.fid(network, half, other_half)
+    assert same < 1e-6
+    assert 0 < real
+    levels = [features.fid(network, other_half, x) for x in (half, noisy, noisier, pure_noise)]
+    assert levels == sorted(levels)
+    assert levels[0] == pytest.approx(real, rel=1e-6)
+    assert levels[1] > 3 * real and levels[3] > 30 * real
+    assert features.fid(network, images[labels < 5], images[labels >= 5]) > 30 * real
+
+
+def test_fid_is_the_distance_of_all_features_and_takes_any_extractor(digits):
+    class Pixels:
+        name = 'pixels'
+
+        def features(self, images, batch_size=256):
+            return images.reshape(len(images), -1)[:, 20:30] / np.float32(255)
+
+    a, b = digits[0][:700], digits[0][700:]
+    expected = metrics.frechet_distance(
+        *metrics.moments(Pixels().features(a)), *metrics.moments(Pixels().features(b))
+    )
+    assert features.fid(Pixels(), a, b, batch_size=33) == pytest.approx(expected, rel=1e-6)
+
+
+def test_same_key_same_features(network, digits):
+    again = train(digits)
+    images = digits[0][:50]
+    np.testing.assert_array_equal(network.features(images), again.features(images))
+    other = train(digits, seed=1, epochs=1)
+    assert not np.allclose(network.features(images), other.features(images))
+
+
+def test_saved_network_is_the_same(network, digits, tmp_path):
+    path = tmp_path / 'features'
+    network.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ['features']
+    loaded = features.FeatureNetwork.load(path)
+    assert loaded.name == network.name and loaded.image_shape == network.image_shape
+    assert loaded.held_out_accuracy == network.held_out_accuracy
+    images = digits[0][:50]
+    np.testing.assert_array_equal(loaded.features(images), network.features(images))
+    loaded.save(path)  # over an older one
+    assert features.FeatureNetwork.load(path).classes == 10
+
+
+def test_what_is_no_saved_network_is_refused(network, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        features.FeatureNetwork.load(tmp_path / 'none.npz')
+    foreign = tmp_path / 'foreign.npz'
+    np.savez(foreign, images=np.zeros(3))
+    with pytest.raises(ValueError, match='not a saved feature network'):
+        features.FeatureNetwork.load(foreign)
+    cut = tmp_path / 'cut.npz'
+    network.save(cut)
+    cut.write_bytes(cut.read_bytes()[:5000])
+    with pytest.raises(ValueError, match='not a saved feature network'):
+        features.FeatureNetwork.load(cut)
+
+
+def test_bad_images_are_refused(network, digits):
+    images, labels = digits
+    with pytest.raises(ValueError, match=r'\(8, 7, 1\).*must be \(8, 8, 1\)'):
+        network.features(images[:, :, :7])
+    with pytest.raises(ValueError, match='1 samples'):
+        features.fid(network, images[:1], images)
+    with pytest.raises(ValueError, match='at least 2'):
+        features.train_feature_network(
+            images[:10], labels[:10], classes=10, key=jax.random.key(0), epochs=1
+        )

@@ -1,0 +1,158 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum, clipped_sum
+
+
+def make_mechanism(**changes):
+    settings = dict(
+        name='test', noise_multiplier=3.0, sampling_probability=0.1, sensitivity=2.0, randomness='r'
+    )
+    return GaussianMechanism(**{**settings, **changes})
+
+
+def norm(tree):
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.linalg.norm(np.concatenate(leaves))
+
+
+def random_gradients(n, scale, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        'a': (scale * rng.standard_normal((n, 7, 3))).astype(np.float32),
+        'b': {'c': (scale * rng.standard_normal((n, 11))).astype(np.float32)},
+    }
+
+
+@pytest.mark.parametrize('scale', [1e-20, 1e-3, 0.1, 1.0, 1e4, 1e12, 1e18])
+def test_clipped_gradient_is_never_longer_than_the_bound(scale):
+    for clip_norm in (1e-3, 1.0, 50.0):
+        gradients = random_gradients(1, scale)
+        total, norms = clipped_sum(gradients, np.array([True]), clip_norm)
+        assert norm(total) <= clip_norm
+        if norm(gradients) < 0.99 * clip_norm:  # short ones stay as they are
+            np.testing.assert_allclose(total['a'], gradients['a'][0], rtol=1e-6)
+        elif scale < 1e18:  # and long ones keep their direction and have the full length
+            assert norm(total) > 0.9999 * clip_norm
+
+
+def test_sum_of_neighbouring_sets_differs_by_at_most_the_bound():
+    """Add one example: far above C, far below, duplicated, or not a number at all."""
+    clip_norm = 0.7
+    base = random_gradients(6, 1.0)
+    total, _ = clipped_sum(base, np.ones(6, bool), clip_norm)
+    odd = random_gradients(5, 1.0, seed=1)
+    odd['a'][0] *= 1e15
+    odd['a'][1] *= 1e-15
+    odd['b']['c'][2] = base['b']['c'][0]
+    odd['a'][3, 0, 0] = np.nan
+    odd['b']['c'][4, 5] = np.inf
+    for i in range(5):
+        more = jax.tree.map(lambda x, y: np.concatenate([x, y[i : i + 1]]), base, odd)
+        other, _ = clipped_sum(more, np.ones(7, bool), clip_norm)
+        change = norm(jax.tree.map(lambda x, y: np.float64(x) - np.float64(y), other, total))
+        assert change <= clip_norm * (1 + 1e-6)
+        assert np.isfinite(norm(other))
+        if i >= 3:
+            assert change == 0
+
+
+def test_padding_counts_for_nothing_whatever_it_holds():
+    gradients = random_gradients(4, 1.0)
+    expected, _ = clipped_sum(gradients, np.ones(4, bool), 1.0)
+    padded = jax.tree.map(
+        lambda x: np.concatenate([x, np.full((2,) + x.shape[1:], np.nan, np.float32)]), gradients
+    )
+    total, _ = clipped_sum(padded, np.array([True] * 4 + [False] * 2), 1.0)
+    jax.tree.map(np.testing.assert_array_equal, total, expected)
+
+
+def quadratic_loss(params, example):
+    return jnp.sum((params['w'] @ example['x'] - example['y']) ** 2) + jnp.sum(params['b'] * 0.3)
+
+
+@pytest.fixture(scope='module')
+def quadratic():
+    rng = np.random.default_rng(2)
+    params = {'w': rng.standard_normal((3, 4)).astype(np.float32), 'b': np.ones(2, np.float32)}
+    examples = {
+        'x': rng.standard_normal((24, 4)).astype(np.float32),
+        'y': rng.standard_normal((24, 3)).astype(np.float32),
+    }
+    return params, examples
+
+
+def test_microbatches_equal_a_plain_loop_over_examples(quadratic):
+    params, examples = quadratic
+    mask = np.arange(24) < 17
+    expected = jax.tree.map(lambda p: np.zeros(p.shape, np.float64), params)
+    norms = []
+    for i in range(17):
+        gradient = jax.grad(quadratic_loss)(params, jax.tree.map(lambda x: x[i], examples))
+        norms.append(norm(gradient))
+        factor = min(1.0, 2.0 / norms[-1])
+        expected = jax.tree.map(lambda e, g: e + factor * np.float64(g), expected, gradient)
+    for microbatch in (1, 3, 8, 24):
+        total, sums = jax.jit(
+            lambda p, e, m, k: clipped_gradient_sum(
+                quadratic_loss, p, e, m, clip_norm=2.0, microbatch=microbatch, microbatches=k
+            )
+        )(params, examples, mask, -(-17 // microbatch))
+        jax.tree.map(lambda t, e: np.testing.assert_allclose(t, e, rtol=2e-5), total, expected)
+        assert sums['examples'] == 17 and sums['non_finite'] == 0
+        assert sums['clipped'] == np.sum(np.array(norms) > 2.0)
+        np.testing.assert_allclose(sums['norm'], np.sum(norms), rtol=1e-5)
+
+
+def test_an_example_with_a_non_finite_gradient_counts_as_zero_and_is_counted(quadratic):
+    params, examples = quadratic
+    broken = {**examples, 'x': examples['x'].copy()}
+    broken['x'][5] = np.nan
+    mask = np.ones(24, bool)
+    without = mask.copy()
+    without[5] = False
+    arguments = dict(clip_norm=1.0, microbatch=8, microbatches=3)
+    total, sums = clipped_gradient_sum(quadratic_loss, params, broken, mask, **arguments)
+    expected, _ = clipped_gradient_sum(quadratic_loss, params, examples, without, **arguments)
+    jax.tree.map(lambda t, e: np.testing.assert_allclose(t, e, rtol=1e-6), total, expected)
+    assert sums['non_finite'] == 1 and np.isfinite(sums['loss'])
+
+
+def test_empty_batch_sums_to_zero(quadratic):
+    params, examples = quadratic
+    total, sums = clipped_gradient_sum(
+        quadratic_loss, params, examples, np.zeros(24, bool),
+        clip_norm=1.0, microbatch=8, microbatches=0,
+    )
+    assert norm(total) == 0 and sums['examples'] == 0
+
+
+def test_noise_is_normal_with_the_std_of_sigma_times_sensitivity_and_independent():
+    mechanism = make_mechanism()
+    total = {'a': jnp.full((100, 200), 5.0), 'b': jnp.zeros(20000)}
+    noisy = mechanism.privatise(total, jax.random.key(0))
+    a = np.asarray(noisy['a']).ravel() - 5.0
+    b = np.asarray(noisy['b'])
+    for values in (a, b):
+        assert stats.kstest(values / 6.0, 'norm').pvalue > 1e-4
+    assert abs(np.corrcoef(a, b)[0, 1]) < 4.5 / np.sqrt(len(a))
+    again = mechanism.privatise(total, jax.random.key(0))
+    np.testing.assert_array_equal(again['b'], noisy['b'])
+    other = mechanism.privatise(total, jax.random.key(1))
+    assert not np.any(np.asarray(other['b']) == b)
+
+
+def test_the_entry_says_what_the_noise_is():
+    entry = make_mechanism().entry(4)
+    assert (entry.mechanism, entry.index, entry.randomness) == ('test', 4, 'r')
+    assert (entry.noise_multiplier, entry.sampling_probability, entry.sensitivity) == (3.0, 0.1, 2.0)
+
+
+@pytest.mark.parametrize('field', ['noise_multiplier', 'sensitivity'])
+@pytest.mark.parametrize('value', [0.0, -1.0, float('nan')])
+def test_a_mechanism_without_noise_is_refused(field, value):
+    with pytest.raises(ValueError, match=f'{field} is {value}'):
+        make_mechanism(**{field: value})

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpp_jax.privacy import poisson
+
+KEY = 0x0123456789ABCDEF0123456789ABCDEF
+
+
+def test_every_example_is_included_with_probability_q_in_every_batch():
+    size, q, batches = 200, 0.3, 2000
+    sampler = poisson.PoissonSampler(size, q, KEY)
+    counts = np.zeros(size)
+    sizes = []
+    for batch in range(batches):
+        indices = sampler.indices(batch)
+        counts[indices] += 1
+        sizes.append(len(indices))
+    # Inclusions are binomial, batch sizes too: both by a chi-square test of their variance.
+    for values, n in ((counts, batches), (np.array(sizes), size)):
+        statistic = np.sum((values - n * q) ** 2) / (n * q * (1 - q))
+        assert 1e-4 < stats.chi2.cdf(statistic, len(values)) < 1 - 1e-4
+
+
+def test_pairs_of_examples_and_of_batches_are_independent():
+    sampler = poisson.PoissonSampler(1000, 0.5, KEY)
+    included = np.zeros((400, 1000))
+    for batch in range(400):
+        included[batch, sampler.indices(batch)] = 1
+    bits = 2 * included - 1
+    for products in (bits[:, 1:] * bits[:, :-1], bits[1:] * bits[:-1]):  # neighbours in each axis
+        z = products.sum() / np.sqrt(products.size)
+        assert abs(z) < 4.5
+
+
+def test_a_batch_depends_on_its_number_and_the_key_alone():
+    sampler = poisson.PoissonSampler(500, 0.2, KEY)
+    later = sampler.indices(7)
+    np.testing.assert_array_equal(poisson.PoissonSampler(500, 0.2, KEY).indices(7), later)
+    assert not np.array_equal(later, sampler.indices(8))
+    assert not np.array_equal(later, poisson.PoissonSampler(500, 0.2, KEY + 1).indices(7))
+
+
+def test_probability_one_takes_everybody():
+    indices = poisson.PoissonSampler(50, 1.0, KEY).indices(3)
+    np.testing.assert_array_equal(indices, np.arange(50))
+
+
+def test_capacity_holds_all_batches_and_is_not_wasteful():
+    sampler = poisson.PoissonSampler(60000, 1 / 15, KEY)
+    capacity = sampler.capacity(64)
+    assert capacity % 64 == 0
+    assert max(len(sampler.indices(batch)) for batch in range(200)) < capacity < 1.2 * 4000
+    assert poisson.PoissonSampler(100, 1.0, KEY).capacity(8) == 104
+
+
+def test_padding_never_truncates():
+    for n in (0, 1, 8, 9, 30):
+        padded, mask = poisson.pad(np.arange(n) + 5, 8)
+        assert len(padded) % 8 == 0 and len(padded) >= 8
+        np.testing.assert_array_equal(padded[mask], np.arange(n) + 5)
+        assert mask.sum() == n
+
+
+@pytest.mark.parametrize(
+    'arguments, text',
+    [((0, 0.1, KEY), 'size is 0'), ((5, 0.0, KEY), 'probability is 0.0'), ((5, 1.5, KEY), 'is 1.5')],
+)
+def test_settings_out_of_range_are_named(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        poisson.PoissonSampler(*arguments)

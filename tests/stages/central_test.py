@@ -1,0 +1,145 @@
+"""The query: its deterministic chain bit for bit, its noise, and its sensitivity."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.stages import central
+
+SHARED = Path(__file__).resolve().parents[3] / 'shared'
+CLASSES = 3
+
+
+@pytest.fixture(scope='module', params=['gray_28', 'rgb_32'])
+def golden(request):
+    path = SHARED / 'golden' / 'central_images.npz'
+    if not path.exists():
+        pytest.skip('the reference vectors are not on this machine')
+    with np.load(path) as data:
+        arrays = {k.split('/')[1]: data[k] for k in data if k.startswith(request.param)}
+    post = arrays.pop('post_processed')
+    arrays = {name: np.moveaxis(array, 1, -1) for name, array in arrays.items()}
+    return {**arrays, 'post_processed': post if post.ndim == 4 else post[..., None]}
+
+
+def test_chain_equals_the_pytorch_code_bit_for_bit(golden):
+    size = golden['full'].shape[1:3]
+    np.testing.assert_array_equal(central.nearest(golden['full'], 2), golden['nearest_half'])
+    clipped = np.clip(golden['noisy_half'], 0, 1)
+    np.testing.assert_array_equal(central.bilinear(clipped, size), golden['bilinear_up'])
+    images = central.to_images(golden['noisy_half'], size, post_process=False)
+    np.testing.assert_array_equal(images, golden['uint8'])
+    images = central.to_images(golden['noisy_half'], size, post_process=True)
+    np.testing.assert_array_equal(images, golden['post_processed'])
+
+
+def mechanism(sensitivity, noise_multiplier=1.0):
+    return GaussianMechanism('central_query', noise_multiplier, 0.5, sensitivity, 'test')
+
+
+@functools.lru_cache
+def query(kind, center=0.0, bins=4, noise=1e-9):
+    """A jitted query on 4x5 images; with next to no noise by default. Class size 1: sums."""
+    if kind == 'mean':
+        function = functools.partial(central.mean_query, center=center, class_size=1.0)
+    else:
+        function = functools.partial(central.mode_query, bins=bins)
+    bound = max(center, 1 - center) if kind == 'mean' else 1.0
+    d = 4 * 5
+    return jax.jit(
+        functools.partial(
+            function, mechanism=mechanism(d**0.5 * bound, noise), classes=CLASSES
+        )
+    )
+
+
+def sample(n, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, 4, 5, 1)).astype(np.uint8)
+    return images, rng.integers(0, CLASSES, n).astype(np.int32)
+
+
+@pytest.mark.parametrize('center', [0.0, 0.5])
+def test_mean_query_is_the_sum_per_class_without_padding(center):
+    images, labels = sample(30)
+    mask = np.arange(30) < 21
+    result = query('mean', center)(images, labels, mask, jax.random.key(0))
+    for label in range(CLASSES):
+        rows = images[:21][labels[:21] == label] / 255.0 - center
+        np.testing.assert_allclose(result[label], rows.sum(0) + center, atol=1e-4)
+
+
+def test_mode_query_is_the_most_frequent_value():
+    images, labels = sample(60)
+    images[labels == 1] = 200  # bin 3 of 4
+    result = query('mode')(images, labels, np.ones(60, bool), jax.random.key(0))
+    np.testing.assert_array_equal(result[1], np.ones((4, 5, 1), np.float32))
+    rows = images[labels == 0] // 64
+    counts = np.stack([(rows == b).sum(0) for b in range(4)], -1)
+    chosen = np.round(np.asarray(result[0]) * 3).astype(int)
+    np.testing.assert_array_equal(np.take_along_axis(counts, chosen[..., None], -1)[..., 0], counts.max(-1))
+
+
+@pytest.mark.parametrize('center', [0.0, 0.5, 0.2])
+@pytest.mark.parametrize('value', [0, 255, 'random'])
+def test_one_image_changes_the_mean_query_by_at_most_the_sensitivity(center, value):
+    """Neighbouring sets: the worst images (all black, all white) and a random one, in any class."""
+    images, labels = sample(20)
+    images[-1] = np.random.default_rng(1).integers(0, 256, (4, 5, 1)) if value == 'random' else value
+    mask = np.ones(20, bool)
+    run = query('mean', center)
+    changes = []
+    for label in range(CLASSES):
+        labels[-1] = label
+        more = np.float64(run(images, labels, mask, jax.random.key(0)))
+        less = np.float64(run(images, labels, mask & (np.arange(20) < 19), jax.random.key(0)))
+        changes.append(np.linalg.norm(more - less))
+    bound = 20**0.5 * max(center, 1 - center)
+    assert max(changes) <= bound * (1 + 1e-5)
+    if value == 255:  # the bound is attained: it is not an overestimate
+        assert max(changes) > bound * (1 - 1e-4)
+
+
+def test_one_image_changes_the_histograms_by_exactly_the_sensitivity():
+    """All histograms together: one entry per pixel, whatever the image."""
+    images, labels = sample(10)
+    image = images[:1]
+    bins = 4
+    values = image.astype(int) * bins // 256
+    one_hot = np.eye(bins)[values]
+    assert np.linalg.norm(one_hot) == pytest.approx(20**0.5)
+    assert values.max() < bins and values.min() >= 0
+
+
+@pytest.mark.parametrize('center', [0.0, 0.5])
+def test_noise_has_the_std_that_the_mechanism_states(center):
+    sigma, class_size = 2.0, 10.0
+    d = 20
+    spec = mechanism(d**0.5 * max(center, 1 - center), sigma)
+    run = jax.jit(
+        functools.partial(
+            central.mean_query, mechanism=spec, classes=CLASSES, center=center, class_size=class_size
+        )
+    )
+    images, labels = sample(8)
+    mask = np.zeros(8, bool)
+    # An empty sample is released with its noise too.
+    draws = np.stack([run(images, labels, mask, jax.random.key(i)) for i in range(300)]) - center
+    std = sigma * spec.sensitivity / class_size
+    assert stats.kstest(draws.ravel() / std, 'norm').pvalue > 1e-4
+
+
+def test_the_division_is_by_a_public_constant():
+    """Twice as many images give twice the result: the realised count does not enter."""
+    images, labels = sample(12)
+    run = query('mean')
+    once = run(images, labels, np.ones(12, bool), jax.random.key(0))
+    twice = run(
+        np.concatenate([images] * 2), np.concatenate([labels] * 2), np.ones(24, bool), jax.random.key(0)
+    )
+    np.testing.assert_allclose(twice, 2 * np.asarray(once), rtol=1e-5, atol=1e-5)

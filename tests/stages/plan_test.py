@@ -1,0 +1,103 @@
+"""The plan: the paper's figures, and clear refusals before anything is spent."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import celeba_32, camelyon_32, digits_8, fmnist_28, mnist_14, mnist_28
+from dpp_jax import pipeline
+from dpp_jax.stages import plan
+
+CONFIGS = {
+    'mnist_28': mnist_28,
+    'fmnist_28': fmnist_28,
+    'celeba_32': celeba_32,
+    'camelyon_32': camelyon_32,
+}
+REFERENCE = json.loads(
+    (Path(__file__).parents[1] / 'privacy' / 'accounting_rdp_opacus.json').read_text()
+)
+
+
+@pytest.mark.parametrize('row', [row for row in REFERENCE if row['name'] in CONFIGS], ids=str)
+def test_the_papers_configs_give_the_pytorch_codes_noise(row):
+    config = CONFIGS[row['name']].get_config(str(row['target_epsilon']))
+    result = plan.make(config, pipeline.make_model(config))
+    assert result.noise_multiplier == pytest.approx(row['noise_multiplier'], rel=1e-3)
+    assert result.steps == row['steps']
+    assert result.sampling_probability == pytest.approx(row['sample_rate'])
+    assert result.epsilon_query == pytest.approx(row['query_epsilon'], rel=1e-3)
+    assert result.epsilon_total <= row['target_epsilon']
+
+
+def test_mnist_has_the_size_of_the_paper():
+    config = mnist_28.get_config('1')
+    result = plan.make(config, pipeline.make_model(config))
+    assert result.parameters == 1_485_217
+    assert result.pretrain_steps == 2000
+    assert result.finetune_noised_images == 2250 * 4000 * 32
+    assert 1e7 < result.memory_bytes_per_device < 4e9
+    text = plan.text(result, config, {'central': True, 'finetune': False})
+    for part in ('13.08', '1,485,217', 'would run      finetune', '2,250 steps'):
+        assert part in text
+
+
+@pytest.mark.parametrize('module', [digits_8, mnist_14])
+@pytest.mark.parametrize('epsilon', ['0.5', '3', '10'])
+def test_our_configs_are_valid_for_any_epsilon(module, epsilon):
+    config = module.get_config(epsilon)
+    try:
+        result = plan.make(config, pipeline.make_model(config))
+    except ValueError as error:
+        assert 'query' in str(error)  # too small a budget for the query is a clear refusal
+        return
+    assert result.epsilon_total <= float(epsilon)
+
+
+def test_without_pretraining_the_whole_budget_goes_to_finetuning(tiny_config, tiny_model):
+    with_query = plan.make(tiny_config(), tiny_model)
+    without = plan.make(tiny_config(pretrain__enabled=False), tiny_model)
+    assert without.query_count == 0 and without.epsilon_query == 0
+    assert without.noise_multiplier < with_query.noise_multiplier
+    assert without.epsilon_total <= 10
+
+
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        ({'dp__epsilon': 0.0}, r'config.dp.epsilon is 0.0; it must be a finite number > 0'),
+        ({'dp__epsilon': -1.0}, r'config.dp.epsilon is -1.0'),
+        ({'dp__epsilon': float('inf')}, r'config.dp.epsilon is inf'),
+        ({'dp__delta': 0.0}, r'config.dp.delta is 0.0; it must be in \(0, 1\)'),
+        ({'dp__delta': 1.0}, r'config.dp.delta is 1.0'),
+        ({'dp__delta': 1 / 1437}, r'config.dp.delta is .*below 1 / data.train_images = 0.000696'),
+        ({'dp__accountant': 'gdp'}, "config.dp.accountant is 'gdp'; it must be 'rdp' or 'pld'"),
+        ({'query__sampling_probability': 1.2}, r'query.sampling_probability is 1.2.*\(0, 1\]'),
+        ({'query__noise_multiplier': 0.0}, 'query.noise_multiplier is 0.0'),
+        ({'query__kind': 'median'}, "query.kind is 'median'; it must be 'mean' or 'mode'"),
+        ({'data__image_size': 7}, r'data.image_size is 7; it must be divisible by 2'),
+        ({'model__attention_resolutions': (5,)}, r'attention_resolutions is \(5,\).*\[8, 4\]'),
+        ({'model__denoiser': 'edn'}, "model.denoiser is 'edn'"),
+        ({'finetune__clip_norm': 0.0}, 'finetune.clip_norm is 0.0'),
+        ({'finetune__batch_size': 5000}, 'finetune.batch_size is 5000; it must be at most'),
+        ({'generate__images': 0}, 'generate.images is 0'),
+        ({'generate__sampler__t_max': 0.001}, 'sampler.t_max is 0.001; it must be above t_min'),
+        ({'evaluate__classifiers': ('svm',)}, "evaluate.classifiers is .*svm"),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_what_is_allowed(tiny_config, change, text):
+    with pytest.raises(ValueError, match=text):
+        plan.check(tiny_config(**change))
+
+
+def test_a_query_that_exceeds_the_budget_alone_is_refused(tiny_config, tiny_model):
+    with pytest.raises(ValueError, match='query'):
+        plan.make(tiny_config(query__noise_multiplier=0.3), tiny_model)
+
+
+def test_plan_allocates_nothing_on_the_device(tiny_config, tiny_model):
+    before = len(jax.live_arrays())
+    plan.make(tiny_config(), tiny_model)
+    assert len(jax.live_arrays()) <= before + 1

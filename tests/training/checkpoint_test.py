@@ -1,0 +1,45 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpp_jax.training import checkpoint, state as state_lib
+
+
+def make_state(width=3):
+    params = {'a': {'kernel': jnp.arange(2.0 * width).reshape(2, width)}, 'b': jnp.ones(())}
+    return state_lib.create(params, optax.adam(1e-3))
+
+
+def test_state_comes_back_as_it_was(tmp_path):
+    state = jax.tree.map(np.asarray, make_state())
+    store = checkpoint.TrainingStore(tmp_path)
+    assert store.restore(state) is None
+    store.save(0, state)
+    store.close()
+    again = checkpoint.TrainingStore(tmp_path).restore(jax.tree.map(np.zeros_like, state))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_a_training_of_another_network_is_refused(tmp_path):
+    store = checkpoint.TrainingStore(tmp_path)
+    store.save(0, jax.tree.map(np.asarray, make_state()))
+    store.close()
+    with pytest.raises(ValueError, match=r'another network.*kernel is \(2, 3\) there and \(2, 4\)'):
+        checkpoint.TrainingStore(tmp_path).restore(make_state(width=4))
+
+
+def test_model_of_another_network_is_refused_and_a_missing_one_named(tmp_path):
+    params = make_state().params
+    checkpoint.save_model(tmp_path / 'model', params)
+    jax.tree.map(
+        np.testing.assert_array_equal, checkpoint.load_model(tmp_path / 'model', params), params
+    )
+    with pytest.raises(ValueError, match='another network'):
+        checkpoint.load_model(tmp_path / 'model', make_state(width=4).params)
+    with pytest.raises(ValueError, match='b is .* there and missing'):
+        checkpoint.load_model(tmp_path / 'model', {'a': params['a']})
+    with pytest.raises(FileNotFoundError, match='no model checkpoint'):
+        checkpoint.load_model(tmp_path / 'nowhere', params)

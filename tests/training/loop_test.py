@@ -1,0 +1,104 @@
+"""The loop: resume equals the uninterrupted run bit for bit, and stop requests lose nothing."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpp_jax.training import checkpoint, devices, loop, state as state_lib
+
+OPTIMIZER = optax.adam(0.1)
+
+
+@pytest.fixture(scope='module')
+def device_step():
+    def step(state, number):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (5,))
+        gradient = {'w': state.params['w'] - noise}
+        new = state_lib.apply_gradient(state, gradient, OPTIMIZER, 0.9)
+        return new, {'loss': jnp.sum(gradient['w'] ** 2)}
+
+    return devices.parallel(step, in_axes=(0, None), donate=(0,))
+
+
+def train(folder, device_step, *, total=9, stop_at=None, seconds=1000.0, written=None):
+    """Run the loop in `folder`; at step `stop_at` the process receives SIGTERM."""
+
+    def step(state, number):
+        if number == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return device_step(state, np.int32(number))
+
+    store = checkpoint.TrainingStore(folder)
+    try:
+        return loop.train(
+            step,
+            state_lib.create({'w': jnp.arange(5.0)}, OPTIMIZER),
+            total_steps=total,
+            store=store,
+            name='test',
+            write=lambda step, values: written is None or written.append((step, values['loss'])),
+            log_every_steps=2,
+            checkpoint_every_seconds=seconds,
+        )
+    finally:
+        store.close()
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(device_step, tmp_path_factory):
+    return train(tmp_path_factory.mktemp('whole'), device_step)
+
+
+@pytest.mark.parametrize('stop_at', [0, 3, 8])
+def test_a_stopped_run_goes_on_and_ends_the_same_bit_for_bit(
+    stop_at, uninterrupted, device_step, tmp_path
+):
+    with pytest.raises(loop.Interrupted, match='saved') as stopped:
+        train(tmp_path, device_step, stop_at=stop_at)
+    assert stopped.value.signal_number == signal.SIGTERM
+    final = train(tmp_path, device_step)
+    jax.tree.map(np.testing.assert_array_equal, final, uninterrupted)
+
+
+def test_a_finished_run_takes_no_step(uninterrupted, device_step, tmp_path):
+    train(tmp_path, device_step)
+    again = train(tmp_path, device_step, stop_at=0)
+    jax.tree.map(np.testing.assert_array_equal, again, uninterrupted)
+
+
+def test_checkpoints_at_every_step_change_nothing(uninterrupted, device_step, tmp_path):
+    final = train(tmp_path, device_step, seconds=0.0)
+    jax.tree.map(np.testing.assert_array_equal, final, uninterrupted)
+    assert len([p for p in tmp_path.iterdir() if p.name.isdigit()]) == 2
+
+
+def test_metrics_are_written_with_their_step(device_step, tmp_path):
+    written = []
+    train(tmp_path, device_step, written=written)
+    assert [step for step, _ in written] == [2, 4, 6, 8]
+    assert all(np.isfinite(loss) for _, loss in written)
+
+
+def test_signal_handlers_are_given_back(device_step, tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    train(tmp_path, device_step, total=2)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_nothing_recompiles_after_the_first_step_nor_after_a_restore(
+    device_step, tmp_path, compilations
+):
+    train(tmp_path, device_step, total=3)
+    counts = []
+
+    class Watch(list):
+        def append(self, item):
+            counts.append(compilations.count)
+
+    train(tmp_path, device_step, total=12, written=Watch())
+    assert len(counts) >= 4 and counts[0] == counts[-1]

@@ -1,0 +1,168 @@
+"""The two steps: independent of devices, padding and microbatches; noise once; DP-SGD as written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn import datasets
+
+from dpp_jax.data import augment
+from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.training import devices, state as state_lib, steps
+
+SGD = optax.sgd(1.0)
+
+
+@pytest.fixture(scope='module')
+def digits():
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
+    return images[:60], labels[:60].astype(np.int32)
+
+
+@pytest.fixture(scope='module')
+def params(tiny_model):
+    return tiny_model.init(jax.random.key(3))
+
+
+def dp_step(tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2):
+    return steps.make_dp_step(
+        tiny_model.example_loss(draws=draws, label_dropout=0.1),
+        optimizer,
+        GaussianMechanism('dp_sgd', sigma, 0.5, clip_norm, 'test'),
+        expected_batch_size=20.0,
+        microbatch=microbatch,
+        ema_decay=0.9,
+    )
+
+
+def take(step, params, digits, indices, *, number, microbatch, capacity=32, optimizer=SGD):
+    """One step from `params` on the first `number` devices; the update and the metrics."""
+    batch = steps.make_batch(*digits, np.asarray(indices), capacity)
+    state = devices.replicate(state_lib.create(params, optimizer))
+    used = steps.used_microbatches(len(indices), microbatch)
+    new, metrics = step(state, devices.deal(batch), used, jax.random.key(5))
+    new, metrics = devices.first(new), devices.first(metrics)
+    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), new.params, params), metrics, new
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.fixture(scope='module')
+def by_devices(tiny_model, params, digits):
+    """The same logical batch of 19 on 1, 2 and 8 devices with other microbatches and padding."""
+    updates = {}
+    for number, microbatch, capacity in ((1, 8, 24), (2, 4, 24), (8, 2, 48)):
+        with devices.limited_to(number):
+            step = dp_step(tiny_model, microbatch=microbatch)
+            updates[number] = take(
+                step, params, digits, range(3, 22),
+                number=number, microbatch=microbatch, capacity=capacity,
+            )
+    return updates
+
+
+def test_devices_microbatches_and_padding_do_not_change_the_update(by_devices):
+    one = flat(by_devices[1][0])
+    for number in (2, 8):
+        other = flat(by_devices[number][0])
+        assert np.linalg.norm(other - one) < 1e-5 * np.linalg.norm(one)
+        for name, value in by_devices[1][1].items():
+            np.testing.assert_allclose(by_devices[number][1][name], value, rtol=1e-4)
+    assert by_devices[8][1]['batch_size'] == 19
+
+
+def test_the_average_is_part_of_the_state(by_devices, params):
+    """First update: decay min(0.9, 2 / 11), as the PyTorch code warms it up."""
+    update, _, new = by_devices[1]
+    expected = jax.tree.map(lambda p, u: p + (1 - 2 / 11) * u, params, update)
+    np.testing.assert_allclose(flat(new.ema_params), flat(expected), rtol=1e-4, atol=1e-6)
+    assert new.step == 1
+
+
+@pytest.fixture(scope='module')
+def eight_device_step(tiny_model):
+    return dp_step(tiny_model, microbatch=2, sigma=3.0)
+
+
+def test_noise_is_added_once_with_the_stated_std_also_to_an_empty_batch(
+    eight_device_step, params, digits
+):
+    """Eight devices, nobody in the batch: the update is the noise alone, sigma C / expected size."""
+    update, metrics, _ = take(eight_device_step, params, digits, [], number=8, microbatch=2)
+    noise = flat(update)
+    assert metrics['batch_size'] == 0
+    std = 3.0 * 0.5 / 20.0
+    assert noise.std() == pytest.approx(std, rel=5 / np.sqrt(2 * len(noise)))
+    assert abs(noise.mean()) < 5 * std / np.sqrt(len(noise))
+
+
+def test_update_is_the_clipped_sum_plus_the_same_noise(
+    eight_device_step, tiny_model, params, digits
+):
+    """Against a plain loop over examples, with the noise taken from the empty batch."""
+    indices = np.arange(9)
+    update, metrics, _ = take(eight_device_step, params, digits, indices, number=8, microbatch=2)
+    noise, _, _ = take(eight_device_step, params, digits, [], number=8, microbatch=2)
+    loss = tiny_model.example_loss(draws=2, label_dropout=0.1)
+    _, draw_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
+    gradient = jax.jit(jax.grad(loss))
+    total, norms = 0.0, []
+    for position, i in enumerate(indices):
+        image = digits[0][i].astype(np.float32) / 127.5 - 1
+        key = jax.random.fold_in(draw_key, position)
+        g = flat(gradient(params, image, digits[1][i], key)).astype(np.float64)
+        norms.append(np.linalg.norm(g))
+        total = total + g * min(1, 0.5 / norms[-1])
+    expected = -total / 20.0
+    got = flat(update) - flat(noise)
+    assert np.linalg.norm(got - expected) < 1e-4 * np.linalg.norm(expected)
+    assert metrics['gradient_norm'] == pytest.approx(np.mean(norms), rel=1e-4)
+
+
+def test_batch_size_changes_recompile_nothing(
+    eight_device_step, params, digits, compilations
+):
+    state = devices.replicate(state_lib.create(params, SGD))
+    key = jax.random.key(1)
+
+    def run(state, n):
+        batch = devices.deal(steps.make_batch(*digits, np.arange(n), 32))
+        used = steps.used_microbatches(n, 2)
+        return eight_device_step(state, batch, used, key)[0]
+
+    state = run(run(state, 7), 3)
+    before = compilations.count
+    for n in (0, 1, 13, 32):
+        state = run(state, n)
+    jax.block_until_ready(state)
+    assert compilations.count == before
+
+
+def test_pretraining_is_the_gradient_of_the_mean_loss(tiny_model, params, digits):
+    loss = tiny_model.example_loss(draws=1, label_dropout=0.1)
+    plain = augment.make_augmentation('none')
+    updates = []
+    for number, capacity in ((1, 10), (8, 16)):
+        with devices.limited_to(number):
+            step = steps.make_pretrain_step(loss, SGD, augment=plain, ema_decay=0.9)
+            batch = devices.deal(steps.make_batch(*digits, np.arange(10), capacity))
+            state = devices.replicate(state_lib.create(params, SGD))
+            new, metrics = step(state, batch, jax.random.key(2))
+            updates.append(flat(devices.first(new).params) - flat(params))
+            assert np.isfinite(devices.first(metrics)['loss'])
+    assert np.linalg.norm(updates[1] - updates[0]) < 1e-5 * np.linalg.norm(updates[0])
+
+    def mean_loss(params):
+        step_key = jax.random.fold_in(jax.random.key(2), 0)
+        total = 0.0
+        for i in range(10):
+            _, key = jax.random.split(jax.random.fold_in(step_key, i))
+            total += loss(params, digits[0][i] / jnp.float32(127.5) - 1, digits[1][i], key)
+        return total / 10
+
+    expected = -flat(jax.grad(mean_loss)(params))
+    assert np.linalg.norm(updates[0] - expected) < 1e-4 * np.linalg.norm(expected)

@@ -95,7 +95,7 @@ def test_distance_of_singular_gaussians_with_no_common_direction():
         ((np.zeros(2), np.eye(2), np.zeros(3), np.eye(3)), 'mean_1 has 2 values and mean_2 has 3'),
         ((np.zeros(2), np.eye(3), np.zeros(2), np.eye(2)), 'cov_1 has shape'),
         ((np.zeros(2), np.eye(2), np.full(2, np.nan), np.eye(2)), 'mean_2 has values'),
-        ((np.zeros(2), np.eye(2) * np.inf, np.zeros(2), np.eye(2)), 'cov_1 has values'),
+        ((np.zeros(2), np.full((2, 2), np.inf), np.zeros(2), np.eye(2)), 'cov_1 has values'),
         ((np.zeros(2), np.array([[1, 1], [0, 1]]), np.zeros(2), np.eye(2)), 'symmetric'),
         ((np.zeros(2), np.eye(2), np.zeros(2), np.diag([1, -1])), 'eigenvalue -1'),
     ],

@@ -1,0 +1,146 @@
+"""Losses of one image: the weighted squared error of the denoised image, averaged over noise draws.
+
+Every kind is E_{σ, n} [ w(σ) |D(x + n; σ, y) - x|² ], n ~ N(0, σ²), with its own distribution of σ and
+weight w: EDM by Karras et al. 2022 (table 1), the others as Dockhorn et al. 2023 (DPDM, appendix) train
+them. Many draws per image ("noise multiplicity") lower the variance of its gradient at no privacy cost.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpp_jax.diffusion import denoiser as denoiser_lib
+
+P_MEAN, P_STD = -1.2, 1.2  # of ln σ; EDM
+VP_T_MIN = 1e-5  # smallest time of the VP process
+VE_SIGMAS = (0.02, 100.0)  # range of σ, spread evenly on a logarithmic scale
+V_LOG_SNR = (-15.0, 15.0)  # range of ln σ^-2 that bounds the time of the v loss
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseLevels:
+    """Distribution of σ and the weight of its error.
+
+    Attributes:
+        sample: (key, number of draws) → (draws,) σ.
+        weight: σ → w(σ).
+    """
+
+    sample: Callable[[jax.Array, int], jax.Array]
+    weight: Callable[[jax.Array], jax.Array]
+
+
+def edm_levels(
+    sigma_data: float = denoiser_lib.SIGMA_DATA, mean: float = P_MEAN, std: float = P_STD
+) -> NoiseLevels:
+    """ln σ ~ N(mean, std²), w = (σ² + σ_data²) / (σ σ_data)²."""
+    return NoiseLevels(
+        sample=lambda key, draws: jnp.exp(mean + std * jax.random.normal(key, (draws,))),
+        weight=lambda sigma: (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2,
+    )
+
+
+def vp_levels() -> NoiseLevels:
+    """σ = σ(t) of the VP process, t uniform, w = σ^-2."""
+    return NoiseLevels(
+        sample=lambda key, draws: denoiser_lib.vp_sigma(
+            jax.random.uniform(key, (draws,), minval=VP_T_MIN, maxval=1.0)
+        ),
+        weight=lambda sigma: sigma**-2,
+    )
+
+
+def ve_levels() -> NoiseLevels:
+    """ln σ uniform, w = σ^-2."""
+    low, high = np.log(VE_SIGMAS)
+    return NoiseLevels(
+        sample=lambda key, draws: jnp.exp(
+            jax.random.uniform(key, (draws,), minval=low, maxval=high)
+        ),
+        weight=lambda sigma: sigma**-2,
+    )
+
+
+def v_levels() -> NoiseLevels:
+    """σ = tan(π t / 2) with t uniform, so that (cos, sin) turns evenly; w = (1 + σ²) / σ²."""
+    low, high = (np.arctan(np.exp(-x / 2)) * 2 / np.pi for x in reversed(V_LOG_SNR))
+    return NoiseLevels(
+        sample=lambda key, draws: jnp.tan(
+            jax.random.uniform(key, (draws,), minval=low, maxval=high) * (np.pi / 2)
+        ),
+        weight=lambda sigma: 1 + sigma**-2,
+    )
+
+
+LEVELS = {'edm': edm_levels, 'vp': vp_levels, 've': ve_levels, 'v': v_levels}
+
+
+def weighted_error(
+    denoise: denoiser_lib.Denoise,
+    image: jax.Array,
+    labels: jax.Array,
+    sigma: jax.Array,
+    noise: jax.Array,
+    weight: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The loss with everything random given.
+
+    Args:
+        denoise: D.
+        image: (H, W, C) float32 in [-1, 1].
+        labels: (K,) int32, the label of each draw.
+        sigma: (K,) float32 > 0.
+        noise: (K, H, W, C) unit normal.
+        weight: w(σ).
+
+    Returns:
+        () float32, the mean over draws and pixels.
+    """
+    noisy = image + sigma[:, None, None, None] * noise
+    errors = jnp.square(denoise(noisy, sigma, labels) - image)
+    return jnp.mean(weight(sigma) * errors.mean((1, 2, 3)))
+
+
+def image_loss(
+    denoise: denoiser_lib.Denoise,
+    image: jax.Array,
+    label: jax.Array,
+    key: jax.Array,
+    *,
+    levels: NoiseLevels,
+    draws: int,
+    label_dropout: float,
+    no_class: int,
+) -> jax.Array:
+    """The loss of one image with `draws` draws of noise level, noise and label dropout.
+
+    Args:
+        denoise: D.
+        image: (H, W, C) float32 in [-1, 1].
+        label: () int32.
+        key: of all randomness.
+        levels: distribution of σ and the weight.
+        draws: K.
+        label_dropout: probability, per draw, of replacing the label by `no_class`.
+        no_class: the label that stands for "no class".
+
+    Returns:
+        () float32.
+    """
+    sigma_key, noise_key, label_key = jax.random.split(key, 3)
+    sigma = levels.sample(sigma_key, draws)
+    noise = jax.random.normal(noise_key, (draws,) + image.shape)
+    dropped = jax.random.bernoulli(label_key, label_dropout, (draws,))
+    labels = jnp.where(dropped, no_class, label)
+    return weighted_error(denoise, image, labels, sigma, noise, levels.weight)
+
+
+def make_loss(kind: str, **settings: float) -> Callable:
+    """`image_loss` of this kind: 'edm', 'vp', 've' or 'v'; `settings` are those of its levels."""
+    if kind not in LEVELS:
+        raise ValueError(f'loss is {kind!r}; it must be one of {sorted(LEVELS)}')
+    return functools.partial(image_loss, levels=LEVELS[kind](**settings))

@@ -1,0 +1,240 @@
+"""NCSN++ (Song et al. 2021, arXiv 2011.13456), class-conditional, as the PyTorch implementation has it.
+
+BigGAN residual blocks, average-pool down and nearest up, no FIR filters, positional embedding of the
+noise level, skip connections divided by √2. All parameters are float32; `dtype` is that of activations.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpp_jax.diffusion import conv
+
+_SKIP_SCALE = np.float32(2**-0.5)
+
+
+def ddpm_init(scale: float = 1.0):
+    """Uniform, scaled by the mean of fan-in and fan-out; scale 0 is replaced by 1e-10."""
+    return nn.initializers.variance_scaling(max(scale, 1e-10), 'fan_avg', 'uniform')
+
+
+class UNet(nn.Module):
+    """F(x, c_noise, label).
+
+    Attributes:
+        image_channels: C of the images.
+        classes: number of classes; label `classes` stands for "no class".
+        width: channels of the first level before its multiplier.
+        multipliers: channels per level, in units of `width`; each further level halves the image.
+        blocks: residual blocks per level.
+        attention_resolutions: image sizes, in pixels, at which blocks are followed by attention.
+        dtype: of activations and matrix products.
+    """
+
+    image_channels: int
+    classes: int
+    width: int = 32
+    multipliers: tuple[int, ...] = (2, 2)
+    blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (14,)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c_noise: jax.Array, label: jax.Array) -> jax.Array:
+        """Network output.
+
+        Args:
+            x: (n, H, W, C) float32, scaled noisy images.
+            c_noise: (n,) float32, the noise level as the denoiser encodes it.
+            label: (n,) int32 in [0, classes].
+
+        Returns:
+            (n, H, W, C) float32.
+
+        Raises:
+            ValueError: images of this size cannot be halved, or never have an attention size.
+        """
+        self._check(x.shape)
+        embedding = self._embed(c_noise, label)
+        channels = [self.width * m for m in self.multipliers]
+        last = len(channels) - 1
+
+        h = Conv3x3(self.width, dtype=self.dtype, name='conv_in')(x.astype(self.dtype))
+        skips = [h]
+        for level, features in enumerate(channels):
+            for i in range(self.blocks):
+                h = self._block(features, f'down_{level}_block_{i}')(h, embedding)
+                if h.shape[1] in self.attention_resolutions:
+                    h = Attention(dtype=self.dtype, name=f'down_{level}_attention_{i}')(h)
+                skips.append(h)
+            if level < last:
+                h = self._block(features, f'down_{level}_half', 'down')(h, embedding)
+                skips.append(h)
+
+        h = self._block(channels[-1], 'middle_block_0')(h, embedding)
+        h = Attention(dtype=self.dtype, name='middle_attention')(h)
+        h = self._block(channels[-1], 'middle_block_1')(h, embedding)
+
+        for level, features in reversed(list(enumerate(channels))):
+            for i in range(self.blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = self._block(features, f'up_{level}_block_{i}')(h, embedding)
+            if h.shape[1] in self.attention_resolutions:
+                h = Attention(dtype=self.dtype, name=f'up_{level}_attention')(h)
+            if level > 0:
+                h = self._block(features, f'up_{level}_double', 'up')(h, embedding)
+        assert not skips
+
+        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm_out')(h))
+        h = Conv3x3(self.image_channels, 0.0, dtype=self.dtype, name='conv_out')(h)
+        return h.astype(jnp.float32)
+
+    def _block(self, features: int, name: str, resample: str = ''):
+        """A residual block of this network."""
+        return ResidualBlock(features, resample, dtype=self.dtype, name=name)
+
+    def _embed(self, c_noise: jax.Array, label: jax.Array) -> jax.Array:
+        """(n,), (n,) → (n, 4 width): noise level and class in one vector."""
+        table = self.param(
+            'label_embedding', nn.initializers.normal(1.0), (self.classes + 1, self.width)
+        )
+        h = positional_embedding(c_noise, self.width) + jnp.asarray(table)[label]
+        h = Dense(4 * self.width, dtype=self.dtype, name='embed_0')(h.astype(self.dtype))
+        return Dense(4 * self.width, dtype=self.dtype, name='embed_1')(nn.silu(h))
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        """Sizes that the network cannot take."""
+        halvings = len(self.multipliers) - 1
+        height, width = shape[1:3]
+        if height % 2**halvings or width % 2**halvings:
+            raise ValueError(
+                f'image size is {height}x{width}; with multipliers {self.multipliers} it must be '
+                f'divisible by {2**halvings}'
+            )
+        sizes = [height // 2**level for level in range(halvings + 1)]
+        if not set(self.attention_resolutions) <= set(sizes):
+            raise ValueError(
+                f'attention_resolutions is {self.attention_resolutions}; it must be a selection of '
+                f'{sizes}, the sizes in the network'
+            )
+
+
+class ResidualBlock(nn.Module):
+    """BigGAN's residual block; `resample` is '', 'down' (average of 2x2) or 'up' (repeat)."""
+
+    features: int
+    resample: str = ''
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
+        """(n, H, W, C), (n, E) → (n, H', W', features)."""
+        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm_0')(x))
+        h, skip = _resample(h, self.resample), _resample(x, self.resample)
+        h = Conv3x3(self.features, dtype=self.dtype, name='conv_0')(h)
+        h += Dense(self.features, dtype=self.dtype, name='embed')(nn.silu(embedding))[:, None, None]
+        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm_1')(h))
+        h = Conv3x3(self.features, 0.0, dtype=self.dtype, name='conv_1')(h)
+        if self.resample or x.shape[-1] != self.features:
+            skip = Dense(self.features, dtype=self.dtype, name='skip')(skip)
+        return ((skip + h) * _SKIP_SCALE).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, one head."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(n, H, W, C) → the same."""
+        n, height, width, channels = x.shape
+        h = GroupNorm(dtype=self.dtype, name='norm')(x).reshape(n, height * width, channels)
+        query, key, value = (
+            Dense(channels, 0.1, dtype=self.dtype, name=name)(h)
+            for name in ('query', 'key', 'value')
+        )
+        scores = jnp.einsum('nqc,nkc->nqk', query, key) * channels**-0.5
+        weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
+        h = jnp.einsum('nqk,nkc->nqc', weights, value)
+        h = Dense(channels, 0.0, dtype=self.dtype, name='out')(h).reshape(x.shape)
+        return ((x + h) * _SKIP_SCALE).astype(self.dtype)
+
+
+class Conv3x3(nn.Module):
+    """3x3 convolution with bias, see `conv`."""
+
+    features: int
+    scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param('kernel', ddpm_init(self.scale), shape)
+        bias = self.param('bias', nn.initializers.zeros, (self.features,))
+        return conv.conv3x3(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+class Dense(nn.Module):
+    """Matrix product on the last axis, with bias; on images a 1x1 convolution."""
+
+    features: int
+    scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param('kernel', ddpm_init(self.scale), (x.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,))
+        return x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """min(C / 4, 32) groups of channels, eps 1e-6, statistics in float32."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(n, H, W, C) → the same."""
+        n, channels = x.shape[0], x.shape[-1]
+        groups = min(channels // 4, 32)
+        scale = self.param('scale', nn.initializers.ones, (channels,))
+        bias = self.param('bias', nn.initializers.zeros, (channels,))
+
+        def per_group(values):  # (n, C) → means of groups, spread over the channels again
+            means = values.reshape(n, groups, -1).mean(-1, keepdims=True)
+            return jnp.broadcast_to(means, (n, groups, channels // groups)).reshape(n, channels)
+
+        wide = x.astype(jnp.float32)
+        mean = per_group(wide.mean((1, 2)))
+        centred = wide - mean[:, None, None]
+        variance = per_group(jnp.square(centred).mean((1, 2)))
+        factor = scale * jax.lax.rsqrt(variance + 1e-6)
+        return (centred * factor[:, None, None] + bias).astype(self.dtype)
+
+
+def positional_embedding(values: jax.Array, features: int) -> jax.Array:
+    """(n,) → (n, features): sines, then cosines, of frequencies from 1 down to 1e-4 (DDPM)."""
+    half = features // 2
+    frequencies = np.exp(-np.log(10000) * np.arange(half) / (half - 1)).astype(np.float32)
+    angles = values[:, None] * frequencies
+    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, features % 2)))
+
+
+def _resample(x: jax.Array, how: str) -> jax.Array:
+    """Halve by the mean of 2x2 pixels, or double by repeating them."""
+    n, height, width, channels = x.shape
+    if how == 'down':
+        return x.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+    if how == 'up':
+        x = jnp.broadcast_to(
+            x[:, :, None, :, None], (n, height, 2, width, 2, channels)
+        )
+        return x.reshape(n, 2 * height, 2 * width, channels)
+    return x

@@ -1,0 +1,198 @@
+"""What Poisson-sampled Gaussian mechanisms spend, and how much noise a budget asks for.
+
+Every figure is computed by dp_accounting; this module builds its events, fixes its settings and
+checks its arguments. Neighbouring relation throughout: two sets of private examples are neighbours
+if one has exactly one example more (add or remove one).
+"""
+
+from collections.abc import Callable, Iterable
+import math
+import numbers
+
+import dp_accounting
+from dp_accounting import DpEvent
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+# Orders of the Rényi divergence. Every order gives a valid bound and the least one is taken, so the
+# choice decides how tight ε is, never whether it holds.
+#   - Fractions start at 2.5: the series for fractional orders (Mironov, Talwar, Zhang 2019, section
+#     3.3) converges too slowly below; dp_accounting then warns and leaves the order out. Large ε and
+#     small σ need the fractions (ε = 10 on MNIST: order 3.3; integers alone lose 1 %).
+#   - From 64 on only powers of two: the reference figures stop at 63, and small ε, which needs large
+#     orders, hardly depends on them.
+RDP_ORDERS = (
+    2.0,
+    *(tenths / 10 for tenths in range(25, 110)),
+    *(float(order) for order in range(11, 64)),
+    *(128.0, 256.0, 512.0, 1024.0),
+)
+# Relative accuracy of a calibrated noise multiplier, and where the search for it ends.
+_TOLERANCE = 1e-4
+_LEAST_NOISE = 2.0**-7
+_MOST_NOISE = 2.0**14
+
+
+def subsampled_gaussian(
+    noise_multiplier: float, sampling_probability: float, count: int
+) -> DpEvent:
+    """`count` releases of a Gaussian mechanism, each on a fresh Poisson sample.
+
+    Args:
+        noise_multiplier: σ = noise standard deviation / L2 sensitivity, finite and > 0.
+        sampling_probability: q in (0, 1], with which each example enters each sample,
+            independently of the others. q = 1 is the plain Gaussian mechanism.
+        count: how many releases, ≥ 1.
+
+    Raises:
+        ValueError: an argument is out of range. σ = 0 is refused: it gives no guarantee.
+    """
+    _require('noise_multiplier', noise_multiplier, _is_positive(noise_multiplier), 'finite and > 0')
+    _require(
+        'sampling_probability',
+        sampling_probability,
+        _is_positive(sampling_probability) and sampling_probability <= 1,
+        'in (0, 1]',
+    )
+    is_count = isinstance(count, numbers.Integral) and not isinstance(count, bool) and count >= 1
+    _require('count', count, is_count, 'a whole number, at least 1')
+    event = dp_accounting.GaussianDpEvent(float(noise_multiplier))
+    if sampling_probability < 1:
+        event = dp_accounting.PoissonSampledDpEvent(float(sampling_probability), event)
+    return dp_accounting.SelfComposedDpEvent(event, int(count))
+
+
+def compose(events: Iterable[DpEvent]) -> DpEvent:
+    """All `events` on the same private examples, one after the other. No events spend ε = 0."""
+    return dp_accounting.ComposedDpEvent(list(events))
+
+
+def epsilon(event: DpEvent, delta: float, accountant: str = 'rdp') -> float:
+    """ε that `event` spends at δ: an upper bound under add or remove one.
+
+    Args:
+        event: from `subsampled_gaussian` or `compose`.
+        delta: δ in (0, 1).
+        accountant: 'rdp' (Rényi divergences at `RDP_ORDERS`, as the paper) or 'pld' (privacy loss
+            distributions, rounded towards more loss; tighter and slower).
+
+    Raises:
+        ValueError: `delta` or `accountant` is out of range.
+    """
+    _check(delta, accountant)
+    return _spent(event, delta, accountant)
+
+
+def epsilon_and_order(event: DpEvent, delta: float) -> tuple[float, float]:
+    """ε by RDP as `epsilon` gives it, and the order of `RDP_ORDERS` that attains it.
+
+    The order says nothing where ε is 0.
+    """
+    _check(delta, 'rdp')
+    result, order = _make_accountant('rdp').compose(event).get_epsilon_and_optimal_order(delta)
+    return float(result), float(order)
+
+
+def calibrate(
+    make_event: Callable[[float], DpEvent],
+    epsilon: float,
+    delta: float,
+    accountant: str = 'rdp',
+) -> float:
+    """The least noise multiplier σ with which ε(make_event(σ)) stays within the budget.
+
+    Args:
+        make_event: everything that a run will do, given the σ that is free. ε must not rise with σ.
+        epsilon: the budget ε, finite and > 0.
+        delta: δ in (0, 1).
+        accountant: 'rdp' or 'pld'.
+
+    Returns:
+        σ, at most 1e-4 (relative) above the least one. ε(make_event(σ)) by the same accountant was
+        computed for the σ returned and does not exceed `epsilon`.
+
+    Raises:
+        ValueError: an argument is out of range, or no σ meets the budget because what does not
+            depend on σ (the query) exceeds it alone.
+    """
+    _require('epsilon', epsilon, _is_positive(epsilon), 'finite and > 0')
+    _check(delta, accountant)
+
+    def spent(sigma: float) -> float:
+        return _spent(make_event(sigma), delta, accountant)
+
+    start, factor = 1.0, 2.0
+    if accountant == 'pld':
+        # Distributions take memory in proportion to ε, so the search stays near RDP's answer,
+        # where ε is near the budget. PLD may meet a budget that RDP cannot: start with much noise.
+        factor = 1.25
+        try:
+            start = calibrate(make_event, epsilon, delta, 'rdp')
+        except ValueError:
+            start = _MOST_NOISE
+    lower, upper = _bracket(spent, epsilon, delta, start, factor)
+    sigma = dp_accounting.calibrate_dp_mechanism(
+        lambda: _make_accountant(accountant),
+        make_event,
+        epsilon,
+        delta,
+        dp_accounting.ExplicitBracketInterval(lower, upper),
+        tol=_TOLERANCE / 2 * lower,
+    )
+    # dp_accounting returns a σ within the budget; this holds even if a later version does not.
+    while spent(sigma) > epsilon:
+        sigma *= 1 + _TOLERANCE / 2
+    return float(sigma)
+
+
+def _bracket(
+    spent: Callable[[float], float], budget: float, delta: float, start: float, factor: float
+) -> tuple[float, float]:
+    """σ above the budget and σ within it, at most `factor` apart."""
+    upper = start
+    while (figure := spent(upper)) > budget:
+        if upper >= _MOST_NOISE:
+            raise ValueError(
+                f'the query alone spends ε = {figure:.4g} at δ = {delta:g}, the budget dp.epsilon '
+                f'is {budget:g} (computed with a noise multiplier of {upper:g} for everything else); '
+                'ask fewer queries, give them more noise, or raise the budget'
+            )
+        upper = min(upper * factor, _MOST_NOISE)
+    lower = upper / factor
+    while spent(lower) <= budget:
+        if lower <= _LEAST_NOISE:
+            raise ValueError(
+                f'epsilon is {budget:g}; it must be small enough to ask for a noise multiplier '
+                f'above {_LEAST_NOISE:g}'
+            )
+        lower, upper = lower / factor, lower
+    return lower, upper
+
+
+def _make_accountant(name: str) -> dp_accounting.PrivacyAccountant:
+    """An empty accountant for add or remove one."""
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    if name == 'rdp':
+        return RdpAccountant(RDP_ORDERS, relation)
+    return PLDAccountant(relation)
+
+
+def _spent(event: DpEvent, delta: float, accountant: str) -> float:
+    """`epsilon` without the checks."""
+    return float(_make_accountant(accountant).compose(event).get_epsilon(delta))
+
+
+def _is_positive(value: float) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value) and value > 0
+
+
+def _check(delta: float, accountant: str) -> None:
+    """Raise unless both are in range."""
+    _require('delta', delta, _is_positive(delta) and delta < 1, 'in (0, 1)')
+    _require('accountant', accountant, accountant in ('rdp', 'pld'), "'rdp' or 'pld'")
+
+
+def _require(name: str, value: object, is_good: bool, allowed: str) -> None:
+    """Raise a ValueError with name, value and range."""
+    if not is_good:
+        raise ValueError(f'{name} is {value!r}; it must be {allowed}')

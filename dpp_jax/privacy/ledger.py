@@ -1,0 +1,234 @@
+"""The record of every mechanism that ran on the private images: what ε is computed from.
+
+A text file, one JSON object per line, only ever appended to. `Ledger.append` returns after the line
+is on the disk; only then may the noisy value be used. So after a crash the ledger may name a release
+that nobody saw, and never misses one that somebody saw.
+
+What is counted once. A release is named by (mechanism, index, randomness). `randomness` names the
+secret keys that batch and noise are drawn from, so a step repeated after a crash draws the same batch
+and the same noise; computed from the same state it gives the same value again, which releases nothing
+new, and its entry is already here. A caller may reuse `randomness` only under that condition. Another
+`randomness` is another release and is counted.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+import dataclasses
+import json
+import logging
+import numbers
+import os
+from pathlib import Path
+
+from dp_accounting import DpEvent
+
+from dpp_jax.privacy import accounting
+
+_logger = logging.getLogger(__name__)
+# What the fields of an entry may be given as, by the type they are stored as.
+_KINDS = {
+    str: (str, 'a text, not empty'),
+    int: (numbers.Integral, 'a whole number'),
+    float: (numbers.Real, 'a number'),
+}
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One release of a Poisson-sampled Gaussian mechanism.
+
+    Attributes:
+        mechanism: which part of the run: 'central_query' or 'dp_sgd'.
+        index: which query or step, from 0.
+        noise_multiplier: σ = noise standard deviation / sensitivity, > 0.
+        sampling_probability: q of the Poisson sample, in (0, 1].
+        sensitivity: Δ > 0, the L2 bound on what one image adds to the sum that is released, before
+            any division. ε depends on σ alone; Δ says what the noise was measured against.
+        randomness: public, random name of the secret keys of sampling and noise.
+    """
+
+    mechanism: str
+    index: int
+    noise_multiplier: float
+    sampling_probability: float
+    sensitivity: float
+    randomness: str
+
+    def __post_init__(self):
+        """Check every field, and make numbers plain ones, so that equal entries are equal lines."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind, allowed = _KINDS[field.type]
+            if not isinstance(value, kind) or isinstance(value, bool) or value == '':
+                raise ValueError(f'{field.name} is {value!r}; it must be {allowed}')
+            object.__setattr__(self, field.name, field.type(value))
+        if self.index < 0:
+            raise ValueError(f'index is {self.index}; it must be at least 0')
+        if not 0 < self.sensitivity < float('inf'):
+            raise ValueError(f'sensitivity is {self.sensitivity}; it must be finite and > 0')
+        _ = self.event  # checks σ and q
+
+    @property
+    def event(self) -> DpEvent:
+        """What dp_accounting needs to know of this release."""
+        return accounting.subsampled_gaussian(self.noise_multiplier, self.sampling_probability, 1)
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """Entries with the same key are the same release."""
+        return self.mechanism, self.index, self.randomness
+
+
+class Ledger:
+    """The ledger in one file: read once when opened, then kept in memory and on the disk alike."""
+
+    def __init__(self, path: str | Path):
+        """Open the ledger, or create it with its folder, so that a bad place fails at once.
+
+        A last line that a crash cut short is removed: its `append` never returned, so its release
+        was never used. A last entry that lacks only its line end is kept.
+
+        Raises:
+            ValueError: any other line cannot be read; the message names file and line number.
+            OSError: the file cannot be read or created.
+        """
+        self.path = Path(path)
+        self._entries: dict[tuple[str, int, str], Entry] = {}
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            _sync_folder(self.path.parent)
+        content = self.path.read_bytes()
+        self._size = len(content)
+        *lines, tail = content.split(b'\n')
+        for number, line in enumerate(lines, start=1):
+            self._read(line, number)
+        if tail:
+            self._repair(tail, len(lines) + 1)
+
+    def append(self, entry: Entry) -> bool:
+        """Record `entry` before its release is used. It is on the disk when this returns.
+
+        Returns:
+            True if the entry was written, False if the identical one was there: the same release
+            once more.
+
+        Raises:
+            ValueError: the same release is there with other parameters.
+            OSError: the line could not be written (it is not recorded then, and the release must
+                not be used), or the file was changed by somebody else.
+        """
+        if not self._is_new(entry):
+            return False
+        line = json.dumps(dataclasses.asdict(entry), ensure_ascii=False, allow_nan=False) + '\n'
+        self._write(line.encode())
+        self._entries[entry.key] = entry
+        return True
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All releases, in the order in which they were recorded."""
+        return list(self._entries.values())
+
+    def count(self, mechanism: str) -> int:
+        """How many releases of `mechanism` there were."""
+        return sum(entry.mechanism == mechanism for entry in self._entries.values())
+
+    def event(self) -> DpEvent:
+        """Everything that ran, composed."""
+        return _composition(self._entries.values())
+
+    def by_mechanism(self) -> dict[str, DpEvent]:
+        """What ran of each mechanism, composed; mechanisms in the order of their first release."""
+        names = dict.fromkeys(entry.mechanism for entry in self._entries.values())
+        return {
+            name: _composition(e for e in self._entries.values() if e.mechanism == name)
+            for name in names
+        }
+
+    def epsilon(self, delta: float, accountant: str = 'rdp') -> float:
+        """ε of everything that ran, at δ (see `accounting.epsilon`)."""
+        return accounting.epsilon(self.event(), delta, accountant)
+
+    def _is_new(self, entry: Entry) -> bool:
+        """Whether the release is not recorded yet; raises if it is, with other parameters."""
+        known = self._entries.get(entry.key)
+        if known is not None and known != entry:
+            raise ValueError(
+                f'{self.path} holds {known}; {entry} would release something else from the same '
+                'randomness. Continue with the parameters recorded, or use fresh keys'
+            )
+        return known is None
+
+    def _read(self, line: bytes, number: int) -> None:
+        """Take one line of the file into memory."""
+        try:
+            fields = json.loads(line)
+            # A field that this version does not know might change what was released, and then the ε
+            # computed without it would be wrong. A version that adds a field gives it a default.
+            entry = Entry(**fields)
+            if self._is_new(entry):
+                self._entries[entry.key] = entry
+        except (ValueError, TypeError) as error:
+            names = ', '.join(field.name for field in dataclasses.fields(Entry))
+            raise ValueError(
+                f'line {number} of {self.path} is not a ledger entry ({error}); it must be a JSON '
+                f'object with {names}. Restore the file: no ε can be stated without it'
+            ) from error
+
+    def _repair(self, tail: bytes, number: int) -> None:
+        """Complete or remove a last line without its end."""
+        try:
+            # Only whole objects end in a brace and parse; anything shorter does not.
+            self._read(tail, number)
+        except ValueError:
+            if _is_object(tail):
+                raise
+            _logger.warning('Removed %d bytes of an unfinished entry from %s', len(tail), self.path)
+            with open(self.path, 'r+b') as file:
+                file.truncate(self._size - len(tail))
+                os.fsync(file.fileno())
+            self._size -= len(tail)
+        else:
+            self._write(b'\n')
+
+    def _write(self, data: bytes) -> None:
+        """Append to the file and wait for the disk; all of `data` or nothing."""
+        with open(self.path, 'r+b', buffering=0) as file:
+            if file.seek(0, os.SEEK_END) != self._size:
+                raise OSError(
+                    f'{self.path} has {file.tell()} bytes, this process knows {self._size}; '
+                    'another process changed it. Only one may run in a work directory'
+                )
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(f'{self.path}: the disk took only a part of an entry')
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(self._size)
+                raise
+        self._size += len(data)
+
+
+def _composition(entries: Iterable[Entry]) -> DpEvent:
+    """The entries composed. Equal (σ, q) are counted first: thousands of steps stay one event."""
+    counts = Counter((e.noise_multiplier, e.sampling_probability) for e in entries)
+    return accounting.compose(
+        accounting.subsampled_gaussian(sigma, q, count) for (sigma, q), count in counts.items()
+    )
+
+
+def _is_object(text: bytes) -> bool:
+    """Whether `text` is a whole JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until a new file's name is on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

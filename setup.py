@@ -31,6 +31,7 @@ setup(
         'pillow',
         'scikit-learn',
         'scipy',
+        'tensorboard',  # clu's summary writer imports it
         'tensorflow-datasets>=4.9.7',
         'tqdm',
         *_TENSORFLOW,

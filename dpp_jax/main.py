@@ -6,7 +6,7 @@ python -m dpp_jax.main --config=configs/mnist_28.py:1 --workdir=runs/mnist --sta
 from pathlib import Path
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -24,6 +24,8 @@ _STAGE = flags.DEFINE_enum(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unknown arguments {argv[1:]}; settings are written --config.name=value')
+    if not flags.FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.WARNING)  # orbax is talkative; --verbosity=0 shows it
     # Imported late: a typing error on the command line is answered at once.
     from dpp_jax import pipeline
     from dpp_jax.training import loop
@@ -34,8 +36,8 @@ def main(argv):
         print(f'\n{stopped}. The same command goes on from there.', file=sys.stderr)
         sys.exit(0 if stopped.signal_number == 15 else 130)
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        if flags.FLAGS.verbosity > 0:
-            raise
+        if flags.FLAGS['verbosity'].present:
+            raise  # with the traceback
         sys.exit(f'dpp-jax: {error}')
 
 

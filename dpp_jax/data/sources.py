@@ -22,6 +22,10 @@ _TFDS_BATCH = 4096  # images decoded by one call
 # The classic MNIST files: their beginnings in a folder, and the magic number of each type.
 _IDX_NAMES = {'train': 'train', 'test': 't10k'}
 _IDX_MAGIC = {'images-idx3': 0x00000803, 'labels-idx1': 0x00000801}
+_Summary = tuple[int, int, tuple[int, ...], int]  # train, test images; image shape; classes
+# What NumPy, gzip and zipfile raise for a file that is not whole.
+_DAMAGED = (ValueError, KeyError, TypeError, EOFError, zlib.error)
+_DAMAGED += (gzip.BadGzipFile, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +65,12 @@ class _Reader:
 
     Attributes:
         form: how the name is written, for error messages.
-        describe: (where, data_dir) → (train images, test images, image shape, classes).
+        describe: (where, data_dir) → what is known without reading a pixel.
         read: (where, split, data_dir) → images uint8 (N, H, W, C) or (N, H, W), labels (N,).
     """
 
     form: str
-    describe: Callable[[str, str], tuple[int, int, tuple[int, ...], int]]
+    describe: Callable[[str, str], _Summary]
     read: Callable[[str, str, str], tuple[np.ndarray, np.ndarray]]
 
 
@@ -83,9 +87,7 @@ def describe(source: str, *, data_dir: str = '') -> SourceInfo:
     """
     reader, where = _find(source)
     train, test, shape, classes = reader.describe(where, data_dir)
-    if len(shape) == 2:
-        shape = (*shape, 1)
-    return SourceInfo(source, int(train), int(test), tuple(int(n) for n in shape), int(classes))
+    return SourceInfo(source, train, test, shape if len(shape) == 3 else (*shape, 1), classes)
 
 
 def load(
@@ -138,13 +140,13 @@ def check_images(
     """
     if classes < 1:
         raise ValueError(f'classes is {classes}; it must be at least 1')
+    if images.size == 0:
+        raise ValueError(f'{name} is empty: its shape is {images.shape}; it must hold images')
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(
             f'the images of {name} are {images.dtype} of shape {images.shape}; they must be uint8 '
             'of shape (images, height, width, channels)'
         )
-    if images.size == 0:
-        raise ValueError(f'{name} is empty: its shape is {images.shape}; it must hold images')
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f'the labels of {name} are {labels.dtype} of shape {labels.shape}; they must be '
@@ -152,8 +154,8 @@ def check_images(
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f'the labels of {name} go from {labels.min()} to {labels.max()}; with {classes} classes '
-            f'they must lie in 0..{classes - 1}'
+            f'the labels of {name} go from {labels.min()} to {labels.max()}; they must lie in '
+            f'0..{classes - 1}, for {classes} classes'
         )
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0).tolist()
     if missing and every_class:
@@ -200,74 +202,59 @@ def _read_digits(where: str, split: str, data_dir: str) -> tuple[np.ndarray, np.
     return images[indices], digits.target[indices]
 
 
-def _describe_tfds(where: str, data_dir: str) -> tuple[int, int, tuple[int, ...], int]:
+def _describe_tfds(where: str, data_dir: str) -> _Summary:
     """From the files that describe a prepared set."""
-    builder = _tfds_builder(where, data_dir)
-    if not builder.is_prepared():
-        raise FileNotFoundError(
-            f'tfds:{where} is not prepared in {builder.data_path}. {_how_to_prepare(where, data_dir)}'
-        )
-    _check_tfds_splits(builder)
-    features = builder.info.features
-    sizes = [builder.info.splits[split].num_examples for split in SPLITS]
-    if None in features['image'].shape:
-        raise ValueError(
-            f'the images of tfds:{where} have the shape {features["image"].shape}; all must have '
-            'the same size'
-        )
-    return *sizes, features['image'].shape, features['label'].num_classes
+    info = _tfds_builder(where, data_dir, prepare=False).info
+    sizes = [info.splits[split].num_examples for split in SPLITS]
+    return *sizes, info.features['image'].shape, info.features['label'].num_classes
 
 
 def _read_tfds(where: str, split: str, data_dir: str) -> tuple[np.ndarray, np.ndarray]:
-    """Every image of a split, in the order of the files."""
-    builder = _tfds_builder(where, data_dir)
-    if not builder.is_prepared():
-        _prepare_tfds(builder, where, data_dir)
-    _check_tfds_splits(builder)
+    """Every image of a split, in the order of the files (array_record: without TensorFlow)."""
+    builder = _tfds_builder(where, data_dir, prepare=True)
     try:
         records = builder.as_data_source(split=split)
     except NotImplementedError as error:
         raise ValueError(
-            f'tfds:{where} in {builder.data_path} is not in the array_record format ({error}). '
-            f'Choose another data_dir. {_how_to_prepare(where, data_dir)}'
+            f'tfds:{where} in {builder.data_path} is not in the array_record format; choose '
+            f'another data_dir. {_how_to_prepare(where, data_dir)}'
         ) from error
     images, labels = [], []
     for start in range(0, len(records), _TFDS_BATCH):
         stop = min(start + _TFDS_BATCH, len(records))
-        for record in records.__getitems__(list(range(start, stop))):
-            images.append(record['image'])
-            labels.append(record['label'])
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise ValueError(
-            f'the images of tfds:{where} have {len(shapes)} shapes, such as {sorted(shapes)[:3]}; '
-            'all must have the same'
-        )
+        batch = records.__getitems__(list(range(start, stop)))
+        images += [record['image'] for record in batch]
+        labels += [record['label'] for record in batch]
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f'the images of tfds:{where} differ in shape; all must have the same')
     return np.array(images), np.array(labels, np.int64)
 
 
-def _tfds_builder(where: str, data_dir: str) -> Any:
-    """tensorflow-datasets' builder of a set, prepared or not."""
+def _tfds_builder(where: str, data_dir: str, *, prepare: bool) -> Any:
+    """tensorflow-datasets' builder of a prepared set with the features and splits that we need."""
     import tensorflow_datasets as tfds
 
     try:
-        return tfds.builder(where, data_dir=data_dir or None)
+        builder = tfds.builder(where, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(
             f"the data source is 'tfds:{where}'; tensorflow-datasets {tfds.__version__} knows no "
             f'such set and {data_dir or "its default folder"} holds none'
         ) from error
-
-
-def _check_tfds_splits(builder: Any) -> None:
-    """A set must have both splits, images and labels under their usual names."""
-    features = sorted(builder.info.features)
-    splits = sorted(builder.info.splits)
-    if not {'image', 'label'} <= set(features) or not set(SPLITS) <= set(splits):
+    if not builder.is_prepared():
+        if not prepare:
+            raise FileNotFoundError(
+                f'tfds:{where} is not prepared in {builder.data_path}. '
+                + _how_to_prepare(where, data_dir)
+            )
+        _prepare_tfds(builder, where, data_dir)
+    features, splits = set(builder.info.features), set(builder.info.splits)
+    if not {'image', 'label'} <= features or not set(SPLITS) <= splits:
         raise ValueError(
-            f'tfds:{builder.name} has the features {features} and the splits {splits}; it must have '
-            "the features 'image' and 'label' and the splits 'train' and 'test'"
+            f'tfds:{where} has the features {sorted(features)} and the splits {sorted(splits)}; it '
+            "must have the features 'image' and 'label' and the splits 'train' and 'test'"
         )
+    return builder
 
 
 def _prepare_tfds(builder: Any, where: str, data_dir: str) -> None:
@@ -276,8 +263,7 @@ def _prepare_tfds(builder: Any, where: str, data_dir: str) -> None:
     try:
         import tensorflow as tf
 
-        for kind in ('GPU', 'TPU'):
-            tf.config.set_visible_devices([], kind)
+        tf.config.set_visible_devices([], 'GPU')
         builder.download_and_prepare(file_format='array_record')
     except Exception as error:
         raise FileNotFoundError(
@@ -295,7 +281,7 @@ def _how_to_prepare(where: str, data_dir: str) -> str:
     )
 
 
-def _describe_idx(where: str, data_dir: str) -> tuple[int, int, tuple[int, ...], int]:
+def _describe_idx(where: str, data_dir: str) -> _Summary:
     """From the headers of the image files and the labels."""
     paths = (_idx_path(where, split, 'images-idx3') for split in SPLITS)
     shapes = [_idx_header(path, 'images-idx3') for path in paths]
@@ -319,13 +305,14 @@ def _idx_path(where: str, split: str, kind: str) -> Path:
 def _idx_header(path: Path, kind: str) -> tuple[int, ...]:
     """Sizes of all dimensions, the number of items first."""
     length = 4 * (2 if kind == 'labels-idx1' else 4)
-    header = np.frombuffer(_bytes(path, length), '>u4')
-    if len(header) * 4 < length or header[0] != _IDX_MAGIC[kind]:
+    header = _bytes(path, length)
+    magic = _IDX_MAGIC[kind]
+    if len(header) < length or int.from_bytes(header[:4]) != magic:
         raise ValueError(
-            f'{path} begins with {header[:1].tobytes().hex() or "nothing"}; an idx file of this name '
-            f'has a header of {length} bytes that begins with {_IDX_MAGIC[kind]:08x}'
+            f'{path} begins with {header[:4].hex() or "nothing"} and has {len(header)} of {length} '
+            f'bytes of header; an idx file of this name begins with {magic:08x}'
         )
-    return tuple(int(n) for n in header[1:])
+    return tuple(int.from_bytes(header[i : i + 4]) for i in range(4, length, 4))
 
 
 def _idx_array(where: str, split: str, kind: str) -> np.ndarray:
@@ -335,8 +322,8 @@ def _idx_array(where: str, split: str, kind: str) -> np.ndarray:
     content = np.frombuffer(_bytes(path), np.uint8)[4 * (1 + len(sizes)) :]
     if len(content) != math.prod(sizes):
         raise ValueError(
-            f'{path} has {len(content)} bytes after its header; for the sizes in it, {sizes}, it must '
-            f'have {math.prod(sizes)}'
+            f'{path} has {len(content)} bytes after its header; for the sizes in it, {sizes}, it '
+            f'must have {math.prod(sizes)}'
         )
     return content.reshape(sizes)
 
@@ -347,7 +334,7 @@ def _bytes(path: Path, length: int = -1) -> bytes:
         return file.read(length)
 
 
-def _describe_npz(where: str, data_dir: str) -> tuple[int, int, tuple[int, ...], int]:
+def _describe_npz(where: str, data_dir: str) -> _Summary:
     """From the headers of the image arrays and the labels."""
     shapes = [_npz_shape(_npz_path(where, split)) for split in SPLITS]
     return _summary(f'npz:{where}', shapes, _npz_array(_npz_path(where, 'train'), 'labels'))
@@ -364,8 +351,7 @@ def _npz_path(where: str, split: str) -> Path:
     path = Path(where).expanduser() / f'{split}.npz'
     if not path.is_file():
         raise FileNotFoundError(
-            f'npz:{where} needs the file {path}; it is not there. A set is the two files '
-            'train.npz and test.npz, each with the arrays images and labels'
+            f'npz:{where} needs {path}, with the arrays images and labels; it is not there'
         )
     return path
 
@@ -389,26 +375,20 @@ def _reading(path: Path) -> Iterator[None]:
     """Errors of a damaged file become one that names it."""
     try:
         yield
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-            raise  # missing, or not allowed: Python's message says so
-        raise ValueError(
-            f'{path} cannot be read ({error}); it must be a whole file of its kind, an npz file '
-            'with the arrays images and labels'
-        ) from error
+    except _DAMAGED as error:
+        allowed = 'a whole gzip file, or npz file with the arrays images and labels'
+        raise ValueError(f'{path} cannot be read ({error}); it must be {allowed}') from error
 
 
-def _summary(
-    name: str, shapes: list[tuple[int, ...]], labels: np.ndarray
-) -> tuple[int, int, tuple[int, ...], int]:
-    """A reader's description, from the shapes of train and test images and the train labels."""
+def _summary(name: str, shapes: list[tuple[int, ...]], labels: np.ndarray) -> _Summary:
+    """A reader's answer, from the shapes of train and test images and the train labels."""
     (train, *shape), (test, *test_shape) = shapes
     if shape != test_shape or len(shape) not in (2, 3):
         raise ValueError(
             f'the images of {name} have the shapes {shapes[0]} in train and {shapes[1]} in test; '
             'both must be (images, height, width) or (images, height, width, channels), of one size'
         )
-    return train, test, tuple(shape), int(labels.max(initial=-1)) + 1
+    return train, test, tuple(shape), int(labels.max()) + 1 if labels.size else 0
 
 
 _READERS = {

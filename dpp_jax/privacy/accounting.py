@@ -14,13 +14,13 @@ from dp_accounting import DpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-# Orders of the Rényi divergence. Every order gives a valid bound and the least one is taken, so the
+# Orders of the Rényi divergence. Every order gives a valid bound and the least bound is taken: the
 # choice decides how tight ε is, never whether it holds.
-#   - Fractions start at 2.5: the series for fractional orders (Mironov, Talwar, Zhang 2019, section
-#     3.3) converges too slowly below; dp_accounting then warns and leaves the order out. Large ε and
-#     small σ need the fractions (ε = 10 on MNIST: order 3.3; integers alone lose 1 %).
-#   - From 64 on only powers of two: the reference figures stop at 63, and small ε, which needs large
-#     orders, hardly depends on them.
+#   - Fractions start at 2.5. Below, the series for fractional orders (Mironov, Talwar, Zhang 2019,
+#     section 3.3) often converges too slowly; dp_accounting then warns and leaves the order out.
+#     Large ε needs the rest (MNIST at ε = 10 attains it at 3.3; integers alone lose 1 %).
+#   - Integers up to 63 are those of the reference figures, which a finer choice beyond 63 would
+#     undercut (the query of Camelyon by 0.2 %). The powers of two serve ε far below 1.
 RDP_ORDERS = (
     2.0,
     *(tenths / 10 for tenths in range(25, 110)),
@@ -154,8 +154,8 @@ def _bracket(
         if upper >= _MOST_NOISE:
             raise ValueError(
                 f'the query alone spends ε = {figure:.4g} at δ = {delta:g}, the budget dp.epsilon '
-                f'is {budget:g} (computed with a noise multiplier of {upper:g} for everything else); '
-                'ask fewer queries, give them more noise, or raise the budget'
+                f'is {budget:g} (a noise multiplier of {upper:g} for everything else is not '
+                'enough); ask fewer queries, give them more noise, or raise the budget'
             )
         upper = min(upper * factor, _MOST_NOISE)
     lower = upper / factor

@@ -1,13 +1,14 @@
 """The record of every mechanism that ran on the private images: what ε is computed from.
 
-A text file, one JSON object per line, only ever appended to. `Ledger.append` returns after the line
-is on the disk; only then may the noisy value be used. So after a crash the ledger may name a release
-that nobody saw, and never misses one that somebody saw.
+A text file, one JSON object per line, only ever appended to. `Ledger.append` returns after the
+line is on the disk; only then may the noisy value be used. So after a crash the ledger may name a
+release that nobody saw, and never misses one that somebody saw.
 
 What is counted once. A release is named by (mechanism, index, randomness). `randomness` names the
-secret keys that batch and noise are drawn from, so a step repeated after a crash draws the same batch
-and the same noise; computed from the same state it gives the same value again, which releases nothing
-new, and its entry is already here. A caller may reuse `randomness` only under that condition. Another
+secret keys that batch and noise are drawn from: a step repeated after a crash draws the same batch
+and the same noise. Computed from the same state it gives the same value again, which releases
+nothing new, and its entry is already here. A caller may reuse `randomness` only under that
+condition: the same noise on two different sums would cancel in their difference. Another
 `randomness` is another release and is counted.
 """
 

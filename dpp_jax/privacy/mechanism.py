@@ -141,7 +141,7 @@ def clipped_gradient_sum(
     if size % microbatch:
         raise ValueError(f'{size} examples are not divisible by microbatch {microbatch}')
     chunks = jax.tree.map(
-        lambda leaf: leaf.reshape((size // microbatch, microbatch) + leaf.shape[1:]),
+        lambda leaf: jnp.asarray(leaf).reshape((size // microbatch, microbatch) + leaf.shape[1:]),
         (examples, mask),
     )
     per_example = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))

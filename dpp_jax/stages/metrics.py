@@ -18,6 +18,7 @@ def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
         yield lambda step, values: None
         return
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # silences its notice
     # TensorFlow takes seconds to import and would claim the accelerators' memory.
     import tensorflow as tf
 

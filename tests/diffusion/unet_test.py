@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpp_jax.diffusion import unet
+
+
+def make(size=8, **settings):
+    network = unet.UNet(1, 3, 8, **{'multipliers': (1, 2), 'blocks': 1, 'attention_resolutions': (4,), **settings})
+    x = jax.random.normal(jax.random.key(0), (2, size, size, 1))
+    arguments = (x, jnp.array([-1.0, 0.5]), jnp.array([1, 3]))
+    return network, arguments
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    network, arguments = make()
+    return network, arguments, jax.jit(network.init)(jax.random.key(1), *arguments)
+
+
+def test_fresh_network_is_almost_zero(tiny):
+    """The last convolution starts at 1e-10 times its usual scale, as in DDPM."""
+    network, arguments, variables = tiny
+    output = jax.jit(network.apply)(variables, *arguments)
+    assert output.shape == arguments[0].shape and output.dtype == jnp.float32
+    assert 0 < np.abs(output).max() < 1e-3
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def perturbed(variables):
+    leaves, structure = jax.tree.flatten(variables)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(
+        structure, [leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    )
+
+
+def test_images_do_not_see_each_other_and_label_and_noise_matter(tiny):
+    network, (x, c_noise, label), variables = tiny
+    apply = jax.jit(network.apply)
+    variables = perturbed(variables)
+    both = apply(variables, x, c_noise, label)
+    other = apply(variables, x.at[1].set(9.0), c_noise, label)
+    np.testing.assert_allclose(other[0], both[0], rtol=1e-5, atol=1e-6)
+    for change in ((x, c_noise + 0.5, label), (x, c_noise, label - 1)):
+        assert np.abs(apply(variables, *change) - both).max() > 1e-3
+
+
+def test_bfloat16_activations_stay_near_float32(tiny):
+    network, arguments, variables = tiny
+    variables = perturbed(variables)
+    half = make(dtype=jnp.bfloat16)[0]
+    exact = network.apply(variables, *arguments)
+    rounded = half.apply(variables, *arguments)
+    assert rounded.dtype == jnp.float32
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize(
+    'size, settings, text',
+    [
+        (7, {}, 'image size is 7x7.*divisible by 2'),
+        (10, {'multipliers': (1, 1, 1)}, 'image size is 10x10.*divisible by 4'),
+        (8, {'attention_resolutions': (5,)}, r'attention_resolutions is \(5,\).*\[8, 4\]'),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(size, settings, text):
+    network, arguments = make(size, **settings)
+    with pytest.raises(ValueError, match=text):
+        jax.eval_shape(network.init, jax.random.key(0), *arguments)
+
+
+def test_group_norm_normalises_each_group():
+    x = 5 + 3 * jax.random.normal(jax.random.key(0), (2, 6, 6, 16))
+    norm = unet.GroupNorm()
+    y = norm.apply(norm.init(jax.random.key(0), x), x)
+    groups = np.asarray(y).reshape(2, 36, 4, 4)
+    np.testing.assert_allclose(groups.mean((1, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(groups.std((1, 3)), 1, atol=1e-4)

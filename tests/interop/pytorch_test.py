@@ -1,0 +1,247 @@
+"""Agreement with the PyTorch implementation, array by array, with its weights mapped to ours.
+
+Run with -s to see the errors. The tests skip where the reference vectors are not at hand.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpp_jax.diffusion import denoiser, loss, sampler, unet
+from dpp_jax.interop import pytorch
+from dpp_jax.privacy import mechanism
+
+GOLDEN = Path(__file__).resolve().parents[3] / 'shared' / 'golden'
+# name of the file: image channels, classes, size, attention at
+FILES = {'mnist_28_nf16': (1, 10, 28, 14), 'rgb_32_nf16': (3, 2, 32, 16)}
+
+
+@dataclasses.dataclass
+class Golden:
+    """A reference file in our layout, and our network with its weights."""
+
+    data: dict
+    architecture: pytorch.Architecture
+    network: unet.UNet
+    params: dict
+    classes: int
+
+    def apply(self, x, c_noise, label):
+        return self.network.apply({'params': self.params}, x, c_noise, label)
+
+    def __getitem__(self, key):
+        """Images as NHWC, the rest as it is."""
+        array = self.data[key]
+        return np.moveaxis(array, -3, -1) if array.ndim >= 4 else array
+
+
+def make_golden(name):
+    path = GOLDEN / f'{name}.npz'
+    if not path.exists():
+        pytest.skip('the reference vectors are not on this machine')
+    channels, classes, size, attention = FILES[name]
+    architecture = pytorch.Architecture(size, (2, 2), 2, (attention,), width=16)
+    with np.load(path) as file:
+        data = {key: file[key] for key in file}
+    named = {key: array for key, array in data.items() if key.startswith('param/')}
+    params = pytorch.params_from_pytorch(named, architecture)
+    network = unet.UNet(channels, classes, 16, (2, 2), 2, (attention,))
+    return Golden(data, architecture, network, params, classes)
+
+
+@pytest.fixture(scope='module', params=FILES)
+def golden(request):
+    return make_golden(request.param)
+
+
+def check(name, got, expected, tolerance):
+    error = np.linalg.norm(np.float64(got) - expected) / np.linalg.norm(expected)
+    print(f'{name}: relative error {error:.1e}')
+    assert error < tolerance
+
+
+def test_network(golden):
+    output = jax.jit(golden.apply)(golden['net_in_x'], golden['net_in_t'], golden['y'])
+    check('net_out', output, golden['net_out'], 1e-4)
+
+
+@pytest.mark.parametrize(
+    'kind, name', [('edm', 'D_edm'), ('vp', 'D_vpsde'), ('ve', 'D_vesde'), ('v', 'D_v')]
+)
+def test_denoisers(golden, kind, name):
+    denoise = jax.jit(denoiser.make_denoiser(kind, golden.apply))
+    check(name, denoise(golden['noisy'], golden['sigma'], golden['y']), golden[name], 1e-4)
+
+
+SIGMAS = sampler.sigma_steps(8)
+
+
+def test_ddim(golden):
+    denoise = denoiser.make_denoiser('edm', golden.apply)
+    for name, guidance in (('ddim_8', 0.0), ('ddim_8_cfg1.5', 1.5)):
+        images = jax.jit(
+            lambda z, y: sampler.ddim(
+                denoise, z, y, sigmas=SIGMAS, guidance=guidance, no_class=golden.classes
+            )
+        )(golden['z'], golden['y_sample'])
+        check(name, images, golden[name], 1e-3)
+
+
+def test_heun(golden):
+    denoise = denoiser.make_denoiser('edm', golden.apply)
+    settings = {'sigmas': SIGMAS, 'no_class': golden.classes}
+    images = jax.jit(lambda z, y: sampler.heun(denoise, z, y, **settings))(
+        golden['z'], golden['y_sample']
+    )
+    check('edm_heun_8', images, golden['edm_heun_8'], 1e-3)
+    # The reference drew noise only in the steps with churn: σ in [0.05, 50].
+    drawn = jnp.asarray(golden['edm_churn_8_noise'])
+    row = jnp.asarray(np.cumsum((SIGMAS >= 0.05) & (SIGMAS <= 50)) - 1)
+    churn = {'s_churn': 4.0, 's_min': 0.05, 's_max': 50.0}
+    images = jax.jit(
+        lambda z, y: sampler.heun(denoise, z, y, noise=lambda i: drawn[row[i]], **churn, **settings)
+    )(golden['z'], golden['y_sample'])
+    check('edm_churn_8', images, golden['edm_churn_8'], 1e-3)
+
+
+def test_dp_gradient(golden):
+    """Losses, norms, and the sum of clipped per-example gradients of the privacy code."""
+    levels = loss.edm_levels()
+
+    def example_loss(params, example):
+        apply = lambda x, c, y: golden.network.apply({'params': params}, x, c, y)
+        sigma = jnp.exp(loss.P_MEAN + loss.P_STD * example['normal'])
+        labels = jnp.broadcast_to(example['label'], sigma.shape)
+        return loss.weighted_error(
+            denoiser.make_denoiser('edm', apply),
+            example['image'],
+            labels,
+            sigma,
+            example['noise'],
+            levels.weight,
+        )
+
+    examples = {
+        'image': golden['dp_x'],
+        'label': golden['dp_y'].astype(np.int32),
+        'normal': golden['dp_log_sigma_normal'],
+        'noise': golden['dp_noise'],
+    }
+
+    @jax.jit
+    def everything(params):
+        losses, gradients = jax.vmap(jax.value_and_grad(example_loss), (None, 0))(params, examples)
+        clip_norm = float(golden['dp_clip'])
+        total, norms = mechanism.clipped_sum(gradients, jnp.ones(5, bool), clip_norm)
+        return losses, norms, total
+
+    losses, norms, total = everything(golden.params)
+    check('dp_loss', losses, golden['dp_loss'], 1e-4)
+    check('dp_norms', norms, golden['dp_norms'], 1e-3)
+    ours = pytorch.params_to_pytorch(total, golden.architecture)
+    names = [key for key in golden.data if key.startswith('clipped_sum/')]
+    assert len(names) == len(ours)
+    expected = np.concatenate([golden.data[name].ravel() for name in names])
+    got = np.concatenate([ours[name[name.index('model.') :]].ravel() for name in names])
+    check('clipped_sum', got, expected, 1e-3)
+    assert not np.allclose(norms, np.minimum(norms, golden['dp_clip']))  # clipping did something
+
+
+def test_names_and_order_are_those_of_the_file(golden):
+    names = [key.removeprefix('param/') for key in golden.data if key.startswith('param/')]
+    back = pytorch.params_to_pytorch(golden.params, golden.architecture)
+    assert list(back) == names
+    for name in names:
+        np.testing.assert_array_equal(back[name], golden.data[f'param/{name}'])
+
+
+@pytest.fixture(scope='module')
+def checkpoint():
+    """The .pth file of the PyTorch code, read; with its network."""
+    pytest.importorskip('torch')
+    golden = make_golden('mnist_28_nf16')
+    return golden, pytorch.read_checkpoint(GOLDEN / 'mnist_28_nf16.pth', golden.architecture)
+
+
+def test_checkpoint_of_the_pytorch_code(checkpoint):
+    golden, saved = checkpoint
+    with np.load(GOLDEN / 'mnist_28_nf16_pth_outputs.npz') as file:
+        outputs = {key: file[key] for key in file}
+    noisy = np.moveaxis(outputs['noisy'], 1, -1)
+
+    @jax.jit
+    def denoised(params):
+        apply = lambda x, c, y: golden.network.apply({'params': params}, x, c, y)
+        return denoiser.make_denoiser('edm', apply)(noisy, outputs['sigma'], outputs['y'])
+
+    for params, name in (('params', 'out_model'), ('ema_params', 'out_ema')):
+        check(name, denoised(saved[params]), np.moveaxis(outputs[name], 1, -1), 1e-4)
+    assert saved['step'] == 3
+
+
+# From here on: networks made here, so that the tests run everywhere.
+SHAPES = [
+    (pytorch.Architecture(8, (1, 2, 2), 1, (4,), width=8), 3),
+    (pytorch.Architecture(8, (2, 1), 2, (8, 4), width=8), 1),
+    (pytorch.Architecture(8, (1,), 1, (), width=8), 1),
+]
+
+
+def fresh(architecture, channels, seed=0):
+    network = unet.UNet(
+        channels,
+        4,
+        architecture.width,
+        architecture.multipliers,
+        architecture.blocks,
+        architecture.attention_resolutions,
+    )
+    size = architecture.image_size
+    shapes = jax.eval_shape(
+        network.init,
+        jax.random.key(0),
+        jnp.zeros((1, size, size, channels)),
+        jnp.zeros(1),
+        jnp.zeros(1, jnp.int32),
+    )['params']
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize('architecture, channels', SHAPES, ids=str)
+def test_mapping_covers_every_parameter_of_any_architecture_and_back(architecture, channels):
+    params = fresh(architecture, channels)
+    back = pytorch.params_from_pytorch(pytorch.params_to_pytorch(params, architecture), architecture)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_written_checkpoint_reads_back_equal(tmp_path):
+    torch = pytest.importorskip('torch')
+    architecture, channels = SHAPES[0]
+    params, average = fresh(architecture, channels), fresh(architecture, channels, seed=1)
+    path = tmp_path / 'model.pth'
+    pytorch.write_checkpoint(
+        path, params=params, ema_params=average, step=7, architecture=architecture
+    )
+    saved = pytorch.read_checkpoint(path, architecture)
+    jax.tree.map(np.testing.assert_array_equal, saved['params'], params)
+    jax.tree.map(np.testing.assert_array_equal, saved['ema_params'], average)
+    assert saved['step'] == 7
+    raw = torch.load(path, weights_only=True)
+    assert all(name.startswith('module.model.all_modules.') for name in raw['model'])
+    assert set(raw['ema']) == {'decay', 'num_updates', 'shadow_params'}
+    assert len(raw['optimizer']['param_groups'][0]['params']) == len(raw['model'])
+
+
+def test_parameters_of_another_network_are_refused():
+    architecture, channels = SHAPES[0]
+    named = pytorch.params_to_pytorch(fresh(architecture, channels), architecture)
+    with pytest.raises(ValueError, match='missing .*unexpected none'):
+        pytorch.params_from_pytorch(dict(list(named.items())[:-1]), architecture)
+    with pytest.raises(ValueError, match='missing none, unexpected'):
+        pytorch.params_from_pytorch({**named, 'model.all_modules.99.bias': np.ones(2)}, architecture)

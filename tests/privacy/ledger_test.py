@@ -1,0 +1,240 @@
+"""The ledger: what ran is counted, once, and nothing that was written is lost."""
+
+import dataclasses
+import errno
+import json
+import os
+import time
+
+import pytest
+
+from dpp_jax.privacy import accounting
+from dpp_jax.privacy.ledger import Entry, Ledger
+
+QUERY = Entry('central_query', 0, 4.0, 1.0, 8.0, 'a1')
+STEP = Entry('dp_sgd', 0, 1.1, 1 / 6, 1.0, 'b2')
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'run' / 'release' / 'ledger.jsonl'
+
+
+def steps(count, entry=STEP):
+    return [dataclasses.replace(entry, index=index) for index in range(count)]
+
+
+def filled(path, entries=(QUERY, STEP)):
+    ledger = Ledger(path)
+    for entry in entries:
+        assert ledger.append(entry)
+    return ledger
+
+
+def lines(entries):
+    return ''.join(json.dumps(dataclasses.asdict(entry)) + '\n' for entry in entries)
+
+
+def test_total_is_that_of_what_ran(path):
+    queries = [dataclasses.replace(QUERY, index=index) for index in range(2)]
+    ledger = filled(path, queries + steps(12))
+    expected = [
+        accounting.subsampled_gaussian(4.0, 1.0, 2),
+        accounting.subsampled_gaussian(1.1, 1 / 6, 12),
+    ]
+    for book in (ledger, Ledger(path)):
+        for accountant in ('rdp', 'pld'):
+            total = accounting.epsilon(accounting.compose(expected), 1e-4, accountant)
+            assert book.epsilon(1e-4, accountant) == pytest.approx(total, rel=1e-9)
+        assert [book.count(name) for name in ('central_query', 'dp_sgd', 'other')] == [2, 12, 0]
+        parts = book.by_mechanism()
+        assert list(parts) == ['central_query', 'dp_sgd']
+        for part, event in zip(parts.values(), expected):
+            assert accounting.epsilon(part, 1e-4) == pytest.approx(accounting.epsilon(event, 1e-4))
+
+
+def test_nothing_ran(path):
+    ledger = Ledger(path)
+    assert path.read_bytes() == b''
+    assert ledger.entries == [] and ledger.by_mechanism() == {} and ledger.epsilon(1e-5) == 0
+
+
+def test_mixed_parameters_are_all_counted(path):
+    other = dataclasses.replace(STEP, index=7, noise_multiplier=0.9)
+    ledger = filled(path, [*steps(3), other])
+    expected = accounting.compose(
+        [
+            accounting.subsampled_gaussian(1.1, 1 / 6, 3),
+            accounting.subsampled_gaussian(0.9, 1 / 6, 1),
+        ]
+    )
+    assert ledger.epsilon(1e-5) == pytest.approx(accounting.epsilon(expected, 1e-5))
+
+
+def test_the_same_release_counts_once(path):
+    ledger = filled(path)
+    content = path.read_bytes()
+    for book in (ledger, Ledger(path)):
+        assert book.append(dataclasses.replace(STEP)) is False
+        assert path.read_bytes() == content
+        assert book.entries == [QUERY, STEP]
+
+
+def test_other_randomness_is_another_release(path):
+    ledger = filled(path)
+    before = ledger.epsilon(1e-5)
+    assert ledger.append(dataclasses.replace(STEP, randomness='c3')) is True
+    assert ledger.count('dp_sgd') == 2
+    assert ledger.epsilon(1e-5) > before
+
+
+@pytest.mark.parametrize('name', ['noise_multiplier', 'sampling_probability', 'sensitivity'])
+def test_the_same_randomness_with_other_parameters_is_refused(path, name):
+    ledger = filled(path)
+    content = path.read_bytes()
+    changed = dataclasses.replace(STEP, **{name: 0.99 * getattr(STEP, name)})
+    with pytest.raises(ValueError, match='would release something else from the same randomness'):
+        ledger.append(changed)
+    assert path.read_bytes() == content
+    path.write_text(lines([STEP, changed]))
+    with pytest.raises(ValueError, match='line 2 of .*something else'):
+        Ledger(path)
+
+
+def test_numbers_survive_exactly(path):
+    entry = Entry('dp_sgd', 3, 0.1 + 0.2, 1 / 3, 2**0.5, 'ü')
+    filled(path, [entry])
+    (read,) = Ledger(path).entries
+    assert read == entry
+    assert Ledger(path).append(entry) is False
+
+
+def test_the_line_is_on_the_disk_before_append_returns(path, monkeypatch):
+    ledger = Ledger(path)
+    seen = []
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: seen.append(path.read_text()))
+    ledger.append(STEP)
+    assert seen == [lines([STEP])] == [path.read_text()]
+
+
+@pytest.mark.parametrize('kept', range(0, len(lines([STEP]))))
+def test_a_crash_at_any_byte_of_a_write_leaves_a_ledger_that_goes_on(path, kept):
+    """Only the entry in the making is lost, and only if it is not whole."""
+    filled(path, [QUERY])
+    whole = lines([QUERY])
+    torn = lines([STEP])[:kept]
+    path.write_text(whole + torn)
+    ledger = Ledger(path)
+    if kept == len(lines([STEP])) - 1:  # all but the line end
+        assert ledger.entries == [QUERY, STEP]
+        assert path.read_text() == whole + torn + '\n'
+    else:
+        assert ledger.entries == [QUERY]
+        assert path.read_text() == whole
+    ledger.append(STEP)
+    assert path.read_text() == whole + lines([STEP])
+    assert Ledger(path).entries == [QUERY, STEP]
+
+
+def test_a_tail_of_zeros_is_removed(path, caplog):
+    """What some file systems leave after a power failure."""
+    path.parent.mkdir(parents=True)
+    path.write_bytes(lines([QUERY]).encode() + bytes(50))
+    assert Ledger(path).entries == [QUERY]
+    assert path.read_text() == lines([QUERY])
+    assert 'Removed 50 bytes' in caplog.text
+
+
+GOOD = json.loads(lines([STEP]))
+
+
+@pytest.mark.parametrize(
+    ('bad', 'text'),
+    [
+        ('{"mechanism": "dp_s', 'not a ledger entry'),
+        ('', 'not a ledger entry'),
+        ('[1]', 'not a ledger entry'),
+        ('\0\0', 'not a ledger entry'),
+        (json.dumps({k: v for k, v in GOOD.items() if k != 'index'}), 'index'),
+        (json.dumps(GOOD | {'shape': 3}), 'shape'),
+        (json.dumps(GOOD | {'noise_multiplier': 0}), 'noise_multiplier is 0'),
+        (json.dumps(GOOD | {'noise_multiplier': float('nan')}), 'noise_multiplier is nan'),
+        (json.dumps(GOOD | {'sampling_probability': '0.1'}), 'sampling_probability is'),
+    ],
+)
+def test_any_other_unreadable_line_is_an_error_with_its_number(path, bad, text):
+    path.parent.mkdir(parents=True)
+    content = lines([QUERY]) + bad + '\n' + lines([STEP])
+    path.write_text(content)
+    with pytest.raises(ValueError, match='line 2 of .*ledger.jsonl') as error:
+        Ledger(path)
+    assert text in str(error.value)
+    assert path.read_text() == content
+
+
+def test_a_last_line_that_is_whole_but_wrong_is_not_removed(path):
+    path.parent.mkdir(parents=True)
+    content = lines([QUERY]) + json.dumps(GOOD | {'new': 1})
+    path.write_text(content)
+    with pytest.raises(ValueError, match='line 2'):
+        Ledger(path)
+    assert path.read_text() == content
+
+
+def test_a_full_disk_records_nothing_and_can_be_continued(path, monkeypatch):
+    ledger = filled(path, [QUERY])
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', full)
+        with pytest.raises(OSError, match='No space left'):
+            ledger.append(STEP)
+    assert ledger.entries == [QUERY]
+    assert path.read_text() == lines([QUERY])
+    assert ledger.append(STEP) is True
+    assert Ledger(path).entries == [QUERY, STEP]
+
+
+def test_two_writers_are_noticed(path):
+    first, second = Ledger(path), Ledger(path)
+    first.append(QUERY)
+    with pytest.raises(OSError, match='another process changed it'):
+        second.append(STEP)
+    assert Ledger(path).entries == [QUERY]
+
+
+def test_ten_thousand_entries_are_fast(path):
+    path.parent.mkdir(parents=True)
+    path.write_text(lines(steps(10_000)))
+    start = time.perf_counter()
+    ledger = Ledger(path)
+    opened = time.perf_counter()
+    spent = ledger.epsilon(1e-5)
+    assert opened - start < 1
+    assert time.perf_counter() - opened < 3
+    assert spent == pytest.approx(
+        accounting.epsilon(accounting.subsampled_gaussian(1.1, 1 / 6, 10_000), 1e-5)
+    )
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('mechanism', ''),
+        ('mechanism', 3),
+        ('index', -1),
+        ('index', 1.5),
+        ('index', True),
+        ('noise_multiplier', 0.0),
+        ('noise_multiplier', 'x'),
+        ('sampling_probability', 1.01),
+        ('sensitivity', 0.0),
+        ('sensitivity', float('inf')),
+        ('randomness', ''),
+    ],
+)
+def test_bad_entries_are_refused(name, value):
+    with pytest.raises(ValueError, match=f'{name} is {value!r}; it must be'):
+        dataclasses.replace(STEP, **{name: value})

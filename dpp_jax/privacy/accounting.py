@@ -33,6 +33,10 @@ _LEAST_NOISE = 2.0**-7
 _MOST_NOISE = 2.0**14
 
 
+class _QueryExceedsBudget(ValueError):
+    """No noise on the rest of a run can keep it within its budget."""
+
+
 def subsampled_gaussian(
     noise_multiplier: float, sampling_probability: float, count: int
 ) -> DpEvent:
@@ -128,7 +132,7 @@ def calibrate(
         factor = 1.25
         try:
             start = calibrate(make_event, epsilon, delta, 'rdp')
-        except ValueError:
+        except _QueryExceedsBudget:
             start = _MOST_NOISE
     lower, upper = _bracket(spent, epsilon, delta, start, factor)
     sigma = dp_accounting.calibrate_dp_mechanism(
@@ -152,7 +156,7 @@ def _bracket(
     upper = start
     while (figure := spent(upper)) > budget:
         if upper >= _MOST_NOISE:
-            raise ValueError(
+            raise _QueryExceedsBudget(
                 f'the query alone spends ε = {figure:.4g} at δ = {delta:g}, the budget dp.epsilon '
                 f'is {budget:g} (a noise multiplier of {upper:g} for everything else is not '
                 'enough); ask fewer queries, give them more noise, or raise the budget'

@@ -33,6 +33,7 @@ _KINDS = {
     float: (numbers.Real, 'a number'),
 }
 
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One release of a Poisson-sampled Gaussian mechanism.

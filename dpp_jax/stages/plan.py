@@ -53,9 +53,11 @@ def make(config: ConfigDict, model: model_lib.Model) -> Plan:
     batches = math.ceil(images / finetune.batch_size)
     steps = finetune.epochs * batches
     asked = query.queries if config.pretrain.enabled else 0
-    queries = [
-        accounting.subsampled_gaussian(query.noise_multiplier, query.sampling_probability, asked)
-    ] * bool(asked)
+    queries = (
+        [accounting.subsampled_gaussian(query.noise_multiplier, query.sampling_probability, asked)]
+        if asked
+        else []
+    )
 
     def everything(sigma):
         return accounting.compose(

@@ -38,7 +38,7 @@ def no_warnings(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger('absl'), 'propagate', True)
     with caplog.at_level(logging.WARNING):
         yield
-    assert not caplog.records
+    assert not caplog.get_records('call')
 
 
 @pytest.mark.parametrize('row', ROWS, ids=name)
@@ -50,7 +50,8 @@ def test_reference_figures(row, no_warnings):
     assert query == pytest.approx(row['query_epsilon'], rel=1e-3)
 
 
-@pytest.mark.parametrize('row', ROWS, ids=name)
+# Fashion-MNIST has MNIST's settings: once is enough.
+@pytest.mark.parametrize('row', [r for r in ROWS if r['name'] != 'fmnist_28'], ids=name)
 def test_calibration_finds_the_least_noise_and_the_reference_noise(row, no_warnings):
     make_event, target, delta = everything(row), row['target_epsilon'], row['delta']
     sigma = accounting.calibrate(make_event, target, delta)
@@ -94,7 +95,7 @@ rates = st.floats(1e-3, 1)
 counts = st.integers(1, 500)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(sigma=sigmas, q=rates, count=counts)
 def test_more_noise_fewer_samples_fewer_steps_and_larger_delta_spend_less(sigma, q, count):
     def spent(sigma=sigma, q=q, count=count, delta=1e-5):
@@ -108,7 +109,7 @@ def test_more_noise_fewer_samples_fewer_steps_and_larger_delta_spend_less(sigma,
     assert spent(delta=1e-4) <= limit
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(epsilon=st.floats(0.3, 20), q=rates, count=counts)
 def test_calibration_never_exceeds_the_budget(epsilon, q, count):
     def make_event(sigma):
@@ -163,9 +164,13 @@ def test_pld_may_fit_a_budget_that_rdp_cannot():
     assert accounting.epsilon(everything(row)(sigma), row['delta'], 'pld') <= budget
 
 
-def test_a_budget_that_needs_no_noise_is_refused():
+@pytest.mark.parametrize('accountant', ['rdp', 'pld'])
+def test_a_budget_that_needs_no_noise_is_refused(accountant):
+    def make_event(sigma):
+        return accounting.subsampled_gaussian(sigma, 0.5, 1)
+
     with pytest.raises(ValueError, match=r'epsilon is 1e\+06; it must be small enough'):
-        accounting.calibrate(lambda s: accounting.subsampled_gaussian(s, 0.5, 1), 1e6, 1e-5)
+        accounting.calibrate(make_event, 1e6, 1e-5, accountant)
 
 
 @pytest.mark.parametrize(

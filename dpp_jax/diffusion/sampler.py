@@ -112,8 +112,10 @@ def heun(
         if s_churn == 0:
             return x, t[i]
         in_range = (s_min <= t[i]) & (t[i] <= s_max)
-        t_hat = t[i] * (1 + jnp.where(in_range, min(s_churn / steps, 1.0), 0.0))
-        return x + s_noise * jnp.sqrt(t_hat**2 - t[i] ** 2) * noise(i), t_hat
+        gamma = jnp.where(in_range, min(s_churn / steps, 1.0), 0.0)
+        # t_hat² - t_i², factored: as a difference it can round to below 0 where γ = 0.
+        std = s_noise * t[i] * jnp.sqrt(gamma * (2 + gamma))
+        return x + std * noise(i), (1 + gamma) * t[i]
 
     def slope(x, sigma):
         return (x - denoise(x, jnp.full(x.shape[:1], sigma), label)) / sigma

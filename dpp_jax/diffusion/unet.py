@@ -203,6 +203,11 @@ class GroupNorm(nn.Module):
         """(n, H, W, C) → the same."""
         n, channels = x.shape[0], x.shape[-1]
         groups = min(channels // 4, 32)
+        if not groups or channels % groups:
+            raise ValueError(
+                f'a group norm over {channels} channels cannot have {groups} equal groups; '
+                'a width divisible by 4 (by 32 above 128 channels) always fits'
+            )
         scale = self.param('scale', nn.initializers.ones, (channels,))
         bias = self.param('bias', nn.initializers.zeros, (channels,))
 

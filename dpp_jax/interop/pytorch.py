@@ -5,12 +5,17 @@ walk over that list (`_modules`) says what each part is called here; both direct
 """
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from dpp_jax.diffusion import unet
 
 PyTree = Any
 _PREFIX = 'model.all_modules.'
@@ -49,6 +54,10 @@ class _Parameter:
             return array.transpose(3, 2, 0, 1)
         return array.T[:, :, None, None] if self.layout == 'conv1' else array
 
+    def pytorch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The array's shape there, from its shape here."""
+        return self.to_pytorch(np.broadcast_to(np.float32(0), shape)).shape
+
 
 def params_from_pytorch(named: Mapping[str, np.ndarray], architecture: Architecture) -> PyTree:
     """Parameters of `diffusion.unet.UNet` from PyTorch's by their names.
@@ -62,7 +71,7 @@ def params_from_pytorch(named: Mapping[str, np.ndarray], architecture: Architect
         nested dicts of float32 arrays.
 
     Raises:
-        ValueError: a parameter is missing, or one is there that this network does not have.
+        ValueError: parameters are missing, have another shape, or do not exist in this network.
     """
     arrays = {
         name[name.index(_PREFIX) :]: np.asarray(array)
@@ -70,40 +79,41 @@ def params_from_pytorch(named: Mapping[str, np.ndarray], architecture: Architect
         if _PREFIX in name
     }
     table = list(_parameters(architecture))
-    expected = [parameter.name for parameter in table]
-    missing = [name for name in expected if name not in arrays]
-    unexpected = sorted(set(arrays) - set(expected))
-    if missing or unexpected:
-        raise ValueError(
-            f'the PyTorch parameters do not belong to {architecture}: '
-            f'missing {missing[:3] or "none"}, unexpected {unexpected[:3] or "none"}'
-        )
-    params: dict = {}
+    _refuse_differences(arrays, [parameter.name for parameter in table], architecture)
+    wanted = _shapes(
+        architecture,
+        image_channels=len(arrays[table[-1].name]),
+        classes=len(arrays[table[0].name]) - 1,
+    )
+    flat, misshaped = {}, []
     for parameter in table:
-        *folders, leaf = parameter.path
-        node = params
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        array = arrays[parameter.name]
-        wanted = {'conv': 4, 'conv1': 4, 'dense': 2}.get(parameter.layout, array.ndim)
-        if array.ndim != wanted:
-            raise ValueError(f'{parameter.name} has shape {array.shape}; it must have {wanted} axes')
-        node[leaf] = np.ascontiguousarray(parameter.to_flax(array), np.float32)
-    return params
+        array, shape = arrays[parameter.name], parameter.pytorch_shape(wanted[parameter.path])
+        if array.shape == shape:
+            flat[parameter.path] = np.ascontiguousarray(parameter.to_flax(array), np.float32)
+        else:
+            misshaped.append(f'{parameter.name} has shape {array.shape}, not {shape}')
+    if misshaped:
+        raise ValueError(
+            f'the PyTorch parameters do not belong to {architecture}: {"; ".join(misshaped[:3])}'
+        )
+    return traverse_util.unflatten_dict(flat)
 
 
 def params_to_pytorch(
     params: PyTree, architecture: Architecture
 ) -> 'collections.OrderedDict[str, np.ndarray]':
-    """The inverse of `params_from_pytorch`: name → array, in PyTorch's parameter order."""
+    """The inverse of `params_from_pytorch`: name → array, in PyTorch's parameter order.
+
+    Raises:
+        ValueError: parameters are missing, or do not exist in this network.
+    """
+    flat = traverse_util.flatten_dict(params)
+    table = list(_parameters(architecture))
+    _refuse_differences(flat, [parameter.path for parameter in table], architecture)
     named = collections.OrderedDict()
-    for parameter in _parameters(architecture):
-        node = params
-        for part in parameter.path:
-            if part not in node:
-                raise ValueError(f'params have no {"/".join(parameter.path)}; {architecture} needs it')
-            node = node[part]
-        named[parameter.name] = np.ascontiguousarray(parameter.to_pytorch(np.asarray(node)))
+    for parameter in table:
+        array = parameter.to_pytorch(np.asarray(flat[parameter.path]))
+        named[parameter.name] = np.ascontiguousarray(array)
     return named
 
 
@@ -237,6 +247,32 @@ def _parameters(architecture: Architecture) -> Iterator[_Parameter]:
             for leaf_there, leaf_here, layout in leaves:
                 name = '.'.join(filter(None, (f'{_PREFIX}{number}', there, leaf_there)))
                 yield _Parameter(name, tuple(filter(None, (module, here, leaf_here))), layout)
+
+
+def _refuse_differences(there: Iterable, expected: list, architecture: Architecture) -> None:
+    """An error that names parameters that are missing or that the network does not have."""
+    join = lambda name: name if isinstance(name, str) else '/'.join(name)
+    missing = [join(name) for name in expected if name not in there]
+    unexpected = sorted(map(join, set(there) - set(expected)))
+    if missing or unexpected:
+        raise ValueError(
+            f'the parameters do not belong to {architecture}: '
+            f'missing {missing[:3] or "none"}, unexpected {unexpected[:3] or "none"}'
+        )
+
+
+def _shapes(
+    a: Architecture, image_channels: int, classes: int
+) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path → shape of every parameter of our network, without making them."""
+    network = unet.UNet(
+        image_channels, classes, a.width, a.multipliers, a.blocks, a.attention_resolutions
+    )
+    image = jnp.zeros((1, a.image_size, a.image_size, image_channels))
+    label = jnp.zeros(1, jnp.int32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), image, jnp.zeros(1), label)
+    flat = traverse_util.flatten_dict(shapes['params'])
+    return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def _torch():

@@ -92,10 +92,25 @@ def test_more_draws_estimate_the_same_value_with_less_variance():
 def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match=r"loss is 'edn'; it must be one of \['edm'"):
         loss.make_loss('edn')
-    with pytest.raises(ValueError, match=r"denoiser is 'edn'; it must be one of \['edm'"):
-        denoiser.make_denoiser('edn', None)
 
 
-def test_vp_time_is_the_inverse_of_vp_sigma():
-    t = np.linspace(0.01, 1, 50)
-    np.testing.assert_allclose(denoiser.vp_time(denoiser.vp_sigma(t)), t, rtol=1e-4)
+@pytest.mark.parametrize('kind', ['edm', 'vp', 've', 'v'])
+def test_the_key_decides_everything_also_under_vmap_and_jit(kind):
+    halve = lambda x, sigma, label: x / 2 + label[:, None, None, None]
+    image = jax.random.uniform(jax.random.key(0), (4, 4, 1), minval=-1.0)
+    call = lambda key: loss.make_loss(kind)(
+        halve, image, jnp.int32(1), key, draws=3, label_dropout=0.5, no_class=2
+    )
+    keys = jax.random.split(jax.random.key(1), 4)
+    values = [float(call(key)) for key in keys]
+    assert values[0] == float(call(keys[0])) and len(set(values)) == 4
+    np.testing.assert_allclose(jax.jit(jax.vmap(call))(keys), values, rtol=1e-4)
+
+
+def test_settings_of_the_noise_levels_reach_the_loss():
+    """With std 0 every draw has σ = exp(mean), so the error of D = x is w σ² on average."""
+    value = loss.make_loss('edm', mean=0.5, std=0.0, sigma_data=2.0)(
+        lambda x, sigma, label: x, jnp.zeros((8, 8, 3)), jnp.int32(0), jax.random.key(0),
+        draws=50, label_dropout=0.0, no_class=1,
+    )
+    assert value == pytest.approx((np.e + 4) / 4, rel=0.05)

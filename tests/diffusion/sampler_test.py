@@ -53,6 +53,32 @@ def test_guidance_moves_away_from_no_class():
     assert run(0.0) == pytest.approx(MEAN, abs=0.05)
 
 
+@pytest.mark.parametrize('name', SAMPLERS)
+def test_jitted_equals_step_by_step(name):
+    z = jax.random.normal(jax.random.key(1), (500, 4, 4, 1))
+    label = jnp.zeros(500, jnp.int32)
+    settings = {'sigmas': sampler.sigma_steps(5), 'no_class': 1}
+    run = lambda z: SAMPLERS[name](exact, z, label, **settings)
+    with jax.disable_jit():
+        one_by_one = run(z)
+    np.testing.assert_allclose(jax.jit(run)(z), one_by_one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('steps', [7, 40, 333])
+def test_no_noise_outside_the_range_of_churn(steps):
+    """Its standard deviation is exactly 0 there, for any σ: a difference of squares may not be."""
+    z = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
+    label = jnp.zeros(4, jnp.int32)
+    sample = lambda **churn: jax.jit(
+        lambda z: sampler.heun(
+            exact, z, label, sigmas=sampler.sigma_steps(steps), no_class=1, **churn
+        )
+    )(z)
+    out_of_reach = {'s_churn': 10.0, 's_min': 100.0, 's_max': 200.0}
+    churned = sample(**out_of_reach, noise=lambda i: jnp.full(z.shape, 1e6))
+    np.testing.assert_allclose(churned, sample(), rtol=1e-5, atol=1e-6)
+
+
 def test_guidance_zero_calls_the_network_once_per_step():
     rows = []
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +8,13 @@ import pytest
 from dpp_jax.diffusion import unet
 
 
+# Each program runs only a few times: compiling it well would take longer than all its runs.
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
 def make(size=8, **settings):
-    network = unet.UNet(1, 3, 8, **{'multipliers': (1, 2), 'blocks': 1, 'attention_resolutions': (4,), **settings})
+    defaults = {'multipliers': (1, 2), 'blocks': 1, 'attention_resolutions': (4,), 'width': 8}
+    network = unet.UNet(1, 3, **{**defaults, **settings})
     x = jax.random.normal(jax.random.key(0), (2, size, size, 1))
     arguments = (x, jnp.array([-1.0, 0.5]), jnp.array([1, 3]))
     return network, arguments
@@ -16,13 +23,13 @@ def make(size=8, **settings):
 @pytest.fixture(scope='module')
 def tiny():
     network, arguments = make()
-    return network, arguments, jax.jit(network.init)(jax.random.key(1), *arguments)
+    return network, arguments, quick_jit(network.init)(jax.random.key(1), *arguments)
 
 
 def test_fresh_network_is_almost_zero(tiny):
     """The last convolution starts at 1e-10 times its usual scale, as in DDPM."""
     network, arguments, variables = tiny
-    output = jax.jit(network.apply)(variables, *arguments)
+    output = quick_jit(network.apply)(variables, *arguments)
     assert output.shape == arguments[0].shape and output.dtype == jnp.float32
     assert 0 < np.abs(output).max() < 1e-3
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
@@ -38,7 +45,7 @@ def perturbed(variables):
 
 def test_images_do_not_see_each_other_and_label_and_noise_matter(tiny):
     network, (x, c_noise, label), variables = tiny
-    apply = jax.jit(network.apply)
+    apply = quick_jit(network.apply)
     variables = perturbed(variables)
     both = apply(variables, x, c_noise, label)
     other = apply(variables, x.at[1].set(9.0), c_noise, label)
@@ -51,8 +58,8 @@ def test_bfloat16_activations_stay_near_float32(tiny):
     network, arguments, variables = tiny
     variables = perturbed(variables)
     half = make(dtype=jnp.bfloat16)[0]
-    exact = network.apply(variables, *arguments)
-    rounded = half.apply(variables, *arguments)
+    exact = quick_jit(network.apply)(variables, *arguments)
+    rounded = quick_jit(half.apply)(variables, *arguments)
     assert rounded.dtype == jnp.float32
     error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 0.05
@@ -63,6 +70,7 @@ def test_bfloat16_activations_stay_near_float32(tiny):
     [
         (7, {}, 'image size is 7x7.*divisible by 2'),
         (10, {'multipliers': (1, 1, 1)}, 'image size is 10x10.*divisible by 4'),
+        (8, {'width': 18}, 'group norm over 18 channels.*4 equal groups'),
         (8, {'attention_resolutions': (5,)}, r'attention_resolutions is \(5,\).*\[8, 4\]'),
     ],
 )

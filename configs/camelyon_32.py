@@ -22,7 +22,7 @@ def get_config(epsilon: str = '1') -> ConfigDict:
     config.query.update(noise_multiplier=10.0, sampling_probability=0.04, queries=250, bins=16)
     config.model.update(multipliers=(1, 2, 2), attention_resolutions=(16,))
     config.pretrain.epochs = 300
-    config.pretrain.augmentation_settings.magnitude = 9
+    config.pretrain.rand_augment.magnitude = 9
     config.finetune.update(batch_size=2048, epochs=20)
     config.generate.sampler = (
         default.sampler('ddim', steps=50)

@@ -23,7 +23,7 @@ def get_config(epsilon: str = '1') -> ConfigDict:
     config.query.update(noise_multiplier=10.0, sampling_probability=0.0657, queries=250, bins=16)
     config.model.attention_resolutions = (16,)
     config.pretrain.epochs = 300
-    config.pretrain.augmentation_settings.magnitude = 9
+    config.pretrain.rand_augment.magnitude = 9
     config.finetune.batch_size = 2048
     config.generate.sampler = default.sampler(s_churn=50.0, s_min=0.005)
     config.generate.separate_classifier_images = True

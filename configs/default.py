@@ -58,7 +58,13 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     pretrain.ema_decay = 0.999  # of the averaged weights, after its warm-up
     pretrain.label_dropout = 0.1  # probability of training without the label
     pretrain.augmentation = 'rand_augment'  # rand_augment | affine | none
-    pretrain.augmentation_settings = ConfigDict({'operations': 2, 'magnitude': 3})
+    pretrain.rand_augment = ConfigDict()
+    pretrain.rand_augment.operations = 2  # per image
+    pretrain.rand_augment.magnitude = 3  # m: each operation's level is drawn from 1 .. m, of 30
+    pretrain.affine = ConfigDict()  # a small random movement; for images too small for the other
+    pretrain.affine.shift = 1.0  # largest, in pixels
+    pretrain.affine.degrees = 10.0  # largest rotation
+    pretrain.affine.zoom = 0.1  # largest relative change of size
 
     config.finetune = finetune = ConfigDict()  # DP-SGD on the private images
     finetune.batch_size = 4096  # expected images per step; q = 1 / ceil(N / batch_size)

@@ -26,9 +26,6 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     # Colour operations destroy images of 8x8 pixels; small movements do not.
     config.pretrain.update(epochs=600, batch_size=64, draws=4, learning_rate=2e-3, ema_decay=0.995)
     config.pretrain.augmentation = 'affine'
-    config.pretrain.augmentation_settings = ConfigDict(
-        {'shift': 1.0, 'degrees': 10.0, 'zoom': 0.1}
-    )
     config.finetune.update(
         batch_size=256,
         epochs=20,

@@ -34,6 +34,7 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
     """
     plan.check(config)
     model = make_model(config)
+    make_augmentation(config)  # its settings are checked before anything starts
     workdir = workdir_lib.WorkDir(root)
     if stage == 'plan':
         print(plan.text(plan.make(config, model), config, done(config, workdir)))
@@ -103,9 +104,7 @@ class Run:
         central.run(self.config, self.workdir, self.ledger, images.images, images.labels)
 
     def pretrain(self) -> None:
-        augmentation = augment.make_augmentation(
-            self.config.pretrain.augmentation, **self.config.pretrain.augmentation_settings
-        )
+        augmentation = make_augmentation(self.config)
         pretrain.run(
             self.config, self.workdir, self.model, augmentation, self.plan.pretrain_steps
         )
@@ -201,6 +200,14 @@ def make_model(config: ConfigDict) -> Model:
         classes=data.classes,
         make_denoiser=functools.partial(denoiser.make_denoiser, settings.denoiser),
         loss=loss.make_loss(settings.denoiser),
+    )
+
+
+def make_augmentation(config: ConfigDict) -> Callable:
+    """(key, image) → image for pre-training."""
+    settings = config.pretrain
+    return augment.make_augmentation(
+        settings.augmentation, **settings.get(settings.augmentation, ConfigDict())
     )
 
 

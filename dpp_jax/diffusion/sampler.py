@@ -1,7 +1,8 @@
 """Samplers (Karras et al. 2022, EDM): from unit normal noise to images, as jitted loops.
 
-Both keep the quirks of the PyTorch implementation: they end with an output of the denoiser, not with the
-last point of the path.
+Both end with an Euler step from the last noise level to σ = 0, whose result is the denoiser's output: the
+PyTorch implementation returns that output. The network stands once in each loop: every further copy would
+be compiled anew.
 """
 
 from collections.abc import Callable
@@ -65,14 +66,13 @@ def ddim(
         (n, H, W, C), about [-1, 1].
     """
     denoise = guided(denoise, guidance, no_class)
-    t = jnp.asarray(sigmas)
+    t = jnp.append(jnp.asarray(sigmas), 0.0)
 
     def step(i, x):
         slope = (x - denoise(x, jnp.full(x.shape[:1], t[i]), label)) / t[i]
         return x + (t[i + 1] - t[i]) * slope
 
-    x = jax.lax.fori_loop(0, len(sigmas) - 1, step, t[0] * z)
-    return denoise(x, jnp.full(x.shape[:1], t[-1]), label)
+    return jax.lax.fori_loop(0, len(sigmas), step, t[0] * z)
 
 
 def heun(
@@ -99,33 +99,41 @@ def heun(
         noise: number of a step (traced) → (n, H, W, C) unit normal; needed if s_churn > 0.
 
     Returns:
-        (n, H, W, C), about [-1, 1]: the denoiser's output in the last step.
+        (n, H, W, C), about [-1, 1].
     """
     if s_churn > 0 and noise is None:
         raise ValueError(f's_churn is {s_churn}; churn needs a function `noise`')
     denoise = guided(denoise, guidance, no_class)
-    t = jnp.asarray(sigmas)
     steps = len(sigmas)
+    t = jnp.append(jnp.asarray(sigmas), 0.0)
 
     def churn(i, x):
         """The point x at σ = t_i moved up to t_hat by fresh noise."""
-        if s_churn == 0:
-            return x, t[i]
         in_range = (s_min <= t[i]) & (t[i] <= s_max)
         gamma = jnp.where(in_range, min(s_churn / steps, 1.0), 0.0)
         # t_hat² - t_i², factored: as a difference it can round to below 0 where γ = 0.
         std = s_noise * t[i] * jnp.sqrt(gamma * (2 + gamma))
-        return x + std * noise(i), (1 + gamma) * t[i]
+        return (x + std * noise(i) if s_churn > 0 else x), (1 + gamma) * t[i]
 
-    def slope(x, sigma):
-        return (x - denoise(x, jnp.full(x.shape[:1], sigma), label)) / sigma
+    def euler(i, state):
+        """Predict x at t_{i+1} from the slope d at t_hat."""
+        x_hat, t_hat = churn(i, state['x'])
+        return {**state, 'x_hat': x_hat, 't_hat': t_hat}, x_hat, t_hat
 
-    def step(i, x):
-        x_hat, t_hat = churn(i, x)
-        d = slope(x_hat, t_hat)
-        x_next = x_hat + (t[i + 1] - t_hat) * d
-        return x_hat + (t[i + 1] - t_hat) * (d + slope(x_next, t[i + 1])) / 2
+    def correct(i, state):
+        """Go on to the slope at t_{i+1}, which is averaged with d."""
+        return state, state['x'], t[i + 1]
 
-    x = jax.lax.fori_loop(0, steps - 1, step, t[0] * z)
-    x_hat, t_hat = churn(steps - 1, x)
-    return denoise(x_hat, jnp.full(x.shape[:1], t_hat), label)
+    def evaluate(k, state):
+        """Evaluation k of the network: the first or the second half of step k // 2."""
+        i, is_second = k // 2, k % 2 == 1
+        state, point, level = jax.lax.cond(is_second, correct, euler, i, state)
+        slope = (point - denoise(point, jnp.full(point.shape[:1], level), label)) / level
+        slope = jnp.where(is_second, (state['d'] + slope) / 2, slope)
+        x = state['x_hat'] + (t[i + 1] - state['t_hat']) * slope
+        return {**state, 'x': x, 'd': slope}
+
+    x = t[0] * z
+    start = {'x': x, 'x_hat': x, 't_hat': t[0], 'd': x}
+    # The last step, down to σ = 0, has no second half.
+    return jax.lax.fori_loop(0, 2 * steps - 1, evaluate, start)['x']

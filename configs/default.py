@@ -68,7 +68,7 @@ def get_config(epsilon: str = '10') -> ConfigDict:
 
     config.finetune = finetune = ConfigDict()  # DP-SGD on the private images
     finetune.batch_size = 4096  # expected images per step; q = 1 / ceil(N / batch_size)
-    finetune.epochs = 150  # steps = epochs / q
+    finetune.epochs = 150.0  # expected uses of each image: steps = epochs / q; may be a fraction
     finetune.draws = 32  # K, noise draws per image and step
     finetune.clip_norm = 1.0  # C, of the gradient of one image
     finetune.learning_rate = 3e-4  # of Adam

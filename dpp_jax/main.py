@@ -31,14 +31,35 @@ def main(argv):
     from dpp_jax.training import loop
 
     try:
-        pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
+        config = _CONFIG.value
+        config.dp  # a config file that could not be loaded says so here
+    except OSError as error:
+        sys.exit('dpp-jax: ' + ' '.join(str(error).split()))
+    try:
+        pipeline.run(config, _WORKDIR.value, _STAGE.value)
     except loop.Interrupted as stopped:
         print(f'\n{stopped}. The same command goes on from there.', file=sys.stderr)
         sys.exit(0 if stopped.signal_number == 15 else 130)
+    except KeyboardInterrupt:
+        print('\nInterrupted. The same command goes on from what is saved.', file=sys.stderr)
+        sys.exit(130)
     except (ValueError, FileNotFoundError, PermissionError) as error:
         if flags.FLAGS['verbosity'].present:
             raise  # with the traceback
         sys.exit(f'dpp-jax: {error}')
+
+
+def parse(argv):
+    """Flags, with an error of one line instead of a traceback into a config file."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        text = str(error).strip()
+        sys.exit('dpp-jax: ' + (text.splitlines()[-1] if 'Traceback' in text else text))
+    except AttributeError as error:  # how ml_collections reports a setting that does not exist
+        cause = error.args[0]
+        text = cause.args[0] if isinstance(cause, Exception) else cause
+        sys.exit('dpp-jax: there is no setting ' + ' '.join(str(text).split()))
 
 
 def entry_point():
@@ -49,7 +70,7 @@ def entry_point():
             path = argument.split('=', 1)[1].split(':')[0]
             sys.path.append(str(Path(path).absolute().parent.parent))
     flags.mark_flags_as_required(['config', 'workdir'])
-    app.run(main)
+    app.run(main, flags_parser=parse)
 
 
 if __name__ == '__main__':

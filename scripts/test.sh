@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   use_environment "${DPP_TEST_VENV:-.venv-test}" "[test]"
 fi
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses=auto --dist=loadfile "$@"

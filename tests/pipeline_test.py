@@ -200,8 +200,9 @@ def test_command_line_plans_without_touching_a_work_directory(tmp_path):
 @pytest.mark.parametrize(
     'arguments, text',
     [
-        (['--config=configs/digits_8.py:10', '--config.finetune.epochz=3'], 'epochs'),
-        (['--config=configs/digits_8.py:zero'], 'zero'),
+        (['--config=configs/digits_8.py:10', '--config.finetune.epochz=3'], 'Did you mean "epochs"'),
+        (['--config=configs/digits_8.py:zero'], "ε after the colon of --config is 'zero'"),
+        (['--config=configs/digit_8.py:1'], 'configs/digit_8.py'),
         (['--config=configs/digits_8.py:-1'], 'config.dp.epsilon is -1.0'),
         (['--config=configs/digits_8.py:10', '--stage=training'], 'finetune'),
     ],
@@ -209,5 +210,6 @@ def test_command_line_plans_without_touching_a_work_directory(tmp_path):
 def test_command_line_errors_name_the_problem_in_a_line(tmp_path, arguments, text):
     result = program(f'--workdir={tmp_path}/run', *arguments)
     assert result.returncode != 0
-    assert text in result.stderr.strip().splitlines()[-1], result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith('dpp-jax: ') and text in line
     assert not (tmp_path / 'run').exists()

@@ -51,7 +51,7 @@ def make(config: ConfigDict, model: model_lib.Model) -> Plan:
     dp, query, finetune = config.dp, config.query, config.finetune
     images = config.data.train_images
     batches = math.ceil(images / finetune.batch_size)
-    steps = finetune.epochs * batches
+    steps = max(1, round(finetune.epochs * batches))
     asked = query.queries if config.pretrain.enabled else 0
     queries = (
         [accounting.subsampled_gaussian(query.noise_multiplier, query.sampling_probability, asked)]
@@ -200,7 +200,7 @@ def check(config: ConfigDict) -> None:
     for name in (
         'data.image_size data.classes data.average_down query.queries query.downsample model.width '
         'model.blocks pretrain.batch_size pretrain.epochs pretrain.draws finetune.batch_size '
-        'finetune.epochs finetune.draws finetune.microbatch generate.images generate.batch_size '
+        'finetune.draws finetune.microbatch generate.images generate.batch_size '
         'generate.sampler.steps generate.classifier_sampler.steps evaluate.feature_epochs '
         'evaluate.epochs evaluate.batch_size loop.log_every_steps'
     ).split():
@@ -228,6 +228,7 @@ def check(config: ConfigDict) -> None:
         require(f'{part}.learning_rate', positive, 'a finite number > 0')
         require(f'{part}.ema_decay', share, 'in [0, 1)')
         require(f'{part}.label_dropout', share, 'in [0, 1)')
+    require('finetune.epochs', positive, 'a finite number > 0')
     require('finetune.clip_norm', positive, 'a finite number > 0')
     require(
         'finetune.batch_size', lambda n: n <= images, f'at most data.train_images = {images}'

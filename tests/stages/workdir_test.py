@@ -24,7 +24,7 @@ def test_another_config_is_refused_with_the_differences(tiny_config, tmp_path):
     workdir.open(tiny_config())
     with pytest.raises(ValueError) as error:
         workdir.open(tiny_config(finetune__epochs=3, dp__epsilon=2.0))
-    assert 'config.finetune.epochs: 1 there, 3 now' in str(error.value)
+    assert 'config.finetune.epochs: 1.0 there, 3.0 now' in str(error.value)
     assert 'config.dp.epsilon: 10.0 there, 2.0 now' in str(error.value)
     assert 'query' not in str(error.value)
 

@@ -56,7 +56,7 @@ def run(
         if kind in results['accuracy']:
             continue
         key = workdir.keys(f'evaluate/{kind}', config.seed).noise
-        with progress.bar(settings.epochs, f'train {kind}', 'epoch') as bar:
+        with progress.bar(settings.epochs, f'train {kind}', 'step') as bar:
             classifier = classifiers.train_classifier(
                 kind,
                 images,
@@ -82,7 +82,7 @@ def _feature_network(
     path = workdir.private / 'feature_network.npz'
     if path.exists():
         return features.FeatureNetwork.load(path)
-    with progress.bar(config.evaluate.feature_epochs, 'fid features', 'epoch') as bar:
+    with progress.bar(config.evaluate.feature_epochs, 'fid features', 'step') as bar:
         network = features.train_feature_network(
             train.images,
             train.labels,

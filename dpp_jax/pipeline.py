@@ -87,8 +87,11 @@ class Run:
         if todo:
             print(plan.text(self.plan, self.config, {stage: finished[stage] for stage in stages}))
             self._write_parameters()
-            if {'central', 'finetune'} & set(todo):
-                self.train_images  # errors in the data surface before any privacy is spent
+            # Errors in the data surface now, before any privacy is spent.
+            if {'central', 'finetune', 'evaluate'} & set(todo):
+                self.train_images
+            if 'evaluate' in todo:
+                self.test_images
         for stage in todo:
             self._check_order(stage)
             start = time.monotonic()

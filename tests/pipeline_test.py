@@ -139,6 +139,26 @@ def test_a_stage_out_of_order_says_what_is_missing(tiny_config, tmp_path):
         pipeline.run(tiny_config(), tmp_path, 'generate')
 
 
+def test_lost_keys_are_refused_because_new_ones_would_spend_twice(tiny_config, tmp_path):
+    config = tiny_config()
+    config.seed = None
+    workdir = workdir_lib.WorkDir(tmp_path)
+    pipeline.run(config, tmp_path, 'central')
+    images = workdir.release / 'central_images.npz'
+    with np.load(images) as data:
+        first = data['images']
+    ledger = (workdir.release / 'ledger.jsonl').read_text()
+    images.unlink()
+    pipeline.run(config, tmp_path, 'central')  # with its keys it makes the same release again
+    with np.load(images) as data:
+        np.testing.assert_array_equal(data['images'], first)
+    images.unlink()
+    (workdir.private / 'keys.json').unlink()
+    with pytest.raises(ValueError, match='spend its budget a second time'):
+        pipeline.run(config, tmp_path, 'central')
+    assert (workdir.release / 'ledger.jsonl').read_text() == ledger
+
+
 def test_a_checkpoint_of_another_network_is_refused_before_a_step_is_taken(
     run, tiny_config, tmp_path
 ):

@@ -37,7 +37,7 @@ def run(
 ) -> None:
     """Ask all queries and save images, labels and a picture in release/."""
     query = config.query
-    keys = workdir.keys('central_query', config.seed)
+    keys = workdir.secret_keys(ledger, 'central_query', config.seed)
     small = nearest(images, query.downsample)
     mechanism = make_mechanism(config, keys.identifier)
     sampler = poisson.PoissonSampler(len(images), query.sampling_probability, keys.sampling)

@@ -28,7 +28,7 @@ def run(
 ) -> None:
     """Take the plan's steps; save weights and averaged weights in release/."""
     settings = config.finetune
-    keys = workdir.keys('dp_sgd', config.seed)
+    keys = workdir.secret_keys(ledger, 'dp_sgd', config.seed)
     mechanism = GaussianMechanism(
         name='dp_sgd',
         noise_multiplier=plan.noise_multiplier,

@@ -16,6 +16,8 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax.privacy.ledger import Ledger
+
 # Settings that change no result: a run may be continued with other values.
 FREE_SETTINGS = (
     'loop.log_every_steps',
@@ -88,6 +90,22 @@ class WorkDir:
         write_text(self.release / 'README.txt', _RELEASE_NOTE)
         write_text(self.private / 'README.txt', _PRIVATE_NOTE)
         write_json(path, settings)
+
+    def secret_keys(self, ledger: Ledger, mechanism: str, seed: int | None) -> Keys:
+        """`keys` of a mechanism; refused if the ledger names releases made with other keys.
+
+        With its old keys a mechanism repeats what it released; with new ones it would release,
+        and spend, a second time.
+        """
+        keys = self.keys(mechanism, seed)
+        others = {entry.randomness for entry in ledger.entries if entry.mechanism == mechanism}
+        if others - {keys.identifier}:
+            raise ValueError(
+                f'{ledger.path} names releases of {mechanism} with keys that '
+                f'{self.private / "keys.json"} does not hold; going on would spend its budget a '
+                'second time. Restore private/, or use another --workdir'
+            )
+        return keys
 
     def keys(self, part: str, seed: int | None) -> Keys:
         """The keys of one part ('central_query', 'dp_sgd', 'generate', ...), made on first use.

@@ -6,6 +6,7 @@ from pathlib import Path
 import time
 
 from clu import parameter_overview
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -33,6 +34,11 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
             is not as it must be; raised before any privacy is spent.
     """
     plan.check(config)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f'{jax.process_count()} processes run together; the files of a run, its ledger among '
+            'them, are written by one process: use one, with all devices of its host'
+        )
     model = make_model(config)
     make_augmentation(config)  # its settings are checked before anything starts
     workdir = workdir_lib.WorkDir(root)

@@ -1,6 +1,8 @@
 """MNIST averaged down to 14x14: the whole job at ε = 10 in about an hour on two cores.
 
     python -m dpp_jax.main --config=configs/mnist_14.py:10 --workdir=runs/mnist_14 --stage=all
+
+Sized by measured step times; scores of a whole run are not recorded yet.
 """
 
 from ml_collections import ConfigDict

@@ -55,8 +55,10 @@ def run(
         used = steps.used_microbatches(len(indices), settings.microbatch)
         return device_step(state, batch, used, keys.noise)
 
-    store = checkpoint.TrainingStore(workdir.private / 'resume' / 'finetune')
-    with metrics.writer(workdir.private / 'metrics' / 'finetune') as write:
+    with (
+        checkpoint.TrainingStore(workdir.private / 'resume' / 'finetune') as store,
+        metrics.writer(workdir.private / 'metrics' / 'finetune') as write,
+    ):
         final = loop.train(
             step,
             state_lib.create(_initial_params(config, workdir, model), optimizer),
@@ -67,7 +69,6 @@ def run(
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
         )
-    store.close()
     checkpoint.save_model(
         workdir.release / 'model' / 'finetune',
         {'params': final.params, 'ema_params': final.ema_params},

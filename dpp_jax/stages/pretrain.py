@@ -43,8 +43,10 @@ def run(
         return device_step(state, batch, keys.noise)
 
     start = state_lib.create(model.init(keys.noise), optimizer)
-    store = checkpoint.TrainingStore(workdir.private / 'resume' / 'pretrain')
-    with metrics.writer(workdir.private / 'metrics' / 'pretrain') as write:
+    with (
+        checkpoint.TrainingStore(workdir.private / 'resume' / 'pretrain') as store,
+        metrics.writer(workdir.private / 'metrics' / 'pretrain') as write,
+    ):
         final = loop.train(
             step,
             start,
@@ -55,7 +57,6 @@ def run(
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
         )
-    store.close()
     checkpoint.save_model(
         workdir.release / 'model' / 'pretrain',
         {'params': final.params, 'ema_params': final.ema_params},

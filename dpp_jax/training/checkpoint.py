@@ -13,13 +13,18 @@ PyTree = Any
 
 
 class TrainingStore:
-    """The last checkpoints of one training, in `folder`."""
+    """The last checkpoints of one training, in `folder`.
+
+    A context manager: leaving it, also by an exception, waits until everything is on disk.
+    """
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = Path(folder)
         self._manager = ocp.CheckpointManager(
             epath.Path(self.folder.absolute()),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            ),
         )
 
     def save(self, step: int, state: PyTree) -> None:
@@ -38,6 +43,12 @@ class TrainingStore:
             return None
         saved = self._manager.restore(step, args=ocp.args.StandardRestore(_like(template)))
         return _fit(saved, template, self.folder / str(step))
+
+    def __enter__(self) -> 'TrainingStore':
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
 
     def close(self) -> None:
         """Wait until everything is on disk."""

@@ -1,3 +1,7 @@
+from pathlib import Path
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,3 +47,23 @@ def test_model_of_another_network_is_refused_and_a_missing_one_named(tmp_path):
         checkpoint.load_model(tmp_path / 'model', {'a': params['a']})
     with pytest.raises(FileNotFoundError, match='no model checkpoint'):
         checkpoint.load_model(tmp_path / 'nowhere', params)
+
+
+def test_leaving_the_store_by_an_exception_and_ending_the_process_loses_nothing(tmp_path):
+    """As after SIGTERM: the save is still under way when the program ends."""
+    program = """
+import sys
+import numpy as np
+from dpp_jax.training import checkpoint
+with checkpoint.TrainingStore(sys.argv[1]) as store:
+    store.save(5, {'w': np.arange(200000.0)})
+    sys.exit(3)
+"""
+    result = subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert result.returncode == 3 and 'Traceback' not in result.stderr, result.stderr
+    with checkpoint.TrainingStore(tmp_path) as store:
+        saved = store.restore({'w': np.zeros(200000)})
+    np.testing.assert_array_equal(saved['w'], np.arange(200000.0))

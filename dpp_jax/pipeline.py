@@ -40,7 +40,10 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
             'them, are written by one process: use one, with all devices of its host'
         )
     model = make_model(config)
-    make_augmentation(config)  # its settings are checked before anything starts
+    # Settings of later stages are checked before anything starts.
+    make_augmentation(config)
+    for settings in (config.generate.sampler, config.generate.classifier_sampler):
+        make_sampler(settings, config.data.classes)
     workdir = workdir_lib.WorkDir(root)
     if stage == 'plan':
         print(plan.text(plan.make(config, model), config, done(config, workdir)))
@@ -92,6 +95,7 @@ class Run:
         todo = [stage for stage in stages if not finished[stage]]
         if todo:
             print(plan.text(self.plan, self.config, {stage: finished[stage] for stage in stages}))
+            self._check_ledger(finished)
             self._write_parameters()
             # Errors in the data surface now, before any privacy is spent.
             if {'central', 'finetune', 'evaluate'} & set(todo):
@@ -152,6 +156,19 @@ class Run:
         path = self.workdir.release / 'parameters.txt'
         workdir_lib.write_text(path, overview + '\n')
         print(f'parameters     overview in {path}\n', flush=True)
+
+    def _check_ledger(self, finished: dict[str, bool]) -> None:
+        """What was released must be in the ledger: without it no ε can be stated."""
+        wanted = {
+            'central_query': self.plan.query_count if finished['central'] else 0,
+            'dp_sgd': self.plan.steps if finished['finetune'] else 0,
+        }
+        for mechanism, count in wanted.items():
+            if self.ledger.count(mechanism) < count:
+                raise ValueError(
+                    f'{self.ledger.path} names {self.ledger.count(mechanism)} releases of '
+                    f'{mechanism}; {count} were made. Restore the ledger: no ε can be stated without it'
+                )
 
     def _check_order(self, stage: str) -> None:
         """A stage reads what earlier ones wrote."""

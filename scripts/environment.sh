@@ -7,7 +7,8 @@ use_environment() {
       "Set PYTHON=/path/to/python3.11" >&2
     return 1
   }
-  [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+  # An environment whose making was interrupted has no pip: it is made anew.
+  "$folder/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$folder"
   # Install again only when the dependencies changed.
   wanted="$(cksum setup.py constraints.txt) $extras"
   if [ "$(cat "$folder/installed" 2>/dev/null)" != "$wanted" ]; then

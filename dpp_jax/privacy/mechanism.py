@@ -5,6 +5,11 @@ remove one). A sum of vectors of norm at most Δ changes by at most Δ between n
 noise of standard deviation σ·Δ to every coordinate, once, is the Gaussian mechanism with noise
 multiplier σ. Whatever is done with the noisy sum afterwards (division by a public constant, Adam,
 averaging of weights) is post-processing.
+
+Two assumptions stand behind this. The noise is float32: normal draws are cut off at 5.42 standard
+deviations and have float32's granularity. And an example's own random draws (noise levels of its loss) are
+independent of who else is in the batch: they are fresh secret draws per row, so that neighbouring sets can be
+compared draw by draw.
 """
 
 import dataclasses

@@ -235,6 +235,9 @@ def check(config: ConfigDict) -> None:
     )
     for part in ('sampler', 'classifier_sampler'):
         require(f'generate.{part}.name', *one_of('heun', 'ddim'))
+        for name in ('s_churn', 's_min', 's_noise'):
+            require(f'generate.{part}.{name}', lambda v: v >= 0, 'at least 0')
+        require(f'generate.{part}.rho', positive, 'a finite number > 0')
         require(f'generate.{part}.guidance', lambda g: g >= 0, 'at least 0')
         require(f'generate.{part}.t_min', positive, 'a finite number > 0')
         low = config.generate[part].t_min
@@ -244,5 +247,9 @@ def check(config: ConfigDict) -> None:
         lambda names: set(names) <= {'cnn', 'mlp', 'logistic'},
         "a selection of 'cnn', 'mlp', 'logistic'",
     )
+    least = 2 * config.data.classes
+    require('generate.images', lambda n: n >= least, f'at least {least}, two per class')
+    require('evaluate.learning_rate', positive, 'a finite number > 0')
+    require('evaluate.ema_decay', share, 'in [0, 1)')
     require('evaluate.held_out', lambda s: 0 < s < 1, 'in (0, 1)')
     central.make_mechanism(config, randomness='')  # its own checks

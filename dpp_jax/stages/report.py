@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -16,7 +17,11 @@ _CLASSIFIERS = {'logistic': 'logistic regression', 'mlp': 'MLP', 'cnn': "CNN (th
 
 
 def is_done(workdir: workdir_lib.WorkDir) -> bool:
-    return (workdir.private / 'report.html').exists()
+    path = workdir.private / 'report.json'
+    if not path.exists() or not (workdir.private / 'report.html').exists():
+        return False
+    reported = json.loads(path.read_text())
+    return all(reported.get(name) == value for name, value in evaluate.load(workdir).items())
 
 
 def run(

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from dpp_jax.training import checkpoint, devices, progress
 from dpp_jax.training.state import TrainState
@@ -70,7 +69,7 @@ def train(
             previous = metrics
             bar.update()
             if (number + 1) % log_every_steps == 0:
-                _write_metrics(pending, write, bar)
+                _write_metrics(pending, write)
                 pending = (number + 1, metrics)
             if stop:
                 _save(store, state)
@@ -78,7 +77,7 @@ def train(
             if time.monotonic() - saved_at > checkpoint_every_seconds:
                 _save(store, state)
                 saved_at = time.monotonic()
-        _write_metrics(pending, write, bar)
+        _write_metrics(pending, write)
     _save(store, state)
     return devices.first(state)
 
@@ -89,15 +88,13 @@ def _save(store: checkpoint.TrainingStore, state: PyTree) -> None:
     store.save(int(host_state.step), host_state)
 
 
-def _write_metrics(pending, write, bar) -> None:
+def _write_metrics(pending, write) -> None:
     """Fetch and write the metrics of an earlier step."""
     if pending is None:
         return
     number, metrics = pending
-    values = {key: float(value) for key, value in devices.first(metrics).items()}
-    write(number, values)
-    if np.isfinite(values.get('loss', np.nan)):
-        bar.set_postfix(loss=f'{values["loss"]:.4f}', refresh=False)
+    # Not on the screen: a loss of private images carries no noise, and terminals are logged.
+    write(number, {key: float(value) for key, value in devices.first(metrics).items()})
 
 
 @contextlib.contextmanager

@@ -30,7 +30,10 @@ _PRIVATE_NOTE = (
     'Computed from the private images WITHOUT a privacy guarantee, or secret keys on which the '
     'guarantee rests. Nothing in this folder may be published.\n'
 )
-_RELEASE_NOTE = 'Everything in this folder is covered by the (ε, δ) guarantee that report and ledger state.\n'
+_RELEASE_NOTE = (
+    'Everything in this folder is covered by the (ε, δ) that follows from ledger.jsonl at the δ of '
+    'plan.json, unless config.json has a seed: then nothing here is private.\n'
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,17 @@ and the same noise. Computed from the same state it gives the same value again, 
 nothing new, and its entry is already here. A caller may reuse `randomness` only under that
 condition: the same noise on two different sums would cancel in their difference. Another
 `randomness` is another release and is counted.
+
+Every line carries the SHA-256 hash of itself and of all lines before it. So a line that was edited,
+removed from the middle or put in by hand is found when the file is read. Lines missing at the end are
+found by who knows how many there must be: a checkpoint after n steps needs n entries. The hashes find
+accidents and clumsiness; a forger can compute them too.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 import dataclasses
+import hashlib
 import json
 import logging
 import numbers
@@ -90,11 +96,13 @@ class Ledger:
         was never used. A last entry that lacks only its line end is kept.
 
         Raises:
-            ValueError: any other line cannot be read; the message names file and line number.
+            ValueError: any other line cannot be read, or was changed since it was written; the
+                message names file and line number.
             OSError: the file cannot be read or created.
         """
         self.path = Path(path)
         self._entries: dict[tuple[str, int, str], Entry] = {}
+        self._hash = ''
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
@@ -121,9 +129,10 @@ class Ledger:
         """
         if not self._is_new(entry):
             return False
-        line = json.dumps(dataclasses.asdict(entry), ensure_ascii=False, allow_nan=False) + '\n'
-        self._write(line.encode())
-        self._entries[entry.key] = entry
+        digest = _hash(self._hash, entry)
+        line = json.dumps({**dataclasses.asdict(entry), 'hash': digest}, ensure_ascii=False)
+        self._write(line.encode() + b'\n')
+        self._entries[entry.key], self._hash = entry, digest
         return True
 
     @property
@@ -165,17 +174,24 @@ class Ledger:
         """Take one line of the file into memory."""
         try:
             fields = json.loads(line)
+            digest = fields.pop('hash', None)
             # A field that this version does not know might change what was released, and then the ε
             # computed without it would be wrong. A version that adds a field gives it a default.
             entry = Entry(**fields)
-            if self._is_new(entry):
-                self._entries[entry.key] = entry
-        except (ValueError, TypeError) as error:
+            if digest != _hash(self._hash, entry):
+                raise ValueError(
+                    'it does not fit the hash that it carries: it, or a line before it, was '
+                    'changed, removed or added since'
+                )
+            if not self._is_new(entry):
+                raise ValueError('it names a release a second time')
+        except (ValueError, TypeError, AttributeError) as error:
             names = ', '.join(field.name for field in dataclasses.fields(Entry))
             raise ValueError(
                 f'line {number} of {self.path} is not a ledger entry ({error}); it must be a JSON '
-                f'object with {names}. Restore the file: no ε can be stated without it'
+                f'object with {names}, hash. Restore the file: no ε can be stated without it'
             ) from error
+        self._entries[entry.key], self._hash = entry, digest
 
     def _repair(self, tail: bytes, number: int) -> None:
         """Complete or remove a last line without its end."""
@@ -217,6 +233,12 @@ def _composition(entries: Iterable[Entry]) -> DpEvent:
     return accounting.compose(
         accounting.subsampled_gaussian(sigma, q, count) for (sigma, q), count in counts.items()
     )
+
+
+def _hash(previous: str, entry: Entry) -> str:
+    """SHA-256 of the previous line's hash and this entry's fields, in hexadecimal."""
+    fields = json.dumps(dataclasses.asdict(entry), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(f'{previous}\n{fields}'.encode()).hexdigest()
 
 
 def _is_object(text: bytes) -> bool:

@@ -1,6 +1,11 @@
 """Installation of dpp_jax."""
 
+from pathlib import Path
+import re
+
 from setuptools import find_packages, setup
+
+_VERSION = re.search(r"__version__ = '(.+)'", Path('dpp_jax/__init__.py').read_text()).group(1)
 
 # clu writes TensorBoard files through TensorFlow; nothing else needs it.
 _TENSORFLOW = [
@@ -10,7 +15,7 @@ _TENSORFLOW = [
 
 setup(
     name='dpp_jax',
-    version='0.1.0',
+    version=_VERSION,
     description='Differentially private synthetic images with diffusion models, in JAX',
     packages=find_packages(include=['dpp_jax', 'dpp_jax.*']),
     python_requires='>=3.11',
@@ -24,6 +29,7 @@ setup(
         'flax>=0.10',
         'importlib_resources',  # imported by MNIST's builder in tensorflow-datasets
         'jax>=0.8',
+        'matplotlib',
         'ml_collections>=1.0',
         'numpy>=1.26',
         'optax>=0.2.4',

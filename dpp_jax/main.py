@@ -4,6 +4,7 @@ python -m dpp_jax.main --config=configs/mnist_28.py:1 --workdir=runs/mnist --sta
 """
 
 from pathlib import Path
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -16,8 +17,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run; made if it 
 _STAGE = flags.DEFINE_enum(
     'stage',
     'all',
-    ['plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all'],
-    'What to run.',
+    ['plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'clean'],
+    'What to run; clean deletes private/.',
 )
 
 
@@ -26,24 +27,26 @@ def main(argv):
         raise app.UsageError(f'unknown arguments {argv[1:]}; settings are written --config.name=value')
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # orbax is talkative; --verbosity=0 shows it
-    # Imported late: a typing error on the command line is answered at once.
-    from dpp_jax import pipeline
-    from dpp_jax.training import loop
-
     try:
         config = _CONFIG.value
         config.dp  # a config file that could not be loaded says so here
     except OSError as error:
         sys.exit('dpp-jax: ' + ' '.join(str(error).split()))
+    # Imported late: a typing error on the command line is answered at once.
+    from dpp_jax import pipeline
+    from dpp_jax.training import devices, loop, stopping
+
+    devices.keep_compiled_programs()
+    stopping.stop_on_sigterm()
     try:
         pipeline.run(config, _WORKDIR.value, _STAGE.value)
-    except loop.Interrupted as stopped:
+    except stopping.Interrupted as stopped:
         print(f'\n{stopped}. The same command goes on from there.', file=sys.stderr)
-        sys.exit(0 if stopped.signal_number == 15 else 130)
+        sys.exit(0 if stopped.signal_number == signal.SIGTERM else 130)
     except KeyboardInterrupt:
         print('\nInterrupted. The same command goes on from what is saved.', file=sys.stderr)
         sys.exit(130)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError, loop.Diverged) as error:
         if flags.FLAGS['verbosity'].present:
             raise  # with the traceback
         sys.exit(f'dpp-jax: {error}')
@@ -65,9 +68,10 @@ def parse(argv):
 def entry_point():
     """The console script `dpp-jax`."""
     # Config files import each other as `configs.<name>`: make their parent folder importable.
-    for argument in sys.argv[1:]:
-        if argument.startswith(('--config=', '-config=')):
-            path = argument.split('=', 1)[1].split(':')[0]
+    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], '']):
+        name, equals, value = argument.lstrip('-').partition('=')
+        if name == 'config' and argument.startswith('-'):
+            path = (value if equals else following).split(':')[0]
             sys.path.append(str(Path(path).absolute().parent.parent))
     flags.mark_flags_as_required(['config', 'workdir'])
     app.run(main, flags_parser=parse)

@@ -3,22 +3,25 @@
 from collections.abc import Callable
 import functools
 from pathlib import Path
+import shutil
 import time
 
 from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 
 from dpp_jax.data import augment, sources
 from dpp_jax.diffusion import denoiser, loss, sampler, unet
 from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.stages import central, evaluate, finetune, generate, plan, pretrain, report
+from dpp_jax.stages import central, evaluate, finetune, generate, plan, pretrain, report, statement
 from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.training import checkpoint
 from dpp_jax.training.model import Model
 
 STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
-CHOICES = ('plan', *STAGES, 'all')
+CHOICES = ('plan', *STAGES, 'all', 'clean')
 
 
 def run(config: ConfigDict, root: str | Path, stage: str) -> None:
@@ -45,11 +48,28 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
     for settings in (config.generate.sampler, config.generate.classifier_sampler):
         make_sampler(settings, config.data.classes)
     workdir = workdir_lib.WorkDir(root)
+    workdir.check(config)
     if stage == 'plan':
-        print(plan.text(plan.make(config, model), config, done(config, workdir)))
+        show_plan(config, workdir, model)
         return
-    workdir.open(config)
-    Run(config, workdir, model).run(STAGES if stage == 'all' else (stage,))
+    with workdir.opened():
+        run = Run(config, workdir, model)
+        if stage == 'clean':
+            run.clean()
+        else:
+            run.run(STAGES if stage == 'all' else (stage,))
+
+
+def show_plan(config: ConfigDict, workdir: workdir_lib.WorkDir, model: Model) -> None:
+    """Print what would be run and spent, and draw what another budget for the query would do."""
+    planned = plan.load(config, model, workdir)
+    foreseen = statement.make(plan.entries(planned, config), **statement_settings(config))
+    print(plan.text(planned, config, done(config, workdir)))
+    print('\nThe statement of such a run:\n\n' + statement.markdown(foreseen))
+    if config.pretrain.enabled:
+        path = workdir.root / 'plan.png'
+        workdir_lib.write_bytes(path, plan.curve(config, planned))
+        print(f"Fine-tuning's noise against the query's share of ε: {path}")
 
 
 def done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, bool]:
@@ -79,11 +99,13 @@ class Run:
 
     @functools.cached_property
     def plan(self) -> plan.Plan:
-        return plan.load_or_make(self.config, self.model, self.workdir)
+        return plan.load(self.config, self.model, self.workdir)
 
     @functools.cached_property
     def train_images(self) -> sources.Images:
-        return load_images(self.config, 'train')
+        images = load_images(self.config, 'train')
+        self.workdir.check_fingerprint('train', images.images, images.labels)
+        return images
 
     @functools.cached_property
     def test_images(self) -> sources.Images:
@@ -95,15 +117,11 @@ class Run:
         todo = [stage for stage in stages if not finished[stage]]
         if todo:
             print(plan.text(self.plan, self.config, {stage: finished[stage] for stage in stages}))
-            self._check_ledger(finished)
+            self._check(todo, finished)
+            self.workdir.record(self.config)
+            plan.save(self.plan, self.workdir)
             self._write_parameters()
-            # Errors in the data surface now, before any privacy is spent.
-            if {'central', 'finetune', 'evaluate'} & set(todo):
-                self.train_images
-            if 'evaluate' in todo:
-                self.test_images
         for stage in todo:
-            self._check_order(stage)
             start = time.monotonic()
             getattr(self, stage)()
             print(f'{stage}: done in {time.monotonic() - start:.1f} s', flush=True)
@@ -112,9 +130,58 @@ class Run:
         if stages[-1] == 'report':
             print('\n' + (self.workdir.private / 'report.txt').read_text())
 
+    def clean(self) -> None:
+        """Delete private/; what is in release/ can be sampled from and published."""
+        if not finetune.is_done(self.workdir):
+            raise ValueError(
+                f'--stage=clean would delete what {self.workdir.root} needs to go on: its keys and '
+                'checkpoints. Finish with --stage=finetune first, or delete the whole folder'
+            )
+        statement.write(self.workdir, self._statement())
+        shutil.rmtree(self.workdir.private)
+        print(
+            f'{self.workdir.private} is deleted: keys, checkpoints, scores, reports. --stage=generate '
+            'still samples from the released model.'
+        )
+
+    def _check(self, todo: list[str], finished: dict[str, bool]) -> None:
+        """Everything that can be wrong, before any privacy is spent or anything is written."""
+        self._check_order(todo[0], finished)
+        resumed = {
+            part: checkpoint.latest_training(self.workdir.private / 'resume' / part)
+            for part in ('pretrain', 'finetune')
+        }
+        steps = resumed['finetune'][0] if resumed['finetune'] else 0
+        needs_query = self.config.pretrain.enabled and finished['central']
+        made = {
+            'central_query': self.plan.query_count if needs_query else 0,
+            'dp_sgd': self.plan.steps if finished['finetune'] else steps,
+        }
+        plan.check_ledger(self.plan, self.config, self.ledger, made)
+        models = (self.workdir.release / 'model').glob('*')
+        shapes = self.model.shapes()
+        for folder in [*models, *(found[1] for found in resumed.values() if found)]:
+            checkpoint.check_params(folder, shapes)
+        if {'central', 'finetune', 'evaluate'} & set(todo):
+            images = self.train_images
+            if 'evaluate' in todo and self.config.evaluate.fid:
+                fewest = np.bincount(images.labels, minlength=self.config.data.classes).min()
+                if fewest < 2:
+                    raise ValueError(
+                        f'config.evaluate.fid is True; a class of {self.config.data.source} has '
+                        f'{fewest} image, and the features of FID are trained on at least 2 of each. '
+                        'Set config.evaluate.fid=False'
+                    )
+        if 'evaluate' in todo:
+            self.test_images
+
+    def _statement(self) -> dict:
+        return statement.make(self.ledger.entries, **statement_settings(self.config))
+
     def central(self) -> None:
         images = self.train_images
         central.run(self.config, self.workdir, self.ledger, images.images, images.labels)
+        statement.write(self.workdir, self._statement())
 
     def pretrain(self) -> None:
         augmentation = make_augmentation(self.config)
@@ -133,6 +200,7 @@ class Run:
             images.images,
             images.labels,
         )
+        statement.write(self.workdir, self._statement())
 
     def generate(self) -> None:
         settings, classes = self.config.generate, self.config.data.classes
@@ -146,7 +214,9 @@ class Run:
         evaluate.run(self.config, self.workdir, self.train_images, self.test_images)
 
     def report(self) -> None:
-        report.run(self.config, self.workdir, self.ledger, self.plan)
+        privacy = self._statement()
+        statement.write(self.workdir, privacy)
+        report.run(self.config, self.workdir, privacy)
 
     def _write_parameters(self) -> None:
         """clu's overview of the network, for people."""
@@ -157,22 +227,8 @@ class Run:
         workdir_lib.write_text(path, overview + '\n')
         print(f'parameters     overview in {path}\n', flush=True)
 
-    def _check_ledger(self, finished: dict[str, bool]) -> None:
-        """What was released must be in the ledger: without it no ε can be stated."""
-        wanted = {
-            'central_query': self.plan.query_count if finished['central'] else 0,
-            'dp_sgd': self.plan.steps if finished['finetune'] else 0,
-        }
-        for mechanism, count in wanted.items():
-            if self.ledger.count(mechanism) < count:
-                raise ValueError(
-                    f'{self.ledger.path} names {self.ledger.count(mechanism)} releases of '
-                    f'{mechanism}; {count} were made. Restore the ledger: no ε can be stated without it'
-                )
-
-    def _check_order(self, stage: str) -> None:
+    def _check_order(self, stage: str, finished: dict[str, bool]) -> None:
         """A stage reads what earlier ones wrote."""
-        finished = done(self.config, self.workdir)
         missing = [name for name in STAGES[: STAGES.index(stage)] if not finished[name]]
         # The report shows what is there; evaluation is not a condition.
         missing = [name for name in missing if not (stage == 'report' and name == 'evaluate')]
@@ -181,6 +237,16 @@ class Run:
                 f'--stage={stage} needs what --stage={missing[0]} writes to '
                 f'{self.workdir.root}; run that first, or --stage=all'
             )
+
+
+def statement_settings(config: ConfigDict) -> dict:
+    """What of a config the privacy statement needs."""
+    return {
+        'delta': config.dp.delta,
+        'accountant': config.dp.accountant,
+        'budget': config.dp.epsilon,
+        'seed': config.seed,
+    }
 
 
 def load_images(config: ConfigDict, split: str) -> sources.Images:

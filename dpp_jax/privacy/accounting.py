@@ -6,6 +6,7 @@ if one has exactly one example more (add or remove one).
 """
 
 from collections.abc import Callable, Iterable
+import decimal
 import math
 import numbers
 
@@ -95,6 +96,12 @@ def epsilon_and_order(event: DpEvent, delta: float) -> tuple[float, float]:
     _check(delta, 'rdp')
     result, order = _make_accountant('rdp').compose(event).get_epsilon_and_optimal_order(delta)
     return float(result), float(order)
+
+
+def format_epsilon(value: float, digits: int = 4) -> str:
+    """ε as text with `digits` decimals, rounded up: a stated ε is never below the one computed."""
+    step = decimal.Decimal(1).scaleb(-digits)
+    return str(decimal.Decimal(value).quantize(step, rounding=decimal.ROUND_CEILING))
 
 
 def calibrate(

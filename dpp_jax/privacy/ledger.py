@@ -106,7 +106,7 @@ class Ledger:
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         content = self.path.read_bytes()
         self._size = len(content)
         *lines, tail = content.split(b'\n')
@@ -249,7 +249,7 @@ def _is_object(text: bytes) -> bool:
         return False
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Wait until a new file's name is on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

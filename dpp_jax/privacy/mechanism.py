@@ -7,9 +7,8 @@ multiplier σ. Whatever is done with the noisy sum afterwards (division by a pub
 averaging of weights) is post-processing.
 
 Two assumptions stand behind this. The noise is float32: normal draws are cut off at 5.42 standard
-deviations and have float32's granularity. And an example's own random draws (noise levels of its loss) are
-independent of who else is in the batch: they are fresh secret draws per row, so that neighbouring sets can be
-compared draw by draw.
+deviations and have float32's granularity. And an example's own random draws (noise levels of its loss) do
+not depend on who else is in the batch: they must come from secret keys and the example's own number.
 """
 
 import dataclasses
@@ -47,9 +46,19 @@ class GaussianMechanism:
     randomness: str
 
     def __post_init__(self):
-        for field in ('noise_multiplier', 'sensitivity'):
-            if not getattr(self, field) > 0:
-                raise ValueError(f'{field} is {getattr(self, field)}; it must be > 0')
+        self.entry(0)  # checks every field
+
+    def recorded(self, release: Callable) -> Callable:
+        """A release with its ledger entry.
+
+        Args:
+            release: adds this mechanism's noise once, to one sum over a fresh Poisson sample.
+
+        Returns:
+            (index, *arguments) → (release(*arguments), entry number `index`). The entry must be in
+            the ledger before the value is used.
+        """
+        return lambda index, *arguments: (release(*arguments), self.entry(index))
 
     def entry(self, index: int) -> ledger.Entry:
         """What the ledger must hold before release number `index` is used."""

@@ -3,12 +3,17 @@
 Formal guarantee. A query takes a Poisson sample of the private images and releases, for every class,
 the sum of its sampled images (mean query) or its sum of one-hot histograms (mode query), with Gaussian
 noise of standard deviation σ·Δ. One image belongs to one class, so adding or removing it changes all
-classes' sums together by at most one image's norm: Δ = sqrt(d) max(center, 1 - center) for d pixels
-in [-center, 1 - center]; Δ = sqrt(d) for d one-hot histograms. Division by n_c = q N / classes, a public
-constant, and everything after it is post-processing. (The PyTorch code divides by the sampled count of
-the class, which the noise does not cover.)
+classes' sums together by at most one image's norm Δ:
+  - mean: d pixels in [-center, 1 - center] have Δ = sqrt(d) max(center, 1 - center). If images are
+    scaled down to a norm of `clip_norm` first, Δ is at most that.
+  - mean with noisy class counts: the image brings one more coordinate of value w to its class, so that
+    its norm is at most sqrt(Δ² + w²). The noisy coordinates divided by w are the classes' counts.
+  - mode: d one-hot histograms have Δ = sqrt(d).
+Division by n_c = q N / classes, a public constant, or by the noisy counts, and everything after it is
+post-processing. (The PyTorch code divides by the sampled count of the class, which the noise does not cover.)
 """
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -17,11 +22,16 @@ from ml_collections import ConfigDict
 import numpy as np
 from scipy import ndimage
 
+from dpp_jax.privacy import accounting, poisson
 from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.privacy import poisson
-from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.privacy.mechanism import GaussianMechanism, clip_weights
 from dpp_jax.stages import pictures, workdir as workdir_lib
 from dpp_jax.training import progress
+
+
+# Of a noisy class count, relative to the image's norm: 2 % more noise on the image, and on the count
+# of a class noise of 5 σ images (MNIST in the paper's query: 26 of 600).
+COUNT_WEIGHT = 0.2
 
 
 def is_done(workdir: workdir_lib.WorkDir) -> bool:
@@ -41,26 +51,14 @@ def run(
     small = nearest(images, query.downsample)
     mechanism = make_mechanism(config, keys.identifier)
     sampler = poisson.PoissonSampler(len(images), query.sampling_probability, keys.sampling)
-    release = jax.jit(
-        functools.partial(
-            mean_query if query.kind == 'mean' else mode_query,
-            mechanism=mechanism,
-            classes=config.data.classes,
-            **(
-                {'center': query.pixel_center, 'class_size': sampler.expected_size / config.data.classes}
-                if query.kind == 'mean'
-                else {'bins': query.bins}
-            ),
-        )
-    )
+    release = mechanism.recorded(jax.jit(_make_query(config, mechanism, sampler.expected_size)))
     results = []
     with progress.bar(query.queries, 'central', 'query') as bar:
         for number in range(query.queries):
             indices, mask = poisson.pad(sampler.indices(number), sampler.capacity(1))
-            noisy = release(
-                small[indices], labels[indices], mask, jax.random.fold_in(keys.noise, number)
-            )
-            ledger.append(mechanism.entry(number))
+            noise_key = jax.random.fold_in(keys.noise, number)
+            noisy, entry = release(number, small[indices], labels[indices], mask, noise_key)
+            ledger.append(entry)
             results.append(np.asarray(noisy))
             bar.update()
     size = config.data.image_size
@@ -75,15 +73,62 @@ def run(
 
 def make_mechanism(config: ConfigDict, randomness: str) -> GaussianMechanism:
     """The mechanism of one query, with the sensitivity that the module's docstring derives."""
-    query, data = config.query, config.data
-    side = -(-data.image_size // query.downsample)
-    bound = 1.0 if query.kind == 'mode' else max(query.pixel_center, 1 - query.pixel_center)
+    bound = _image_bound(config)
+    if config.query.kind == 'mean' and config.query.class_counts == 'noisy':
+        bound = float(np.hypot(bound, COUNT_WEIGHT * bound))
     return GaussianMechanism(
         name='central_query',
-        noise_multiplier=query.noise_multiplier,
-        sampling_probability=query.sampling_probability,
-        sensitivity=float(np.sqrt(data.channels * side * side)) * bound,
+        noise_multiplier=noise_multiplier(config),
+        sampling_probability=config.query.sampling_probability,
+        sensitivity=bound,
         randomness=randomness,
+    )
+
+
+def noise_multiplier(config: ConfigDict) -> float:
+    """σ of one query: as set, or such that all queries alone spend their share of ε."""
+    dp, query = config.dp, config.query
+    if query.epsilon_share is None:
+        return query.noise_multiplier
+    return accounting.calibrate(
+        lambda sigma: accounting.subsampled_gaussian(
+            sigma, query.sampling_probability, query.queries
+        ),
+        query.epsilon_share * dp.epsilon,
+        dp.delta,
+        dp.accountant,
+    )
+
+
+def _image_bound(config: ConfigDict) -> float:
+    """Δ of one image, without its count."""
+    query, data = config.query, config.data
+    side = -(-data.image_size // query.downsample)
+    bound = float(np.sqrt(data.channels * side * side))
+    if query.kind == 'mode':
+        return bound
+    bound *= max(query.pixel_center, 1 - query.pixel_center)
+    return bound if query.clip_norm is None else min(bound, query.clip_norm)
+
+
+def _make_query(
+    config: ConfigDict, mechanism: GaussianMechanism, expected_size: float
+) -> Callable:
+    """(images, labels, mask, key) → noisy central images of all classes."""
+    query, classes = config.query, config.data.classes
+    if query.kind == 'mode':
+        return functools.partial(
+            mode_query, mechanism=mechanism, classes=classes, bins=query.bins
+        )
+    noisy_counts = query.class_counts == 'noisy'
+    return functools.partial(
+        mean_query,
+        mechanism=mechanism,
+        classes=classes,
+        center=query.pixel_center,
+        class_size=expected_size / classes,
+        clip_norm=query.clip_norm,
+        count_weight=COUNT_WEIGHT * _image_bound(config) if noisy_counts else None,
     )
 
 
@@ -97,6 +142,8 @@ def mean_query(
     classes: int,
     center: float,
     class_size: float,
+    clip_norm: float | None = None,
+    count_weight: float | None = None,
 ) -> jax.Array:
     """Noisy mean image of every class.
 
@@ -105,20 +152,34 @@ def mean_query(
         labels: (n,) int32 in [0, classes).
         mask: (n,) bool, False for padding.
         key: of the noise; secret.
-        mechanism: its sensitivity must be sqrt(H W C) max(center, 1 - center).
+        mechanism: its sensitivity must be the norm that the module's docstring derives.
         classes: number of classes.
         center: subtracted from pixels before the sum and added back at the end.
         class_size: n_c, the public constant that stands for a class's size in the sample.
+        clip_norm: the L2 norm to which centred images are scaled down; None = as they are.
+        count_weight: w > 0, with which an image counts in its class's size, which then takes the
+            place of `class_size`; None = sizes are not asked.
 
     Returns:
         (classes, H, W, C) float32; in [0, 1] but for the noise.
     """
     rows = jnp.where(mask, labels, classes)
     counts = jax.ops.segment_sum(mask.astype(jnp.int32), rows, classes + 1)[:-1]
-    # Sums of integers are exact, in any order.
-    sums = jax.ops.segment_sum(images.astype(jnp.int32), rows, classes + 1)[:-1]
-    total = sums / 255.0 - center * counts[:, None, None, None]
-    return mechanism.privatise(total.astype(jnp.float32), key) / class_size + center
+    if clip_norm is None:
+        # Sums of integers are exact, in any order.
+        sums = jax.ops.segment_sum(images.astype(jnp.int32), rows, classes + 1)[:-1]
+        total = (sums / 255.0 - center * counts[:, None, None, None]).astype(jnp.float32)
+    else:
+        centred = images / jnp.float32(255) - center
+        weights, _ = clip_weights(centred, mask, clip_norm)
+        total = jax.ops.segment_sum(weights[:, None, None, None] * centred, rows, classes + 1)[:-1]
+    if count_weight is None:
+        return mechanism.privatise(total, key) / class_size + center
+    weighted = count_weight * counts.astype(jnp.float32)
+    total, weighted = mechanism.privatise((total, weighted), key)
+    # Fewer than one image in a class of the sample: whatever is divided by is as good as any.
+    sizes = jnp.maximum(weighted / count_weight, 1.0)
+    return total / sizes[:, None, None, None] + center
 
 
 def mode_query(

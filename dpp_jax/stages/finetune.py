@@ -6,9 +6,8 @@ import optax
 
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.stages import metrics, workdir as workdir_lib
-from dpp_jax.stages.plan import Plan
+from dpp_jax.stages.plan import Plan, finetune_mechanism
 from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
 from dpp_jax.training.model import Model
 
@@ -29,31 +28,28 @@ def run(
     """Take the plan's steps; save weights and averaged weights in release/."""
     settings = config.finetune
     keys = workdir.secret_keys(ledger, 'dp_sgd', config.seed)
-    mechanism = GaussianMechanism(
-        name='dp_sgd',
-        noise_multiplier=plan.noise_multiplier,
-        sampling_probability=plan.sampling_probability,
-        sensitivity=settings.clip_norm,
-        randomness=keys.identifier,
-    )
+    mechanism = finetune_mechanism(plan, config, keys.identifier)
     sampler = poisson.PoissonSampler(len(images), plan.sampling_probability, keys.sampling)
     capacity = sampler.capacity(settings.microbatch * devices.count())
     optimizer = optax.adam(settings.learning_rate)
-    device_step = steps.make_dp_step(
-        model.example_loss(draws=settings.draws, label_dropout=settings.label_dropout),
-        optimizer,
-        mechanism,
-        expected_batch_size=sampler.expected_size,
-        microbatch=settings.microbatch,
-        ema_decay=settings.ema_decay,
+    release = mechanism.recorded(
+        steps.make_dp_step(
+            model.example_loss(draws=settings.draws, label_dropout=settings.label_dropout),
+            optimizer,
+            mechanism,
+            expected_batch_size=sampler.expected_size,
+            microbatch=settings.microbatch,
+            ema_decay=settings.ema_decay,
+        )
     )
 
     def step(state, number):
-        ledger.append(mechanism.entry(number))
         indices = sampler.indices(number)
         batch = devices.deal(steps.make_batch(images, labels, indices, capacity))
         used = steps.used_microbatches(len(indices), settings.microbatch)
-        return device_step(state, batch, used, keys.noise)
+        result, entry = release(number, state, batch, used, keys.noise)
+        ledger.append(entry)  # the device computes on meanwhile
+        return result
 
     with (
         checkpoint.TrainingStore(workdir.private / 'resume' / 'finetune') as store,

@@ -137,7 +137,7 @@ def _read_parts(folder: Path) -> list[np.ndarray]:
 
 def write_png_tree(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """folder/<class>/<number>.png for every image; the folder appears when it is complete."""
-    temporary = folder.with_name(f'.new_{folder.name}')
+    temporary = workdir_lib.unfinished(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     for label in np.unique(labels):
         (temporary / str(label)).mkdir(parents=True)

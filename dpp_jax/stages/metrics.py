@@ -5,8 +5,6 @@ import contextlib
 import os
 from pathlib import Path
 
-from dpp_jax.training import devices
-
 
 @contextlib.contextmanager
 def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
@@ -14,9 +12,6 @@ def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
 
     Losses and gradient norms of private images carry no noise: `folder` must lie in private/.
     """
-    if not devices.is_primary():
-        yield lambda step, values: None
-        return
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # silences its notice
     # TensorFlow takes seconds to import and would claim the accelerators' memory.

@@ -1,6 +1,7 @@
 """Stage `plan`: what a run spends and needs, from the config alone. It touches no image."""
 
 import dataclasses
+import io
 import json
 import math
 
@@ -10,6 +11,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax.privacy import accounting
+from dpp_jax.privacy.ledger import Entry, Ledger
+from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.stages import central, workdir as workdir_lib
 from dpp_jax.training import model as model_lib
 
@@ -39,10 +42,24 @@ class Plan:
     memory_bytes_per_device: int
 
 
-def make(config: ConfigDict, model: model_lib.Model) -> Plan:
+# What of a plan the guarantee rests on, other than the noise of fine-tuning.
+_BINDING = (
+    'private_images delta accountant epsilon_budget query_noise_multiplier '
+    'query_sampling_probability query_count sampling_probability steps expected_batch_size'
+).split()
+
+
+def make(
+    config: ConfigDict, model: model_lib.Model, noise_multiplier: float | None = None
+) -> Plan:
     """Calibrate the fine-tuning noise so that query and fine-tuning together stay within (ε, δ).
 
     q = 1 / ceil(N / batch_size), steps = epochs / q, as in the paper.
+
+    Args:
+        config: the settings; `query.epsilon_share`, if set, decides the query's noise.
+        model: whose parameters are counted.
+        noise_multiplier: of fine-tuning, where it is known already.
 
     Raises:
         ValueError: a setting is out of range, or the query alone exceeds the budget.
@@ -53,22 +70,24 @@ def make(config: ConfigDict, model: model_lib.Model) -> Plan:
     batches = math.ceil(images / finetune.batch_size)
     steps = max(1, round(finetune.epochs * batches))
     asked = query.queries if config.pretrain.enabled else 0
-    queries = (
-        [accounting.subsampled_gaussian(query.noise_multiplier, query.sampling_probability, asked)]
-        if asked
-        else []
-    )
+    query_sigma = central.noise_multiplier(config) if asked else None
 
     def everything(sigma):
         return accounting.compose(
             [*queries, accounting.subsampled_gaussian(sigma, 1 / batches, steps)]
         )
 
-    sigma = accounting.calibrate(everything, dp.epsilon, dp.delta, dp.accountant)
-
     def spent(event):
         return accounting.epsilon(event, dp.delta, dp.accountant)
 
+    queries = (
+        [accounting.subsampled_gaussian(query_sigma, query.sampling_probability, asked)]
+        if asked
+        else []
+    )
+    sigma = noise_multiplier or accounting.calibrate(
+        everything, dp.epsilon, dp.delta, dp.accountant
+    )
     shapes = model.shapes()
     central_count = asked * config.data.classes
     pretrain_batch = min(config.pretrain.batch_size, max(central_count, 1))
@@ -81,7 +100,7 @@ def make(config: ConfigDict, model: model_lib.Model) -> Plan:
         epsilon_query=spent(accounting.compose(queries)),
         epsilon_finetune=spent(accounting.subsampled_gaussian(sigma, 1 / batches, steps)),
         epsilon_total=spent(everything(sigma)),
-        query_noise_multiplier=query.noise_multiplier if asked else None,
+        query_noise_multiplier=query_sigma,
         query_sampling_probability=query.sampling_probability if asked else None,
         query_count=asked,
         noise_multiplier=sigma,
@@ -96,18 +115,88 @@ def make(config: ConfigDict, model: model_lib.Model) -> Plan:
     )
 
 
-def load_or_make(config: ConfigDict, model: model_lib.Model, workdir: workdir_lib.WorkDir) -> Plan:
-    """The plan that this work directory follows; fixed when it is first made."""
+def load(config: ConfigDict, model: model_lib.Model, workdir: workdir_lib.WorkDir) -> Plan:
+    """The plan that this work directory follows, or the one that it would be given.
+
+    Raises:
+        ValueError: the folder's plan is not one that this config can have: it takes other steps or
+            batches, asks other queries, or does not stay within the budget.
+    """
     path = workdir.release / 'plan.json'
-    if path.exists():
-        return Plan(**json.loads(path.read_text()))
-    plan = make(config, model)
-    workdir_lib.write_json(path, dataclasses.asdict(plan))
+    if not path.exists():
+        return make(config, model)
+    try:
+        plan = Plan(**json.loads(path.read_text()))
+        again = make(config, model, plan.noise_multiplier)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f'{path} is not a plan ({error}); restore it') from error
+    for name in _BINDING:
+        if getattr(plan, name) != getattr(again, name):
+            raise ValueError(
+                f'{path} has {name} = {getattr(plan, name)}; this config gives '
+                f'{getattr(again, name)}. The plan was changed: restore it, or use another --workdir'
+            )
+    if again.epsilon_total > plan.epsilon_budget:
+        raise ValueError(
+            f'{path} has noise_multiplier = {plan.noise_multiplier}, which spends ε = '
+            f'{again.epsilon_total:.6g}; it must be within the budget {plan.epsilon_budget:g}. '
+            'The plan was changed: restore it, or use another --workdir'
+        )
     return plan
 
 
+def save(plan: Plan, workdir: workdir_lib.WorkDir) -> None:
+    """Fix the plan of a work directory that has none."""
+    path = workdir.release / 'plan.json'
+    if not path.exists():
+        workdir_lib.write_json(path, dataclasses.asdict(plan))
+
+
+def entries(plan: Plan, config: ConfigDict) -> list[Entry]:
+    """What the ledger will hold when everything ran."""
+    steps = finetune_mechanism(plan, config, 'planned')
+    queries = central.make_mechanism(config, 'planned')
+    return [queries.entry(n) for n in range(plan.query_count)] + [
+        steps.entry(n) for n in range(plan.steps)
+    ]
+
+
+def finetune_mechanism(plan: Plan, config: ConfigDict, randomness: str) -> GaussianMechanism:
+    """One step of fine-tuning: the sum of gradients, each clipped to norm C."""
+    return GaussianMechanism(
+        name='dp_sgd',
+        noise_multiplier=plan.noise_multiplier,
+        sampling_probability=plan.sampling_probability,
+        sensitivity=config.finetune.clip_norm,
+        randomness=randomness,
+    )
+
+
+def check_ledger(plan: Plan, config: ConfigDict, ledger: Ledger, made: dict[str, int]) -> None:
+    """Raise a ValueError if the ledger does not fit the plan or what was released.
+
+    Args:
+        made: mechanism → how many of its releases are known to have been used.
+    """
+    planned = {(e.mechanism, e.index): e for e in entries(plan, config)}
+    for entry in ledger.entries:
+        expected = planned.get((entry.mechanism, entry.index))
+        if expected is None or dataclasses.replace(expected, randomness=entry.randomness) != entry:
+            raise ValueError(
+                f'{ledger.path} names {entry}, which is not in the plan ({expected}): its ε no longer '
+                'covers what ran. Restore ledger.jsonl and plan.json, or use another --workdir'
+            )
+    for mechanism, count in made.items():
+        if ledger.count(mechanism) < count:
+            raise ValueError(
+                f'{ledger.path} names {ledger.count(mechanism)} releases of {mechanism}; {count} '
+                'were made. Restore the ledger: no ε can be stated without it'
+            )
+
+
 def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) -> str:
-    """The plan for people to read."""
+    """The plan for people to read; every ε rounded up."""
+    show = accounting.format_epsilon
     lines = [
         f'Plan for {config.name}: {plan.private_images:,} private images, '
         f'ε = {plan.epsilon_budget:g}, δ = {plan.delta:g} ({plan.accountant.upper()} accountant)',
@@ -119,12 +208,12 @@ def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) ->
         lines.append(
             f'{"central images (" + config.query.kind + " query)":38}'
             f'{plan.query_noise_multiplier:9.4f}{plan.query_sampling_probability:10.6f}'
-            f'{plan.query_count:8d}{plan.epsilon_query:9.4f}'
+            f'{plan.query_count:8d}{show(plan.epsilon_query):>9}'
         )
     lines += [
         f'{"fine-tuning (DP-SGD)":38}{plan.noise_multiplier:9.4f}{plan.sampling_probability:10.6f}'
-        f'{plan.steps:8d}{plan.epsilon_finetune:9.4f}',
-        f'{"together":38}{"":27}{plan.epsilon_total:9.4f}',
+        f'{plan.steps:8d}{show(plan.epsilon_finetune):>9}',
+        f'{"together":38}{"":27}{show(plan.epsilon_total):>9}',
         '',
         f'network        {plan.parameters:,} parameters, denoiser {config.model.denoiser}',
         f'pre-training   {plan.pretrain_steps:,} steps, {plan.pretrain_noised_images:,} noised images',
@@ -140,6 +229,57 @@ def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) ->
         todo = [name for name, is_done in done.items() if not is_done]
         lines += ['', 'would run      ' + (', '.join(todo) if todo else 'nothing: everything is done')]
     return '\n'.join(lines)
+
+
+def curve(config: ConfigDict, plan: Plan) -> bytes:
+    """PNG: the noise multiplier of fine-tuning against the share of ε that the query may spend."""
+    from matplotlib.figure import Figure
+
+    dp, query = config.dp, config.query
+    shares = [0.01, 0.03, 0.08, 0.2, 0.4, 0.6, 0.8]
+    sigmas, query_sigmas = [], []
+    for share in shares:
+        shared = config.copy_and_resolve_references()
+        shared.query.epsilon_share = share
+        query_sigmas.append(central.noise_multiplier(shared))
+        queries = accounting.subsampled_gaussian(
+            query_sigmas[-1], query.sampling_probability, query.queries
+        )
+
+        def everything(sigma):
+            steps = accounting.subsampled_gaussian(sigma, plan.sampling_probability, plan.steps)
+            return accounting.compose([queries, steps])
+
+        sigmas.append(accounting.calibrate(everything, dp.epsilon, dp.delta, dp.accountant))
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout='constrained')
+    axes = figure.add_subplot()
+    axes.plot(shares, sigmas, color='#1f6f8b', marker='o', markersize=4)
+    chosen = plan.epsilon_query / dp.epsilon
+    axes.plot(chosen, plan.noise_multiplier, 'o', color='#c8553d', markersize=9)
+    axes.annotate(
+        f'this config: query σ = {plan.query_noise_multiplier:.3g}, {chosen:.1%} of ε\n'
+        f'fine-tuning σ = {plan.noise_multiplier:.4g}',
+        (chosen, plan.noise_multiplier), xytext=(0.04, 0.82), textcoords='axes fraction',
+        color='#c8553d', arrowprops={'arrowstyle': '-', 'color': '#c8553d'},
+    )
+    for share, sigma, query_sigma in list(zip(shares, sigmas, query_sigmas))[::2]:
+        axes.annotate(
+            f'query σ {query_sigma:.2g}', (share, sigma), xytext=(0, -16),
+            textcoords='offset points', fontsize=8, color='#56636f', ha='center',
+        )
+    axes.set_xscale('log')
+    axes.set_xlim(0.006, 1.3)
+    axes.margins(y=0.25)
+    axes.minorticks_off()
+    axes.set_xlabel("share of ε that the query's releases spend alone")
+    axes.set_ylabel('noise multiplier σ of fine-tuning')
+    axes.set_title(f'{config.name}: ε = {dp.epsilon:g}, δ = {dp.delta:g}', loc='left')
+    axes.xaxis.set_major_formatter(lambda value, _: f'{100 * value:g} %')
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png')
+    return buffer.getvalue()
 
 
 def _memory(config: ConfigDict, model: model_lib.Model, shapes) -> int:
@@ -208,6 +348,17 @@ def check(config: ConfigDict) -> None:
     require('query.kind', *one_of('mean', 'mode'))
     require('query.noise_multiplier', positive, 'a finite number > 0')
     require('query.sampling_probability', probability, 'in (0, 1]')
+    require('query.epsilon_share', lambda s: s is None or 0 < s < 1, 'in (0, 1), or not set')
+    require(
+        'query.clip_norm', lambda c: c is None or positive(c), 'a finite number > 0, or not set'
+    )
+    require('query.class_counts', *one_of('public', 'noisy'))
+    for name in ('clip_norm', 'class_counts'):
+        if config.query.kind == 'mode' and config.query[name] not in (None, 'public'):
+            raise ValueError(
+                f'config.query.{name} is {config.query[name]!r}, which the mode query cannot use; it '
+                "must be left as in configs/default.py, or config.query.kind be 'mean'"
+            )
     require('query.pixel_center', lambda c: 0 <= c <= 0.5, 'in [0, 0.5]')
     require('query.bins', lambda n: 2 <= n <= 256, 'in [2, 256]')
     require('model.multipliers', lambda m: len(m) and all(k >= 1 for k in m), 'numbers, at least 1')
@@ -252,4 +403,4 @@ def check(config: ConfigDict) -> None:
     require('evaluate.learning_rate', positive, 'a finite number > 0')
     require('evaluate.ema_decay', share, 'in [0, 1)')
     require('evaluate.held_out', lambda s: 0 < s < 1, 'in (0, 1)')
-    central.make_mechanism(config, randomness='')  # its own checks
+    central.make_mechanism(config, 'check')  # its own checks

@@ -8,11 +8,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.stages import evaluate, generate, pictures, workdir as workdir_lib
-from dpp_jax.stages.plan import Plan
+from dpp_jax.stages import evaluate, generate, pictures, statement, workdir as workdir_lib
 
-_TITLES = {'central_query': 'central images (query)', 'dp_sgd': 'fine-tuning (DP-SGD)'}
 _CLASSIFIERS = {'logistic': 'logistic regression', 'mlp': 'MLP', 'cnn': "CNN (the paper's)"}
 
 
@@ -21,22 +18,22 @@ def is_done(workdir: workdir_lib.WorkDir) -> bool:
     if not path.exists() or not (workdir.private / 'report.html').exists():
         return False
     reported = json.loads(path.read_text())
-    return all(reported.get(name) == value for name, value in evaluate.load(workdir).items())
+    return statement.exists(workdir) and all(
+        reported.get(name) == value for name, value in evaluate.load(workdir).items()
+    )
 
 
-def run(
-    config: ConfigDict, workdir: workdir_lib.WorkDir, ledger: ledger_lib.Ledger, plan: Plan
-) -> None:
-    """Write private/report.txt, .json and .html from the ledger and the evaluation."""
-    privacy = spent(ledger, plan)
+def run(config: ConfigDict, workdir: workdir_lib.WorkDir, privacy: dict) -> None:
+    """Write private/report.txt, .json and .html from the privacy statement and the evaluation."""
     results = evaluate.load(workdir)
+    show, accountant = accounting.format_epsilon, privacy['accountant']
     rows = [
-        (_TITLES.get(name, name), f'ε = {epsilon:.4f}')
-        for name, epsilon in privacy['epsilon_by_mechanism'].items()
+        (statement.TITLES.get(row['mechanism'], row['mechanism']), f'ε = {show(row["epsilon"][accountant])}')
+        for row in privacy['mechanisms']
     ]
     rows += [
-        ('total (by the ledger)', f'ε = {privacy["epsilon"]:.4f}, δ = {plan.delta:g}'),
-        ('budget', f'ε = {plan.epsilon_budget:g}'),
+        ('total (by the ledger)', f'ε = {show(privacy["epsilon"])}, δ = {privacy["delta"]:g}'),
+        ('budget', f'ε = {privacy["budget"]:g}'),
     ]
     if 'fid' in results:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))
@@ -53,26 +50,17 @@ def run(
     workdir_lib.write_text(workdir.private / 'report.html', page, mode=0o600)
 
 
-def spent(ledger: ledger_lib.Ledger, plan: Plan) -> dict:
-    """ε of every mechanism alone and of all together, from what the ledger says ran."""
-    return {
-        'epsilon': accounting.epsilon(ledger.event(), plan.delta, plan.accountant),
-        'delta': plan.delta,
-        'accountant': plan.accountant,
-        'epsilon_by_mechanism': {
-            name: accounting.epsilon(event, plan.delta, plan.accountant)
-            for name, event in ledger.by_mechanism().items()
-        },
-    }
-
-
 def _text(config: ConfigDict, workdir: workdir_lib.WorkDir, rows, note: str) -> str:
     """The table, and where the files are."""
     release, private = workdir.release, workdir.private
     files = [
-        ('synthetic images', release / 'synthetic' / 'images.npz'),
+        *(
+            ('synthetic images' if name == 'images' else 'for classifiers', path)
+            for name, path in generate.files(config, workdir).items()
+        ),
         ('picture of them', release / 'synthetic' / 'images.png'),
         ('model', release / 'model' / 'finetune'),
+        ('privacy statement', release / 'privacy_statement.md'),
         ('privacy ledger', release / 'ledger.jsonl'),
         ('page (private)', private / 'report.html'),
         ('metrics (private)', private / 'metrics'),

@@ -3,20 +3,24 @@
 Every file appears under its name only when it is complete, so a crash leaves the old file or none.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
 import secrets
+import shutil
 import tempfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.privacy.ledger import Ledger, sync_folder
 
 # Settings that change no result: a run may be continued with other values.
 FREE_SETTINGS = (
@@ -26,13 +30,14 @@ FREE_SETTINGS = (
     'generate.batch_size',
     'generate.png_tree',
 )
+_UNFINISHED = '.new_'  # how names of what is not complete begin
 _PRIVATE_NOTE = (
     'Computed from the private images WITHOUT a privacy guarantee, or secret keys on which the '
     'guarantee rests. Nothing in this folder may be published.\n'
 )
 _RELEASE_NOTE = (
-    'Everything in this folder is covered by the (ε, δ) that follows from ledger.jsonl at the δ of '
-    'plan.json, unless config.json has a seed: then nothing here is private.\n'
+    'Everything in this folder is covered by the (ε, δ) of privacy_statement.md, which follows from '
+    'ledger.jsonl; unless config.json has a seed: then nothing here is private.\n'
 )
 
 
@@ -59,40 +64,83 @@ class WorkDir:
         self.release = self.root / 'release'
         self.private = self.root / 'private'
 
-    def open(self, config: ConfigDict) -> None:
-        """Create the folders, or check that they were made with the same settings.
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """The folders, made if they are not there, for this process alone.
 
         Raises:
-            PermissionError: the folder cannot be written.
-            ValueError: it was made with other settings; the message lists the differences.
+            PermissionError: they cannot be written, or another process works in them.
         """
         try:
             self.release.mkdir(parents=True, exist_ok=True)
             self.private.mkdir(mode=0o700, exist_ok=True)
             os.chmod(self.private, 0o700)
-            with tempfile.TemporaryFile(dir=self.release):
-                pass
-            with tempfile.TemporaryFile(dir=self.private):
-                pass
+            for folder in (self.release, self.private):
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            lock = open(self.root / '.lock', 'a')
         except OSError as error:
             raise PermissionError(
                 f'--workdir={self.root} cannot be written ({error}); it must be a folder that this '
                 'user may create and write'
             ) from error
+        with lock:
+            try:
+                # The system lets go of it however this process ends.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise PermissionError(
+                    f'--workdir={self.root} is in use by another process; wait for it, stop it, or '
+                    'use another --workdir'
+                ) from error
+            for litter in self.root.glob(f'*/**/{_UNFINISHED}*'):  # of a process that was killed
+                shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+            yield
+
+    def check(self, config: ConfigDict) -> None:
+        """Raise a ValueError that lists the differences if another config was recorded here."""
         path = self.release / 'config.json'
-        settings = flatten(config)
-        if path.exists():
-            differences = _differences(json.loads(path.read_text()), settings)
-            if differences:
-                raise ValueError(
-                    f'--workdir={self.root} was made with another config:\n  '
-                    + '\n  '.join(differences)
-                    + '\nUse those settings, or another --workdir.'
-                )
+        if not path.exists():
             return
-        write_text(self.release / 'README.txt', _RELEASE_NOTE)
-        write_text(self.private / 'README.txt', _PRIVATE_NOTE)
-        write_json(path, settings)
+        differences = _differences(json.loads(path.read_text()), flatten(config))
+        if differences:
+            raise ValueError(
+                f'--workdir={self.root} was made with another config:\n  '
+                + '\n  '.join(differences)
+                + '\nUse those settings, or another --workdir.'
+            )
+
+    def record(self, config: ConfigDict) -> None:
+        """Bind the folder to `config`, and put a note in each half of what may be done with it."""
+        for path, text in (
+            (self.release / 'README.txt', _RELEASE_NOTE),
+            (self.private / 'README.txt', _PRIVATE_NOTE),
+        ):
+            if not path.exists():
+                write_text(path, text)
+        if not (self.release / 'config.json').exists():
+            write_json(self.release / 'config.json', flatten(config))
+
+    def check_fingerprint(self, name: str, images: np.ndarray, labels: np.ndarray) -> None:
+        """Raise if `name` names other images than when it was first seen in this folder.
+
+        Half a run on one set and half on another would not be the mechanism that was accounted for.
+        """
+        digest = hashlib.sha256()
+        for array in (images, labels):
+            digest.update(f'{array.dtype} {array.shape} '.encode())
+            digest.update(np.ascontiguousarray(array))
+        found = {'count': len(images), 'sha256': digest.hexdigest()}
+        path = self.private / 'data.json'
+        known = json.loads(path.read_text()) if path.exists() else {'_note': _PRIVATE_NOTE.strip()}
+        if name not in known:
+            write_json(path, {**known, name: found}, mode=0o600)
+        elif known[name] != found:
+            raise ValueError(
+                f'config.data.source gives {len(images)} images that are not those '
+                f'({known[name]["count"]}) with which {self.root} was made: their fingerprint differs '
+                'from private/data.json. Restore the data, or use another --workdir'
+            )
 
     def secret_keys(self, ledger: Ledger, mechanism: str, seed: int | None) -> Keys:
         """`keys` of a mechanism; refused if the ledger names releases made with other keys.
@@ -165,12 +213,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write `data` so that the file is there whole or not at all."""
+@contextlib.contextmanager
+def whole_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A file to write to, that appears under its name when it is complete, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix='.new_', delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_UNFINISHED, delete=False) as file:
         try:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, mode)
@@ -178,6 +227,13 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
+    sync_folder(path.parent)  # the new name, too, survives a power failure
+
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write `data` so that the file is there whole or not at all."""
+    with whole_file(path, mode) as file:
+        file.write(data)
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
@@ -192,10 +248,10 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """A compressed .npz, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.new_{path.name}')
-    with open(temporary, 'wb') as file:
+    with whole_file(path) as file:
         np.savez_compressed(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a folder is made before it gets the name `path`; cleared when a run starts again."""
+    return path.with_name(_UNFINISHED + path.name)

@@ -44,6 +44,11 @@ class TrainingStore:
         saved = self._manager.restore(step, args=ocp.args.StandardRestore(_like(template)))
         return _fit(saved, template, self.folder / str(step))
 
+    def latest_step(self) -> int | None:
+        """Of the newest complete checkpoint; waits for one that is being written."""
+        self._manager.wait_until_finished()
+        return self._manager.latest_step()
+
     def __enter__(self) -> 'TrainingStore':
         return self
 
@@ -60,6 +65,23 @@ def save_model(folder: Path, model: PyTree) -> None:
     """Write `model` (a pytree of arrays); the folder appears when it is complete."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(folder).absolute(), _to_dict(model), force=True)
+
+
+def latest_training(folder: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest checkpoint of the `TrainingStore` in `folder`."""
+    steps = [path for path in Path(folder).glob('*') if path.name.isdigit()]
+    newest = max(steps, key=lambda path: int(path.name), default=None)
+    return newest and (int(newest.name), newest / 'default')
+
+
+def check_params(folder: Path, params: PyTree) -> None:
+    """Raise a ValueError unless the checkpoint `folder` holds parameters shaped as `params`.
+
+    Reads shapes alone, of a model or of a training.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
+    _compare(_shapes(saved['params']), _shapes(_to_dict(params)), folder)
 
 
 def load_model(folder: Path, template: PyTree) -> PyTree:

@@ -6,6 +6,8 @@ device i mod D, so that the real rows of a padded batch are spread evenly.
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,9 +62,14 @@ def count() -> int:
     return len(local()) if _limit else jax.device_count()
 
 
-def is_primary() -> bool:
-    """Whether this process writes the files."""
-    return jax.process_index() == 0
+def keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, unless it was told where.
+
+    Programs hold no data: images, weights and keys are their arguments.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+        jax.config.update('jax_compilation_cache_dir', str(cache / 'dpp_jax' / 'programs'))
 
 
 def replicate(tree: PyTree) -> PyTree:

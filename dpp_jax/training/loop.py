@@ -1,14 +1,14 @@
 """One loop for both trainings: restore, step, log, checkpoint, stop when asked."""
 
 from collections.abc import Callable
-import contextlib
-import signal
+import math
 import time
 from typing import Any
 
 import jax
+import numpy as np
 
-from dpp_jax.training import checkpoint, devices, progress
+from dpp_jax.training import checkpoint, devices, progress, stopping
 from dpp_jax.training.state import TrainState
 
 PyTree = Any
@@ -16,12 +16,8 @@ PyTree = Any
 Step = Callable[[PyTree, int], tuple[PyTree, dict]]
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and everything is saved."""
-
-    def __init__(self, signal_number: int, message: str):
-        super().__init__(message)
-        self.signal_number = signal_number
+class Diverged(ArithmeticError):
+    """The weights or the loss are not finite any more."""
 
 
 def train(
@@ -52,7 +48,8 @@ def train(
         the final state, on the host.
 
     Raises:
-        Interrupted: after SIGTERM or Ctrl-C, with the state saved.
+        stopping.Interrupted: after SIGTERM or Ctrl-C, with the state saved.
+        Diverged: weights or loss are not finite; such a state is never saved.
     """
     restored = store.restore(state)
     state = state if restored is None else restored
@@ -61,7 +58,7 @@ def train(
     saved_at = time.monotonic()
     pending = None  # metrics are fetched one interval late, when the device has long moved on
     previous = None
-    with _stop_requests() as stop, progress.bar(total_steps, name, 'step', start) as bar:
+    with stopping.deferred() as stop, progress.bar(total_steps, name, 'step', start) as bar:
         for number in range(start, total_steps):
             state, metrics = step(state, number)
             # At most two steps in flight: the bar tells the truth and a stop request is soon met.
@@ -69,54 +66,47 @@ def train(
             previous = metrics
             bar.update()
             if (number + 1) % log_every_steps == 0:
-                _write_metrics(pending, write)
+                _write_metrics(pending, write, store, name)
                 pending = (number + 1, metrics)
             if stop:
-                _save(store, state)
-                raise Interrupted(stop[0], f'{name} stopped after step {number + 1}, saved')
+                _save(store, state, name)
+                raise stopping.Interrupted(stop[0], f'{name} stopped after step {number + 1}, saved')
             if time.monotonic() - saved_at > checkpoint_every_seconds:
-                _save(store, state)
+                _save(store, state, name)
                 saved_at = time.monotonic()
-        _write_metrics(pending, write)
-    _save(store, state)
+        _write_metrics(pending, write, store, name)
+    _save(store, state, name)
     return devices.first(state)
 
 
-def _save(store: checkpoint.TrainingStore, state: PyTree) -> None:
-    """Checkpoint a replicated state."""
+def _save(store: checkpoint.TrainingStore, state: PyTree, name: str) -> None:
+    """Checkpoint a replicated state, if it is worth going on from."""
     host_state = devices.first(state)
-    store.save(int(host_state.step), host_state)
+    step = int(host_state.step)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host_state.params)):
+        raise _diverged(name, 'weights', step, store)
+    store.save(step, host_state)
 
 
-def _write_metrics(pending, write) -> None:
+def _write_metrics(pending, write, store: checkpoint.TrainingStore, name: str) -> None:
     """Fetch and write the metrics of an earlier step."""
     if pending is None:
         return
     number, metrics = pending
+    values = {key: float(value) for key, value in devices.first(metrics).items()}
     # Not on the screen: a loss of private images carries no noise, and terminals are logged.
-    write(number, {key: float(value) for key, value in devices.first(metrics).items()})
+    write(number, values)
+    if not math.isfinite(values['loss']):
+        raise _diverged(name, 'loss', number, store)
 
 
-@contextlib.contextmanager
-def _stop_requests():
-    """A list that receives the signal's number when the run is asked to stop.
-
-    A second Ctrl-C stops at once.
-    """
-    requests = []
-
-    def request(number, frame):
-        del frame
-        if requests and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        requests.append(number)
-
-    try:
-        previous = {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals go elsewhere
-        previous = {}
-    try:
-        yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore) -> Diverged:
+    """The error that says where things went wrong and what is left."""
+    good = store.latest_step()
+    kept = 'there is no checkpoint before it' if good is None else (
+        f'the last good checkpoint is that of step {good} in {store.folder}'
+    )
+    return Diverged(
+        f'{name} is lost: its {what} is not finite at step {step}; {kept}. The same settings lead '
+        f'there again: take a lower config.{name}.learning_rate in another --workdir'
+    )

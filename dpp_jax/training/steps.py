@@ -1,10 +1,11 @@
 """The two training steps: an ordinary one, and DP-SGD (Abadi et al. 2016).
 
-Both run under pmap and depend on a batch only through its real rows and their positions: the number
-of devices, the microbatch and the padding change nothing but rounding.
+Both run under pmap and depend on a batch only through its real rows: the number of devices, the
+microbatch and the padding change nothing but rounding.
 
 A batch is a dict of arrays with a leading row axis: image (n, H, W, C) uint8, label (n,) int32,
-position (n,) int32 (the row's number in the logical batch), mask (n,) bool (False: padding).
+index (n,) int32 (the image's number in its set), position (n,) int32 (the row's number in the logical
+batch), mask (n,) bool (False: padding).
 """
 
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def make_batch(
     return {
         'image': images[padded],
         'label': labels[padded].astype(np.int32),
+        'index': padded.astype(np.int32),
         'position': np.arange(len(padded), dtype=np.int32),
         'mask': mask,
     }
@@ -102,11 +104,12 @@ def make_dp_step(
         noise_key, draw_key = jax.random.split(jax.random.fold_in(key, state.step))
 
         def example_loss(params, example):
-            example_key = jax.random.fold_in(draw_key, example['position'])
+            # By the image's own number: who else is in the batch must not change its draws.
+            example_key = jax.random.fold_in(draw_key, example['index'])
             image = to_model_range(example['image'])
             return loss(params, image, example['label'], example_key)
 
-        examples = {name: batch[name] for name in ('image', 'label', 'position')}
+        examples = {name: batch[name] for name in ('image', 'label', 'index')}
         device_sum, sums = mechanism_lib.clipped_gradient_sum(
             example_loss,
             state.params,
@@ -119,9 +122,11 @@ def make_dp_step(
         total, sums = jax.lax.psum((device_sum, sums), devices.AXIS)
         noisy = mechanism.privatise(total, noise_key)
         gradient = jax.tree.map(lambda leaf: leaf / expected_batch_size, noisy)
-        rows = jnp.maximum(sums['examples'] - sums['non_finite'], 1)
+        finite = sums['examples'] - sums['non_finite']
+        rows = jnp.maximum(finite, 1)
+        lost = (finite == 0) & (sums['examples'] > 0)
         metrics = {
-            'loss': sums['loss'] / rows,
+            'loss': jnp.where(lost, jnp.nan, sums['loss'] / rows),
             'gradient_norm': sums['norm'] / rows,
             'clipped_share': sums['clipped'] / rows,
             'non_finite': sums['non_finite'],

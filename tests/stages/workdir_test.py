@@ -9,9 +9,17 @@ import pytest
 from dpp_jax.stages import workdir as workdir_lib
 
 
+def record(root, config):
+    """What a run does with a folder before it computes anything."""
+    workdir = workdir_lib.WorkDir(root)
+    workdir.check(config)
+    with workdir.opened():
+        workdir.record(config)
+    return workdir
+
+
 def test_private_is_closed_to_others_and_says_what_it_is(tiny_config, tmp_path):
-    workdir = workdir_lib.WorkDir(tmp_path / 'run')
-    workdir.open(tiny_config())
+    workdir = record(tmp_path / 'run', tiny_config())
     workdir.keys('dp_sgd', None)
     assert stat.S_IMODE(os.stat(workdir.private).st_mode) == 0o700
     assert stat.S_IMODE(os.stat(workdir.private / 'keys.json').st_mode) == 0o600
@@ -19,27 +27,69 @@ def test_private_is_closed_to_others_and_says_what_it_is(tiny_config, tmp_path):
 
 
 def test_another_config_is_refused_with_the_differences(tiny_config, tmp_path):
-    workdir = workdir_lib.WorkDir(tmp_path)
-    workdir.open(tiny_config())
-    workdir.open(tiny_config())
+    record(tmp_path, tiny_config())
+    workdir = record(tmp_path, tiny_config())
     with pytest.raises(ValueError) as error:
-        workdir.open(tiny_config(finetune__epochs=3, dp__epsilon=2.0))
+        workdir.check(tiny_config(finetune__epochs=3, dp__epsilon=2.0))
     assert 'config.finetune.epochs: 1.0 there, 3.0 now' in str(error.value)
     assert 'config.dp.epsilon: 10.0 there, 2.0 now' in str(error.value)
     assert 'query' not in str(error.value)
 
 
 def test_settings_that_change_no_result_may_change(tiny_config, tmp_path):
-    workdir = workdir_lib.WorkDir(tmp_path)
-    workdir.open(tiny_config())
-    workdir.open(tiny_config(finetune__microbatch=2, loop__log_every_steps=7))
+    record(tmp_path, tiny_config())
+    record(tmp_path, tiny_config(finetune__microbatch=2, loop__log_every_steps=7))
 
 
-def test_a_folder_that_cannot_be_written_is_named(tiny_config, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     blocked = tmp_path / 'file'
     blocked.write_text('')
     with pytest.raises(PermissionError, match='--workdir=.*file/run cannot be written'):
-        workdir_lib.WorkDir(blocked / 'run').open(tiny_config())
+        with workdir_lib.WorkDir(blocked / 'run').opened():
+            pass
+
+
+def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path):
+    with workdir_lib.WorkDir(tmp_path).opened():
+        with pytest.raises(PermissionError, match='is in use by another process'):
+            with workdir_lib.WorkDir(tmp_path).opened():
+                pass
+    with workdir_lib.WorkDir(tmp_path).opened():
+        pass
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
+    workdir = workdir_lib.WorkDir(tmp_path)
+    with workdir.opened():
+        (workdir.release / 'a').mkdir()
+        kept = workdir.release / 'a' / 'file.npz'
+        kept.write_bytes(b'whole')
+        (workdir.release / 'a' / '.new_file.npz').write_bytes(b'ha')
+        workdir_lib.unfinished(workdir.release / 'png').mkdir()
+    with workdir.opened():
+        left = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*')}
+    assert left == {'.lock', 'release', 'private', 'release/a', 'release/a/file.npz'}
+
+
+@pytest.mark.parametrize('change', ['pixel', 'label', 'order', 'fewer', 'shape'])
+def test_other_images_are_refused(tmp_path, change):
+    workdir = workdir_lib.WorkDir(tmp_path)
+    images = np.arange(6 * 4 * 2, dtype=np.uint8).reshape(6, 4, 2, 1)
+    labels = np.arange(6) % 3
+    with workdir.opened():
+        workdir.check_fingerprint('train', images, labels)
+        workdir.check_fingerprint('train', images.copy(), labels.copy())
+        workdir.check_fingerprint('test', images[:2], labels[:2])
+        others = {
+            'pixel': (np.where(images == 7, 8, images).astype(np.uint8), labels),
+            'label': (images, np.where(np.arange(6) == 2, 0, labels)),
+            'order': (images[::-1], labels[::-1]),
+            'fewer': (images[:5], labels[:5]),
+            'shape': (images.reshape(6, 2, 4, 1), labels),
+        }
+        with pytest.raises(ValueError, match='not those .6. with which .*fingerprint'):
+            workdir.check_fingerprint('train', *others[change])
+    assert stat.S_IMODE(os.stat(workdir.private / 'data.json').st_mode) == 0o600
 
 
 def test_keys_stay_and_differ_between_parts_and_runs(tmp_path):
@@ -77,3 +127,14 @@ def test_flatten_is_json(tiny_config):
     flat = workdir_lib.flatten(tiny_config())
     assert json.loads(json.dumps(flat)) == flat
     assert flat['model.multipliers'] == [2, 2] and flat['generate.sampler.steps'] == 4
+
+
+def test_npz_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / 'images.npz'
+    workdir_lib.write_npz(path, images=np.arange(3))
+    monkeypatch.setattr(os, 'fsync', lambda *_: (_ for _ in ()).throw(OSError('No space left')))
+    with pytest.raises(OSError, match='No space left'):
+        workdir_lib.write_npz(path, images=np.arange(4))
+    with np.load(path) as data:
+        np.testing.assert_array_equal(data['images'], np.arange(3))
+    assert [p.name for p in tmp_path.iterdir()] == ['images.npz']

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpp_jax.training import checkpoint, devices, loop, state as state_lib
+from dpp_jax.training import checkpoint, devices, loop, state as state_lib, stopping
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -58,7 +58,7 @@ def uninterrupted(device_step, tmp_path_factory):
 def test_a_stopped_run_goes_on_and_ends_the_same_bit_for_bit(
     stop_at, uninterrupted, device_step, tmp_path
 ):
-    with pytest.raises(loop.Interrupted, match='saved') as stopped:
+    with pytest.raises(stopping.Interrupted, match='saved') as stopped:
         train(tmp_path, device_step, stop_at=stop_at)
     assert stopped.value.signal_number == signal.SIGTERM
     final = train(tmp_path, device_step)
@@ -75,6 +75,29 @@ def test_checkpoints_at_every_step_change_nothing(uninterrupted, device_step, tm
     final = train(tmp_path, device_step, seconds=0.0)
     jax.tree.map(np.testing.assert_array_equal, final, uninterrupted)
     assert len([p for p in tmp_path.iterdir() if p.name.isdigit()]) == 2
+
+
+@pytest.mark.parametrize('seconds, good', [(0.0, 'that of step 5 in'), (1000.0, 'no checkpoint')])
+def test_a_run_whose_weights_are_lost_stops_and_keeps_the_last_good_checkpoint(
+    device_step, tmp_path, seconds, good
+):
+    lost = devices.parallel(
+        lambda state, number: (
+            state.replace(
+                step=state.step + 1,
+                params=jax.tree.map(
+                    lambda leaf: jnp.where(number >= 5, jnp.nan, leaf), state.params
+                ),
+            ),
+            {'loss': jnp.where(number >= 5, jnp.nan, 1.0)},
+        ),
+        in_axes=(0, None),
+    )
+    written = []
+    with pytest.raises(loop.Diverged, match=f'test is lost.*not finite at step 6.*{good}'):
+        train(tmp_path, lost, seconds=seconds, written=written)
+    kept = checkpoint.latest_training(tmp_path)
+    assert (kept and kept[0]) == (5 if seconds == 0 else None)
 
 
 def test_metrics_are_written_with_their_step(device_step, tmp_path):

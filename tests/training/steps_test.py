@@ -104,16 +104,16 @@ def test_update_is_the_clipped_sum_plus_the_same_noise(
     eight_device_step, tiny_model, params, digits
 ):
     """Against a plain loop over examples, with the noise taken from the empty batch."""
-    indices = np.arange(9)
+    indices = np.arange(3, 12)
     update, metrics, _ = take(eight_device_step, params, digits, indices, number=8, microbatch=2)
     noise, _, _ = take(eight_device_step, params, digits, [], number=8, microbatch=2)
     loss = tiny_model.example_loss(draws=2, label_dropout=0.1)
     _, draw_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
     gradient = jax.jit(jax.grad(loss))
     total, norms = 0.0, []
-    for position, i in enumerate(indices):
+    for i in indices:
         image = digits[0][i].astype(np.float32) / 127.5 - 1
-        key = jax.random.fold_in(draw_key, position)
+        key = jax.random.fold_in(draw_key, i)  # an image's draws depend on nobody else
         g = flat(gradient(params, image, digits[1][i], key)).astype(np.float64)
         norms.append(np.linalg.norm(g))
         total = total + g * min(1, 0.5 / norms[-1])

@@ -151,6 +151,12 @@ class Run:
             part: checkpoint.latest_training(self.workdir.private / 'resume' / part)
             for part in ('pretrain', 'finetune')
         }
+        folders = [self.workdir.release / 'model' / part for part in resumed]
+        folders += [found[1] for found in resumed.values() if found]
+        shapes = self.model.shapes()
+        for folder in folders:
+            if folder.exists():
+                checkpoint.check_params(folder, shapes)
         steps = resumed['finetune'][0] if resumed['finetune'] else 0
         needs_query = self.config.pretrain.enabled and finished['central']
         made = {
@@ -158,10 +164,6 @@ class Run:
             'dp_sgd': self.plan.steps if finished['finetune'] else steps,
         }
         plan.check_ledger(self.plan, self.config, self.ledger, made)
-        models = (self.workdir.release / 'model').glob('*')
-        shapes = self.model.shapes()
-        for folder in [*models, *(found[1] for found in resumed.values() if found)]:
-            checkpoint.check_params(folder, shapes)
         if {'central', 'finetune', 'evaluate'} & set(todo):
             images = self.train_images
             if 'evaluate' in todo and self.config.evaluate.fid:

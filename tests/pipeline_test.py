@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 
@@ -14,10 +15,10 @@ import pytest
 from dpp_jax import pipeline
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.stages import finetune, generate, workdir as workdir_lib
-from dpp_jax.training import loop
+from dpp_jax.stages import generate, workdir as workdir_lib
 
 ROOT = Path(__file__).resolve().parents[1]
+STEPS = 23  # of the tiny config's fine-tuning
 
 
 @pytest.fixture(scope='module')
@@ -159,20 +160,152 @@ def test_lost_keys_are_refused_because_new_ones_would_spend_twice(tiny_config, t
     assert (workdir.release / 'ledger.jsonl').read_text() == ledger
 
 
-def test_a_checkpoint_of_another_network_is_refused_before_a_step_is_taken(
-    run, tiny_config, tmp_path
+def ledger_of(workdir):
+    path = workdir.release / 'ledger.jsonl'
+    return path.read_text() if path.exists() else ''
+
+
+@pytest.mark.parametrize('place', ['release/model/pretrain', 'release/model/finetune', 'resume'])
+def test_a_checkpoint_of_another_network_is_refused_before_the_query(
+    run, tiny_config, tmp_path, place
 ):
+    """Also one of a later stage: by then the query would have been paid for."""
     _, reference = run
+    source = reference.root / place
+    if place == 'resume':
+        place = 'private/resume/finetune'
+        source = reference.root / place
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).symlink_to(source.absolute())
     config = tiny_config(model__blocks=2)
-    workdir = workdir_lib.WorkDir(tmp_path)
-    pipeline.run(config, tmp_path, 'central')
-    model = workdir.release / 'model'
-    model.mkdir()
-    (model / 'pretrain').symlink_to((reference.release / 'model' / 'pretrain').absolute())
+    stage = 'central' if place.endswith('model/finetune') else 'all'
     with pytest.raises(ValueError, match='another network'):
-        pipeline.run(config, tmp_path, 'finetune')
-    assert ledger_lib.Ledger(workdir.release / 'ledger.jsonl').count('dp_sgd') == 0
-    assert not finetune.is_done(workdir)
+        pipeline.run(config, tmp_path, stage)
+    assert not ledger_of(workdir_lib.WorkDir(tmp_path))
+
+
+def copy_of(workdir, folder):
+    """The work directory of another run, to be tampered with."""
+    shutil.copytree(workdir.root, folder, dirs_exist_ok=True)
+    return workdir_lib.WorkDir(folder)
+
+
+@pytest.mark.parametrize(
+    'tamper, text',
+    [
+        (lambda w: (w.release / 'ledger.jsonl').unlink(), 'names 0 releases of central_query; 2 were'),
+        (lambda w: edit(w.release / 'ledger.jsonl', lambda t: ''.join(t.splitlines(True)[:-1])),
+         f'names {STEPS - 1} releases of dp_sgd; {STEPS} were'),
+        (lambda w: edit(w.release / 'ledger.jsonl', lambda t: t.replace('1.0, "sens', '0.9, "sens', 1)),
+         'line 1 of .*not a ledger entry'),
+        (lambda w: edit_plan(w, noise_multiplier=0.4), 'noise_multiplier = 0.4, which spends'),
+        (lambda w: edit_plan(w, noise_multiplier=20.0), 'which is not in the plan'),
+        (lambda w: edit_plan(w, steps=99), f'steps = 99; this config gives {STEPS}'),
+        (lambda w: edit_plan(w, delta=1e-3), 'delta = 0.001; this config gives 0.0001'),
+    ],
+    ids=['deleted', 'cut', 'edited', 'less noise', 'more noise', 'more steps', 'larger delta'],
+)
+def test_a_ledger_or_plan_that_no_longer_fits_is_refused(run, tmp_path, tamper, text):
+    config, reference = run
+    workdir = copy_of(reference, tmp_path)
+    (workdir.private / 'report.json').unlink()  # so that there is something to do
+    tamper(workdir)
+    with pytest.raises(ValueError, match=text):
+        pipeline.run(config, tmp_path, 'report')
+
+
+def edit(path, change):
+    old = path.read_text()
+    path.write_text(change(old))
+    assert path.read_text() != old
+
+
+def edit_plan(workdir, **changes):
+    path = workdir.release / 'plan.json'
+    edit(path, lambda text: json.dumps({**json.loads(text), **changes}))
+
+
+def test_report_is_made_again_when_the_evaluation_is_newer(run, tmp_path):
+    config, reference = run
+    workdir = copy_of(reference, tmp_path)
+    results = json.loads((workdir.private / 'evaluation.json').read_text())
+    workdir_lib.write_json(workdir.private / 'evaluation.json', {**results, 'fid': 123.4})
+    assert not pipeline.done(config, workdir)['report']
+    pipeline.run(config, tmp_path, 'all')
+    assert '123.40' in (workdir.private / 'report.txt').read_text()
+
+
+def test_clean_deletes_private_and_leaves_a_run_that_can_be_sampled(run, tmp_path):
+    config, reference = run
+    workdir = copy_of(reference, tmp_path)
+    before = {p.name for p in workdir.release.iterdir()}
+    pipeline.run(config, tmp_path, 'clean')
+    assert not workdir.private.exists()
+    assert {p.name for p in workdir.release.iterdir()} == before
+    shutil.rmtree(workdir.release / 'synthetic')
+    pipeline.run(config, tmp_path, 'generate')
+    with np.load(workdir.release / 'synthetic' / 'images.npz') as data:
+        assert data['images'].shape == (40, 8, 8, 1) and data['images'].std() > 1
+
+
+def test_clean_is_refused_while_private_is_needed(tiny_config, tmp_path):
+    pipeline.run(tiny_config(), tmp_path, 'central')
+    with pytest.raises(ValueError, match='Finish with --stage=finetune first'):
+        pipeline.run(tiny_config(), tmp_path, 'clean')
+    assert (tmp_path / 'private' / 'keys.json').exists()
+
+
+def test_statement_says_what_was_spent_and_that_a_seeded_run_is_not_private(run):
+    config, workdir = run
+    statement = json.loads((workdir.release / 'privacy_statement.json').read_text())
+    ledger = ledger_lib.Ledger(workdir.release / 'ledger.jsonl')
+    assert statement['epsilon'] == pytest.approx(ledger.epsilon(1e-4)) and statement['delta'] == 1e-4
+    assert statement['epsilon_by_accountant']['pld'] == pytest.approx(ledger.epsilon(1e-4, 'pld'))
+    query, steps = statement['mechanisms']
+    assert (query['count'], query['noise_multiplier'], query['sensitivity']) == (2, 4.0, 4.0)
+    assert (steps['count'], steps['sampling_probability']) == (STEPS, pytest.approx(1 / STEPS))
+    assert statement['private'] is False and statement['seed'] == 1
+    text = (workdir.release / 'privacy_statement.md').read_text()
+    assert 'THIS RUN IS NOT PRIVATE' in text and 'add or remove one' in text
+
+
+def test_other_private_images_are_refused_when_a_run_goes_on(tiny_config, tmp_path):
+    rng = np.random.default_rng(0)
+    images = {'images': rng.integers(0, 256, (60, 8, 8, 1), np.uint8), 'labels': np.arange(60) % 10}
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    for split in ('train', 'test'):
+        np.savez(folder / f'{split}.npz', **images)
+    config = tiny_config(data__source=f'npz:{folder}', data__train_images=60)
+    config.finetune.batch_size = 20
+    pipeline.run(config, tmp_path / 'run', 'central')
+    spent = ledger_of(workdir_lib.WorkDir(tmp_path / 'run'))
+    images['images'][5, 3, 3, 0] ^= 1
+    np.savez(folder / 'train.npz', **images)
+    pipeline.run(config, tmp_path / 'run', 'pretrain')  # reads no private image
+    with pytest.raises(ValueError, match='fingerprint differs'):
+        pipeline.run(config, tmp_path / 'run', 'finetune')
+    assert ledger_of(workdir_lib.WorkDir(tmp_path / 'run')) == spent
+
+
+def test_a_refused_command_leaves_the_folder_to_the_corrected_one(tiny_config, tmp_path):
+    for change in ({'query__noise_multiplier': 0.3}, {'data__train_images': 1400}):
+        with pytest.raises(ValueError):
+            pipeline.run(tiny_config(**change), tmp_path, 'all')
+    pipeline.run(tiny_config(), tmp_path, 'central')
+
+
+def test_plan_of_a_run_is_the_one_it_follows(run, tiny_config, tmp_path, capsys):
+    config, reference = run
+    with pytest.raises(ValueError, match='made with another config'):
+        pipeline.run(tiny_config(finetune__epochs=2), reference.root, 'plan')
+    workdir = copy_of(reference, tmp_path)
+    edit_plan(workdir, noise_multiplier=7.654321)
+    pipeline.run(config, tmp_path, 'plan')
+    out = capsys.readouterr().out
+    assert '7.6543' in out and 'nothing: everything is done' in out
+    with Image.open(tmp_path / 'plan.png') as picture:
+        assert picture.size[0] > 500
 
 
 @pytest.mark.parametrize(
@@ -214,7 +347,8 @@ def test_command_line_plans_without_touching_a_work_directory(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert '300 steps' in result.stdout and 'ε = 1,' in result.stdout
-    assert not (tmp_path / 'run').exists()
+    assert {p.name for p in (tmp_path / 'run').iterdir()} == {'plan.png'}
+    assert '(ε = 1.0000, δ = 1e-05)**-differentially private' in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,12 @@ class WorkDir:
                     f'--workdir={self.root} is in use by another process; wait for it, stop it, or '
                     'use another --workdir'
                 ) from error
-            for litter in self.root.glob(f'*/**/{_UNFINISHED}*'):  # of a process that was killed
-                shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+            for name in (f'{_UNFINISHED}*', '*.orbax-checkpoint-tmp*'):  # of a process that was killed
+                for litter in list(self.root.glob(f'*/**/{name}')):
+                    if litter.is_dir():
+                        shutil.rmtree(litter)
+                    else:
+                        litter.unlink(missing_ok=True)
             yield
 
     def check(self, config: ConfigDict) -> None:

@@ -1,0 +1,222 @@
+"""Kill the program at random moments, restart it, and compare with a run that was left alone.
+
+    python scripts/chaos.py --kills=50 --workdir=runs/chaos
+
+Every process works on the digits with a small network and a fixed seed (so that two runs can be
+compared; a real run has none). It is killed by SIGKILL at a random moment of a random stage, and started
+again, until the run is complete; then the next run begins, until there were enough kills. Weights, images,
+ledger and scores of every run must be those of the run that was left alone, bit for bit.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+import json
+import os
+from pathlib import Path
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
+# Small, so that fifty restarts take minutes; checkpoints as often as the loop can.
+SETTINGS = {
+    'seed': 1,
+    'model.width': 8,
+    'query.queries': 2,
+    'pretrain.epochs': 60,
+    'pretrain.draws': 1,
+    'pretrain.batch_size': 16,
+    'finetune.epochs': 2.0,
+    'finetune.batch_size': 64,
+    'finetune.draws': 2,
+    'finetune.microbatch': 4,
+    'generate.images': 200,
+    'generate.batch_size': 20,
+    'generate.sampler.steps': 4,
+    'evaluate.epochs': 2,
+    'evaluate.feature_epochs': 1,
+    'evaluate.classifiers': '("logistic", "mlp")',
+    'loop.checkpoint_every_seconds': 0.2,
+}
+
+
+class Process:
+    """The program on one work directory, and the stage that it is in."""
+
+    def __init__(self, workdir: Path, settings: dict, environment: dict[str, str]):
+        command = [sys.executable, '-u', '-m', 'dpp_jax.main', '--config=configs/digits_8.py:10']
+        command += [f'--workdir={workdir}', '--stage=all']
+        command += [f'--config.{name}={value}' for name, value in settings.items()]
+        self._lines: list[str] = []
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self._lines.append(line)
+
+    def output(self) -> str:
+        return ''.join(self._lines)
+
+    def stage(self) -> str | None:
+        """The stage in progress; None while the program starts, or when it ended."""
+        if self._process.poll() is not None:
+            return None
+        todo = [line for line in self._lines if line.startswith('would run')]
+        if not todo:
+            return None
+        done = {line.split(':')[0] for line in self._lines if ': done in' in line}
+        names = [name.strip() for name in todo[0].removeprefix('would run').split(',')]
+        return next((name for name in names if name not in done), None)
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self, number: int | None = None) -> int:
+        """Send a signal, if any, wait for the end, and return the exit code."""
+        if number is not None:
+            self._process.send_signal(number)
+        code = self._process.wait()
+        self._reader.join()
+        return code
+
+
+def run_to_the_end(workdir: Path, settings: dict, environment: dict[str, str]) -> None:
+    """Run the program without disturbing it; raises if it fails."""
+    process = Process(workdir, settings, environment)
+    code = process.end()
+    if code:
+        raise RuntimeError(f'the program ended with {code}:\n{process.output()}')
+
+
+def kill_in_stage(process: Process, stage: str, seconds: float) -> str | None:
+    """Kill `process` `seconds` after it began `stage`, or a later stage that it is in by then.
+
+    Returns:
+        the stage in which it died, 'start' before the first, or None if it ended by itself.
+    """
+    while process.running() and process.stage() not in STAGES[STAGES.index(stage) :]:
+        time.sleep(0.005)
+    time.sleep(seconds)
+    if not process.running():
+        return None
+    died_in = process.stage() or 'start'
+    return died_in if process.end(signal.SIGKILL) == -signal.SIGKILL else None
+
+
+def final_state(workdir: Path) -> dict[str, object]:
+    """What a run must end with: arrays and texts by their names."""
+    release, private = workdir / 'release', workdir / 'private'
+    found: dict[str, object] = {}
+    for path in (release / 'central_images.npz', release / 'synthetic' / 'images.npz'):
+        with np.load(path) as data:
+            found |= {f'{path.name}/{name}': data[name] for name in data}
+    for part in ('pretrain', 'finetune'):
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore((release / 'model' / part).absolute())
+        found |= {f'{part}{path}': np.asarray(leaf) for path, leaf in _leaves(tree)}
+    texts = [release / 'ledger.jsonl', release / 'privacy_statement.md', release / 'plan.json']
+    texts += [private / 'evaluation.json', private / 'report.txt']
+    # The page names files by their folder, the only thing that differs between two runs.
+    found |= {path.name: path.read_text().replace(str(workdir), '') for path in texts}
+    litter = [p for p in workdir.rglob('*') if p.name.startswith(('.new_', '.parts_'))]
+    return found | {'litter': sorted(str(path) for path in litter)}
+
+
+def _leaves(tree, prefix: str = ''):
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for name, value in tree.items():
+        yield from _leaves(value, f'{prefix}/{name}')
+
+
+def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
+    """Names of what is not the same, bit for bit."""
+    return sorted(
+        name
+        for name in one.keys() | other.keys()
+        if name not in one or name not in other or not np.array_equal(one[name], other[name])
+    )
+
+
+def survive(
+    workdir: Path,
+    choose: Callable[[], tuple[str, float] | None],
+    settings: dict,
+    environment: dict[str, str],
+) -> Counter:
+    """Run to the end through the kills that `choose` asks for: (stage, seconds), None for no more."""
+    deaths: Counter = Counter()
+    while True:
+        kill = choose()
+        if kill is None:
+            run_to_the_end(workdir, settings, environment)
+            return deaths
+        process = Process(workdir, settings, environment)
+        died_in = kill_in_stage(process, *kill)
+        if died_in is None:
+            if code := process.end():
+                raise RuntimeError(f'the program ended with {code}:\n{process.output()}')
+            return deaths
+        deaths[died_in] += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--kills', type=int, default=50, help='at least so many')
+    parser.add_argument('--workdir', type=Path, default=Path('runs/chaos'), help='must be empty')
+    parser.add_argument('--seed', type=int, default=0, help='of the moments')
+    parser.add_argument('--json', type=Path, help='write the result to this file')
+    arguments = parser.parse_args()
+    if arguments.workdir.exists() and any(arguments.workdir.iterdir()):
+        sys.exit(f'--workdir is {arguments.workdir}; it must be empty or not exist')
+    chance = random.Random(arguments.seed)
+    environment = {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_PLATFORMS': 'cpu'}
+    reference = arguments.workdir.absolute() / 'left_alone'
+    start = time.monotonic()
+    run_to_the_end(reference, SETTINGS, environment)
+    expected = final_state(reference)
+    print(f'A run left alone took {time.monotonic() - start:.0f} s.', flush=True)
+    deaths: Counter = Counter()
+    wrong: list[str] = []
+    runs = 0
+    while deaths.total() < arguments.kills:
+        runs += 1
+        kills = iter(_moments(chance))
+        workdir = arguments.workdir.absolute() / f'killed_{runs}'
+        deaths += survive(workdir, lambda: next(kills, None), SETTINGS, environment)
+        found = differences(final_state(workdir), expected)
+        wrong += [f'run {runs}: {name}' for name in found]
+        print(
+            f'run {runs}: {deaths.total()} kills so far, {len(found)} differences, '
+            f'{time.monotonic() - start:.0f} s', flush=True,
+        )
+    result = {'kills': deaths.total(), 'runs': runs, 'by_stage': dict(deaths), 'wrong': wrong}
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + '\n')
+    sys.exit(bool(wrong))
+
+
+def _moments(chance: random.Random) -> list[tuple[str, float]]:
+    """Two kills per stage, one soon after its start and one anywhere in its first seconds."""
+    return [
+        (stage, chance.uniform(0, longest)) for stage in STAGES for longest in (0.5, 5.0)
+    ]
+
+
+if __name__ == '__main__':
+    main()

@@ -46,7 +46,14 @@ setup(
         'cuda': ['jax[cuda12]>=0.8'],
         'tpu': ['jax[tpu]>=0.8'],
         'pytorch': ['torch>=2.4'],
-        'test': ['hypothesis', 'pytest>=8', 'pytest-xdist', 'torch>=2.4'],
+        'test': [
+            'hypothesis',
+            'jax-privacy>=2',  # independent clipping to compare with
+            'opacus>=1.5',  # independent accounting to compare with
+            'pytest>=8',
+            'pytest-xdist',
+            'torch>=2.4',
+        ],
     },
     entry_points={'console_scripts': ['dpp-jax=dpp_jax.main:entry_point']},
 )

@@ -1,14 +1,16 @@
 """Agreement with independent code: Opacus's accountant, and the clipped gradients of jax_privacy.
 
-Opacus has its own code for the Rényi divergences and the step from them to ε. jax_privacy sums clipped
-gradients for the same purpose and differs in two ways, which the tests remove: it clips to the norm
-C itself, where ours leaves 1e-5 of it for rounding; and it replaces single non-finite entries of a
-gradient by zeros, where ours takes the whole gradient for zero.
+Opacus has its own code for the Rényi divergences and for the step from them to ε. At fractional orders
+dp_accounting, which computes ours, adds the terms of an alternating series without their signs: an upper
+bound that is up to some per cent above Opacus, never below. At whole orders both are exact.
+
+jax_privacy sums clipped gradients for the same purpose. It differs in two ways, which the test removes:
+it clips to the norm C itself, where ours leaves 1e-5 of it for rounding; and it replaces the non-finite
+entries of a gradient by zeros, where ours counts such a gradient as zero.
 """
 
-import math
-
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,55 +19,77 @@ from dpp_jax.privacy import accounting
 from dpp_jax.privacy.ledger import Entry, Ledger
 from dpp_jax.privacy.mechanism import clipped_gradient_sum, clipped_sum
 
-ROUNDING = 1e-5  # by which the bound on a norm is below C
+# Opacus says that more orders might give less, jax_privacy calls what optax will rename.
+pytestmark = pytest.mark.filterwarnings('ignore:Optimal order', 'ignore:optax.global_norm')
+ROUNDING = 1e-5  # by which our bound on a norm is below C
+WHOLE_ORDERS = tuple(order for order in accounting.RDP_ORDERS if order.is_integer())
 
 
 @pytest.fixture(scope='module')
 def opacus():
-    """(history of (σ, q) in the order of the releases, δ) → ε at our orders."""
+    """(list of (σ, q, count), δ, orders) → Opacus's ε."""
     accountants = pytest.importorskip('opacus.accountants')
 
-    def epsilon(history, delta):
+    def epsilon(history, delta, orders):
         accountant = accountants.RDPAccountant()
-        # As `step` keeps it, which takes one release at a time.
-        accountant.history = [(sigma, q, count) for sigma, q, count in history]
-        return accountant.get_epsilon(delta, alphas=list(accounting.RDP_ORDERS))
+        accountant.history = history  # as `step`, which takes one release at a time, keeps it
+        return accountant.get_epsilon(delta, alphas=list(orders))
 
     return epsilon
 
 
-def random_histories(number, most_steps, seed):
-    """Lists of (σ, q, count), and δ: parts of a run such as queries and steps, with ε up to about 100."""
+def random_histories(number, most, seed):
+    """Lists of (σ, q, count), and δ: one to four mechanisms, such as queries and steps."""
     rng = np.random.default_rng(seed)
+
+    def between(low, high):
+        return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
     for _ in range(number):
-        history = []
-        for _ in range(rng.integers(1, 5)):
-            sigma = float(np.exp(rng.uniform(np.log(0.8), np.log(20))))
-            q = 1.0 if rng.random() < 0.2 else float(np.exp(rng.uniform(np.log(1e-3), np.log(0.9))))
-            history.append((sigma, q, int(np.exp(rng.uniform(0, np.log(most_steps))))))
-        yield history, float(10 ** rng.uniform(-9, -3))
+        parts = range(rng.integers(1, 5))
+        rates = [1.0 if rng.random() < 0.2 else between(1e-3, 0.9) for _ in parts]
+        yield [(between(0.8, 20), q, int(between(1, most))) for q in rates], between(1e-9, 1e-3)
 
 
-def test_epsilon_of_random_histories_equals_opacus(opacus):
+def compose(history):
+    return accounting.compose(accounting.subsampled_gaussian(*part) for part in history)
+
+
+def test_epsilon_of_random_histories_equals_opacus_at_whole_orders(opacus, monkeypatch):
+    monkeypatch.setattr(accounting, 'RDP_ORDERS', WHOLE_ORDERS)
     figures = []
-    for history, delta in random_histories(25, 3000, seed=1):
-        event = accounting.compose(accounting.subsampled_gaussian(*part) for part in history)
-        figures.append(accounting.epsilon(event, delta))
-        assert figures[-1] == pytest.approx(opacus(history, delta), rel=1e-6), (history, delta)
-    assert min(figures) < 0.5 and max(figures) > 10
+    for history, delta in random_histories(40, 3000, seed=1):
+        figures.append(accounting.epsilon(compose(history), delta))
+        expected = opacus(history, delta, WHOLE_ORDERS)
+        assert figures[-1] == pytest.approx(expected, rel=1e-9), (history, delta)
+    assert min(figures) < 0.1 and np.median(figures) > 1 and max(figures) > 100
 
 
-def test_epsilon_of_a_ledger_equals_opacus(opacus, tmp_path):
-    """Release by release, the mechanisms in turn, as another run might interleave them."""
-    for number, (history, delta) in enumerate(random_histories(3, 20, seed=2)):
+def test_epsilon_of_random_histories_is_never_below_opacus(opacus):
+    """And fractional orders, where ours is an upper bound, may only help."""
+    helped = 0
+    for history, delta in random_histories(40, 3000, seed=1):
+        epsilon = accounting.epsilon(compose(history), delta)
+        lower = opacus(history, delta, accounting.RDP_ORDERS)
+        upper = opacus(history, delta, WHOLE_ORDERS)
+        assert lower * (1 - 1e-9) <= epsilon <= upper * (1 + 1e-9), (history, delta)
+        helped += epsilon < upper * (1 - 1e-4)
+    assert helped > 10
+
+
+def test_epsilon_of_a_ledger_equals_opacus(opacus, tmp_path, monkeypatch):
+    """Release by release, the mechanisms in any order."""
+    monkeypatch.setattr(accounting, 'RDP_ORDERS', WHOLE_ORDERS)
+    for number, (history, delta) in enumerate(random_histories(4, 20, seed=2)):
         ledger = Ledger(tmp_path / str(number) / 'ledger.jsonl')
-        releases = [(part, index) for part, (_, _, count) in enumerate(history) for index in range(count)]
+        releases = [(part, index) for part in range(len(history)) for index in range(history[part][2])]
         np.random.default_rng(3).shuffle(releases)
         for part, index in releases:
             sigma, q, _ = history[part]
             ledger.append(Entry(f'mechanism_{part}', index, sigma, q, 2.0, 'r'))
         one_by_one = [(*history[part][:2], 1) for part, _ in releases]
-        assert ledger.epsilon(delta) == pytest.approx(opacus(one_by_one, delta), rel=1e-6)
+        expected = opacus(one_by_one, delta, WHOLE_ORDERS)
+        assert ledger.epsilon(delta) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.fixture(scope='module')
@@ -84,7 +108,7 @@ def random_case(seed, n=24):
     rng = np.random.default_rng(seed)
 
     def tree(depth):
-        if depth == 0 or rng.random() < 0.3:
+        if depth == 0:
             return tuple(rng.integers(1, 6, rng.integers(0, 4)))
         parts = [tree(depth - 1) for _ in range(rng.integers(1, 4))]
         return parts if rng.random() < 0.5 else {f'part_{i}': part for i, part in enumerate(parts)}
@@ -135,7 +159,9 @@ def test_clipped_sum_equals_jax_privacy(clipped_grad, seed):
         pre_clipping_transform=zero_unless_finite,
         return_grad_norms=True,
     )
-    expected, auxiliary = jax.jit(theirs.fun)(params, examples, is_padding_example=~mask)
+    expected, auxiliary = jax.jit(lambda p, x, padding: theirs(p, x, is_padding_example=padding))(
+        params, examples, ~mask
+    )
     total, sums = jax.jit(
         lambda p, x, m: clipped_gradient_sum(
             loss, p, x, m, clip_norm=clip_norm, microbatch=4, microbatches=6
@@ -148,7 +174,6 @@ def test_clipped_sum_equals_jax_privacy(clipped_grad, seed):
     assert sums['norm'] == pytest.approx(counted.sum(), rel=1e-5)
     assert 0 < sums['clipped'] == np.sum(counted > clip_norm)
     assert sums['non_finite'] == 4 and sums['examples'] == mask.sum()
-    assert theirs.sensitivity() < clip_norm
 
     gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, examples)
     in_one_go, our_norms = clipped_sum(gradients, mask, clip_norm)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dpp_jax.privacy import accounting
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.stages import central
 
@@ -103,17 +104,6 @@ def test_one_image_changes_the_mean_query_by_at_most_the_sensitivity(center, val
         assert max(changes) > bound * (1 - 1e-4)
 
 
-def test_one_image_changes_the_histograms_by_exactly_the_sensitivity():
-    """All histograms together: one entry per pixel, whatever the image."""
-    images, labels = sample(10)
-    image = images[:1]
-    bins = 4
-    values = image.astype(int) * bins // 256
-    one_hot = np.eye(bins)[values]
-    assert np.linalg.norm(one_hot) == pytest.approx(20**0.5)
-    assert values.max() < bins and values.min() >= 0
-
-
 @pytest.mark.parametrize('center', [0.0, 0.5])
 def test_noise_has_the_std_that_the_mechanism_states(center):
     sigma, class_size = 2.0, 10.0
@@ -141,3 +131,45 @@ def test_the_division_is_by_a_public_constant():
         np.concatenate([images] * 2), np.concatenate([labels] * 2), np.ones(24, bool), jax.random.key(0)
     )
     np.testing.assert_allclose(twice, 2 * np.asarray(once), rtol=1e-5, atol=1e-5)
+
+
+def test_noisy_counts_give_the_means_of_unequal_classes():
+    """A public class size would be wrong by as much as the classes differ."""
+    images, labels = sample(60)
+    labels = np.where(np.arange(60) < 50, 0, 1 + np.arange(60) % 2).astype(np.int32)
+    run = functools.partial(
+        central.mean_query, mechanism=mechanism(5.0, 1e-9), classes=CLASSES, center=0.3,
+        class_size=20.0,
+    )
+    arguments = images, labels, np.ones(60, bool), jax.random.key(0)
+    means = np.stack([images[labels == c].mean(0) / 255 for c in range(CLASSES)])
+    np.testing.assert_allclose(run(*arguments, count_weight=1.5), means, atol=1e-5)
+    assert np.abs(run(*arguments) - means).max() > 0.1
+
+
+def test_clipping_scales_long_images_to_the_norm_and_leaves_short_ones():
+    images, labels = sample(2)
+    images[1] = 128
+    labels[:] = 0, 1
+    result = central.mean_query(
+        images, labels, np.ones(2, bool), jax.random.key(0), mechanism=mechanism(1.0, 1e-9),
+        classes=CLASSES, center=0.5, class_size=1.0, clip_norm=0.7,
+    )
+    result = np.asarray(result) - 0.5
+    centred = images / 255.0 - 0.5
+    assert np.linalg.norm(centred[0]) > 0.7 > np.linalg.norm(centred[1])
+    expected = centred[0] * 0.7 / np.linalg.norm(centred[0])
+    np.testing.assert_allclose(result[0], expected, atol=1e-4)
+    np.testing.assert_allclose(result[1], centred[1], atol=1e-6)
+
+
+@pytest.mark.parametrize('accountant', ['rdp', 'pld'])
+def test_a_share_of_epsilon_decides_the_noise_of_the_query(tiny_config, accountant):
+    config = tiny_config(query__epsilon_share=0.07, dp__accountant=accountant)
+    spec = central.make_mechanism(config, 'test')
+    event = accounting.subsampled_gaussian(
+        spec.noise_multiplier, spec.sampling_probability, config.query.queries
+    )
+    spent = accounting.epsilon(event, config.dp.delta, accountant)
+    assert 0.999 * 0.7 < spent <= 0.7
+    assert central.make_mechanism(config, 'test') == spec

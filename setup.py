@@ -52,7 +52,7 @@ setup(
             'opacus>=1.5',  # independent accounting to compare with
             'pytest>=8',
             'pytest-xdist',
-            'torch>=2.4',
+            'torch>=2.6',
         ],
     },
     entry_points={'console_scripts': ['dpp-jax=dpp_jax.main:entry_point']},

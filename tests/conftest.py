@@ -1,6 +1,8 @@
 """Eight simulated devices for the whole suite, set before anything imports JAX."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Programs here run a few times: compiling them well would take longer than all their runs.
@@ -12,7 +14,20 @@ os.environ['XLA_FLAGS'] = ' '.join(
     ]
 ).strip()
 
+# The same programs are compiled by many tests, and by the processes that they start: once is enough.
+_PROGRAMS = None
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # set by the process that started this one
+    _PROGRAMS = os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='dpp_jax_programs_')
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+
 import pytest  # noqa: E402
+
+
+def pytest_unconfigure(config):
+    """Remove what this process made."""
+    del config
+    if _PROGRAMS:
+        shutil.rmtree(_PROGRAMS, ignore_errors=True)
 
 
 def make_tiny_config(**changes):

@@ -6,8 +6,9 @@ noise of standard deviation σ·Δ to every coordinate, once, is the Gaussian me
 multiplier σ. Whatever is done with the noisy sum afterwards (division by a public constant, Adam,
 averaging of weights) is post-processing.
 
-Two assumptions stand behind this. The noise is float32: normal draws are cut off at 5.42 standard
-deviations and have float32's granularity. And an example's own random draws (noise levels of its loss) do
+Two assumptions stand behind this. Arithmetic is float32: normal draws are cut off at 5.42 standard
+deviations and have float32's granularity, and the rounding of a sum of thousands may change it by up to
+1e-3 of Δ more between neighbours. And an example's own random draws (noise levels of its loss) do
 not depend on who else is in the batch: they must come from secret keys and the example's own number.
 """
 
@@ -117,7 +118,8 @@ def clipped_sum(gradients: PyTree, mask: jax.Array, clip_norm: float) -> tuple[P
         # 0 · NaN is NaN: rows that do not count are replaced, not multiplied.
         counts = (weights > 0).reshape((-1,) + (1,) * (leaf.ndim - 1))
         rows = jnp.where(counts, leaf, 0).astype(jnp.float32)
-        return jnp.tensordot(weights, rows, axes=1)
+        # In full float32: by default GPUs and TPUs round the factors, and the norm may exceed C.
+        return jnp.tensordot(weights, rows, axes=1, precision=jax.lax.Precision.HIGHEST)
 
     return jax.tree.map(weighted_sum, gradients), norms
 

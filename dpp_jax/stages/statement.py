@@ -35,7 +35,8 @@ NOT_COVERED = (
 ASSUMPTIONS = (
     'the number of private images, their size and the number of classes are public',
     'noise is drawn as float32 by threefry from a secret 64-bit key: normal draws end at 5.42 standard '
-    'deviations and have the granularity of floating point; the guarantee is that of exact normal noise',
+    'deviations and have the granularity of floating point, and sums are rounded to float32; the guarantee is '
+    'that of exact sums and exact normal noise',
     'Poisson samples are drawn by Philox from a secret 128-bit key, one independent 53-bit uniform '
     'number per image',
     'the keys in private/ stay secret, also after the run',

@@ -60,16 +60,6 @@ def test_sum_of_neighbouring_sets_differs_by_at_most_the_bound():
             assert change == 0
 
 
-def test_padding_counts_for_nothing_whatever_it_holds():
-    gradients = random_gradients(4, 1.0)
-    expected, _ = clipped_sum(gradients, np.ones(4, bool), 1.0)
-    padded = jax.tree.map(
-        lambda x: np.concatenate([x, np.full((2,) + x.shape[1:], np.nan, np.float32)]), gradients
-    )
-    total, _ = clipped_sum(padded, np.array([True] * 4 + [False] * 2), 1.0)
-    jax.tree.map(np.testing.assert_array_equal, total, expected)
-
-
 def quadratic_loss(params, example):
     return jnp.sum((params['w'] @ example['x'] - example['y']) ** 2) + jnp.sum(params['b'] * 0.3)
 
@@ -83,6 +73,13 @@ def quadratic():
         'y': rng.standard_normal((24, 3)).astype(np.float32),
     }
     return params, examples
+
+
+def test_the_sum_never_runs_in_less_than_float32():
+    """GPUs and TPUs multiply float32 matrices in TF32 or bfloat16 unless told otherwise: norms above C."""
+    gradients, mask = random_gradients(3, 1.0), np.ones(3, bool)
+    program = str(jax.make_jaxpr(lambda g: clipped_sum(g, mask, 1.0)[0])(gradients))
+    assert program.count('dot_general') == program.count('HIGHEST') // 2 == 2
 
 
 def test_microbatches_equal_a_plain_loop_over_examples(quadratic):
@@ -128,21 +125,6 @@ def test_empty_batch_sums_to_zero(quadratic):
         clip_norm=1.0, microbatch=8, microbatches=0,
     )
     assert norm(total) == 0 and sums['examples'] == 0
-
-
-def test_noise_is_normal_with_the_std_of_sigma_times_sensitivity_and_independent():
-    mechanism = make_mechanism()
-    total = {'a': jnp.full((100, 200), 5.0), 'b': jnp.zeros(20000)}
-    noisy = mechanism.privatise(total, jax.random.key(0))
-    a = np.asarray(noisy['a']).ravel() - 5.0
-    b = np.asarray(noisy['b'])
-    for values in (a, b):
-        assert stats.kstest(values / 6.0, 'norm').pvalue > 1e-4
-    assert abs(np.corrcoef(a, b)[0, 1]) < 4.5 / np.sqrt(len(a))
-    again = mechanism.privatise(total, jax.random.key(0))
-    np.testing.assert_array_equal(again['b'], noisy['b'])
-    other = mechanism.privatise(total, jax.random.key(1))
-    assert not np.any(np.asarray(other['b']) == b)
 
 
 def test_the_entry_says_what_the_noise_is():

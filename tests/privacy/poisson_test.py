@@ -7,32 +7,6 @@ from dpp_jax.privacy import poisson
 KEY = 0x0123456789ABCDEF0123456789ABCDEF
 
 
-def test_every_example_is_included_with_probability_q_in_every_batch():
-    size, q, batches = 200, 0.3, 2000
-    sampler = poisson.PoissonSampler(size, q, KEY)
-    counts = np.zeros(size)
-    sizes = []
-    for batch in range(batches):
-        indices = sampler.indices(batch)
-        counts[indices] += 1
-        sizes.append(len(indices))
-    # Inclusions are binomial, batch sizes too: both by a chi-square test of their variance.
-    for values, n in ((counts, batches), (np.array(sizes), size)):
-        statistic = np.sum((values - n * q) ** 2) / (n * q * (1 - q))
-        assert 1e-4 < stats.chi2.cdf(statistic, len(values)) < 1 - 1e-4
-
-
-def test_pairs_of_examples_and_of_batches_are_independent():
-    sampler = poisson.PoissonSampler(1000, 0.5, KEY)
-    included = np.zeros((400, 1000))
-    for batch in range(400):
-        included[batch, sampler.indices(batch)] = 1
-    bits = 2 * included - 1
-    for products in (bits[:, 1:] * bits[:, :-1], bits[1:] * bits[:-1]):  # neighbours in each axis
-        z = products.sum() / np.sqrt(products.size)
-        assert abs(z) < 4.5
-
-
 def test_a_batch_depends_on_its_number_and_the_key_alone():
     sampler = poisson.PoissonSampler(500, 0.2, KEY)
     later = sampler.indices(7)

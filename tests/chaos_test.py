@@ -1,0 +1,69 @@
+"""A real process, killed and asked to stop while it works, ends like one that was left alone."""
+
+import importlib.util
+from pathlib import Path
+import signal
+import time
+
+import pytest
+
+from dpp_jax.training import checkpoint
+
+SCRIPT = Path(__file__).resolve().parents[1] / 'scripts' / 'chaos.py'
+ENVIRONMENT = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # one device
+
+
+@pytest.fixture(scope='module')
+def chaos():
+    spec = importlib.util.spec_from_file_location('chaos', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def settings(chaos):
+    """Little of what is not killed here."""
+    return chaos.SETTINGS | {
+        'pretrain.epochs': 4,
+        'generate.images': 60,
+        'evaluate.fid': False,
+        'evaluate.classifiers': '("logistic",)',
+    }
+
+
+@pytest.fixture(scope='module')
+def left_alone(chaos, settings, tmp_path_factory):
+    root = tmp_path_factory.mktemp('left_alone')
+    chaos.run_to_the_end(root, settings, ENVIRONMENT)
+    return chaos.final_state(root)
+
+
+def test_sigterm_and_sigkill_in_finetuning_and_generation_change_nothing(
+    chaos, settings, left_alone, tmp_path
+):
+    process = chaos.Process(tmp_path, settings, ENVIRONMENT)
+    resume = tmp_path / 'private' / 'resume' / 'finetune'
+    while process.running() and not checkpoint.latest_training(resume):
+        time.sleep(0.01)
+    asked = time.monotonic()
+    assert process.end(signal.SIGTERM) == 0, process.output()
+    assert time.monotonic() - asked < 30
+    assert 'finetune stopped after step' in process.output()
+    stopped_at = checkpoint.latest_training(resume)[0]
+    assert 0 < stopped_at < 46  # in the middle
+
+    process = chaos.Process(tmp_path, settings, ENVIRONMENT)
+    while process.running() and checkpoint.latest_training(resume)[0] == stopped_at:
+        time.sleep(0.01)
+    assert process.end(signal.SIGKILL) == -signal.SIGKILL, process.output()
+    kills = iter([('generate', 0.2)])
+    chaos.survive(tmp_path, lambda: next(kills, None), settings, ENVIRONMENT)
+    assert chaos.differences(chaos.final_state(tmp_path), left_alone) == []
+
+
+def test_the_comparison_sees_a_difference(chaos, left_alone):
+    """Otherwise the test above could not fail."""
+    name = next(key for key in left_alone if key.startswith('finetune/ema_params'))
+    changed = left_alone | {name: left_alone[name] + 1e-7, 'ledger.jsonl': ''}
+    assert chaos.differences(left_alone, changed) == sorted([name, 'ledger.jsonl'])

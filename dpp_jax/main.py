@@ -3,6 +3,7 @@
 python -m dpp_jax.main --config=configs/mnist_28.py:1 --workdir=runs/mnist --stage=all
 """
 
+import os
 from pathlib import Path
 import signal
 import sys
@@ -49,7 +50,10 @@ def main(argv):
     except (ValueError, OSError, loop.Diverged) as error:
         if flags.FLAGS['verbosity'].present:
             raise  # with the traceback
-        sys.exit(f'dpp-jax: {error}')
+        print(f'dpp-jax: {error}', file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not sys.exit: threads of a failed save would write their tracebacks below this line.
+        os._exit(1)
 
 
 def parse(argv):

@@ -1,5 +1,7 @@
 """Checkpoints by orbax: of a training in progress, and of a finished model."""
 
+from collections.abc import Iterator
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 PyTree = Any
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written; older ones are untouched."""
+
+
+@contextlib.contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """Errors of the file system, which orbax raises as ValueError with many lines, in one line."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        cause = 'no space left on the device' if 'No space left' in text else text.splitlines()[0]
+        raise SaveFailed(
+            f'a checkpoint could not be written to {folder} ({cause}). What was saved before is '
+            'intact: mend that, and the same command goes on from there'
+        ) from error
 
 
 class TrainingStore:
@@ -30,7 +50,8 @@ class TrainingStore:
     def save(self, step: int, state: PyTree) -> None:
         """Save `state` (host arrays); returns before all is on disk, an older one stays until then."""
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_to_dict(state)))
+            with _saving(self.folder):
+                self._manager.save(step, args=ocp.args.StandardSave(_to_dict(state)))
 
     def restore(self, template: PyTree) -> PyTree | None:
         """The newest state, in the form of `template`; None if there is none.
@@ -57,13 +78,14 @@ class TrainingStore:
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _saving(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def save_model(folder: Path, model: PyTree) -> None:
     """Write `model` (a pytree of arrays); the folder appears when it is complete."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _saving(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(folder).absolute(), _to_dict(model), force=True)
 
 

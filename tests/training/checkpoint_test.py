@@ -67,3 +67,46 @@ with checkpoint.TrainingStore(sys.argv[1]) as store:
     with checkpoint.TrainingStore(tmp_path) as store:
         saved = store.restore({'w': np.zeros(200000)})
     np.testing.assert_array_equal(saved['w'], np.arange(200000.0))
+
+
+def test_a_save_that_the_disk_refuses_leaves_the_older_checkpoint(tmp_path):
+    """A limit on the size of files stands for a full disk; both fail in the same system call."""
+    program = """
+import resource, sys
+import numpy as np
+from dpp_jax.training import checkpoint
+folder = sys.argv[1]
+state = {'w': np.random.default_rng(0).normal(size=100000)}
+with checkpoint.TrainingStore(folder) as store:
+    store.save(1, state)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
+try:
+    with checkpoint.TrainingStore(folder) as store:
+        store.save(2, {'w': state['w'] + 1})
+    sys.exit('saved in spite of the limit')
+except checkpoint.SaveFailed as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+assert checkpoint.latest_training(folder)[0] == 1
+with checkpoint.TrainingStore(folder) as store:
+    np.testing.assert_array_equal(store.restore({'w': np.zeros(100000)})['w'], state['w'])
+    store.save(3, {'w': state['w'] + 2})
+assert checkpoint.latest_training(folder)[0] == 3
+"""
+    result = subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert result.returncode == 0, result.stderr
+    assert 'could not be written' in result.stdout and 'is intact' in result.stdout
+
+
+def test_shapes_of_a_training_are_checked_without_reading_it(tmp_path):
+    with checkpoint.TrainingStore(tmp_path) as store:
+        store.save(4, jax.tree.map(np.asarray, make_state()))
+    step, folder = checkpoint.latest_training(tmp_path)
+    assert step == 4
+    checkpoint.check_params(folder, make_state().params)
+    with pytest.raises(ValueError, match='another network'):
+        checkpoint.check_params(folder, make_state(width=4).params)

@@ -1,0 +1,399 @@
+"""Attack the query and DP-SGD as they are, and with planted faults; compare with the ε that is claimed.
+
+    python scripts/audit.py --json=runs/audit.json      (minutes on two cores; --quick: about one)
+
+Every row releases from two neighbouring sets of private images, thousands of times, and turns the success of
+the best guess, whether the canary was there, into lower bounds on ε that hold with 95 % confidence. The code
+must stay within its claim, and the faults must be caught: otherwise the audit could not see them. The exit
+status is 1 if either fails.
+
+What is attacked is the real code: `central.mean_query`, and the step that `steps.make_dp_step` makes, with
+`devices.parallel`, the only pmap, replaced by a vmap over one device, so that thousands of trainings run at once.
+
+The claim is that of the accountant 'pld', the lowest that the program would ever make; 'rdp' claims more.
+"""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import json
+from pathlib import Path
+import sys
+import time
+from unittest import mock
+
+from dp_accounting import DpEvent
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs import digits_8  # noqa: E402
+from dpp_jax.privacy import accounting, audit  # noqa: E402
+from dpp_jax.privacy import mechanism as mechanism_lib  # noqa: E402
+from dpp_jax.privacy.mechanism import GaussianMechanism, clip_weights  # noqa: E402
+from dpp_jax.privacy.poisson import PoissonSampler  # noqa: E402
+from dpp_jax.stages import central  # noqa: E402
+from dpp_jax.training import devices, state as state_lib, steps  # noqa: E402
+
+DELTA = 1e-5
+CONFIDENCE = 0.95
+RUNS, QUICK_RUNS = 400_000, 50_000  # releases with the canary, and as many without
+_CHUNK = 1_000  # runs in memory at once
+
+
+# --- The code under attack: as it is, or with one thing replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """What may be replaced. The defaults are the real code.
+
+    Attributes:
+        mechanism: the class that adds the noise.
+        clip: takes the place of `mechanism.clip_weights`.
+        divisor: (number of images in the sum, public constant) → what the noisy sum is divided by.
+        is_gaussian: without sampling, outcomes are normal and the canary only moves their mean.
+    """
+
+    mechanism: type[GaussianMechanism] = GaussianMechanism
+    clip: Callable = clip_weights
+    divisor: Callable = lambda count, constant: constant
+    is_gaussian: bool = True
+
+
+class HalvedNoise(GaussianMechanism):
+    """Fault: half the noise that the ledger records."""
+
+    def privatise(self, total, key):
+        noisy = super().privatise(total, key)
+        return jax.tree.map(lambda exact, value: (exact + value) / 2, total, noisy)
+
+
+class NoNoiseOnEmptyBatch(GaussianMechanism):
+    """Fault: an empty batch, whose sum is 0, is released as it is."""
+
+    def privatise(self, total, key):
+        is_empty = jnp.all(jnp.array([jnp.all(leaf == 0) for leaf in jax.tree.leaves(total)]))
+        noisy = super().privatise(total, key)
+        return jax.tree.map(lambda exact, value: jnp.where(is_empty, exact, value), total, noisy)
+
+
+def no_clipping(gradients, mask, clip_norm):
+    """Fault: every gradient has weight 1."""
+    _, norms = clip_weights(gradients, mask, clip_norm)
+    return mask.astype(jnp.float32), norms
+
+
+REAL = Code()
+FAULTS = {
+    'noise halved': Code(mechanism=HalvedNoise),
+    'clipping removed': Code(clip=no_clipping),
+    'division by the realised count': Code(
+        divisor=lambda count, _: jnp.maximum(count, 1), is_gaussian=False
+    ),
+    'no noise on an empty batch': Code(mechanism=NoNoiseOnEmptyBatch),
+}
+
+
+def replace_mechanism(mechanism: GaussianMechanism, code: Code) -> GaussianMechanism:
+    """The same settings, with the noise of `code`."""
+    return code.mechanism(**dataclasses.asdict(mechanism))
+
+
+# --- What both attacks share
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One row of the table: two neighbouring sets, the code that sees them, and what it claims.
+
+    Attributes:
+        name: of what is attacked.
+        fault: name in FAULTS, or None for the real code.
+        event: what the accountant is told.
+        is_gaussian: `audit.gaussian_bound` applies.
+        scores: (runs, seed) → scores with the canary, scores without, both (runs,).
+    """
+
+    name: str
+    fault: str | None
+    event: DpEvent
+    is_gaussian: bool
+    scores: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+
+
+def play(run: Callable, others: np.ndarray, q: float, steps_count: int, runs: int, seed: int):
+    """What `run` gives with the canary and without, each many times with fresh batches and noise.
+
+    Args:
+        run: (masks (steps, rows) bool, key) → an array. The canary is the last row.
+        others: (rows - 1,) bool, which of the other rows are in both sets.
+        q: sampling probability.
+        steps_count: batches per run.
+        runs: how many, of each kind.
+        seed: of batches and noise.
+    """
+    together = jax.jit(
+        lambda masks, keys: jax.lax.map(lambda x: run(*x), (masks, keys), batch_size=_CHUNK)
+    )
+    results = []
+    for there in (True, False):
+        members = np.append(others, there)
+        own_seed = 2 * seed + there
+        # One sampler over the rows of all runs: its coins are independent, so each run has its own.
+        shape = (runs, steps_count, len(members))
+        sampler = PoissonSampler(size=int(np.prod(shape)), probability=q, key=own_seed)
+        coins = np.zeros(sampler.size, bool)
+        coins[sampler.indices(0)] = True
+        keys = jax.random.split(jax.random.key(own_seed), runs)
+        results.append(np.asarray(together(coins.reshape(shape) & members, keys)))
+    return tuple(results)
+
+
+# --- Attack on the query
+
+
+def query_attack(
+    name: str,
+    fault: str | None = None,
+    *,
+    q: float = 1.0,
+    noise_multiplier: float = 2.0,
+    clip_norm: float | None = None,
+    center: float = 0.0,
+    class_counts: str = 'public',
+) -> Attack:
+    """The canary is a white image, the longest vector there is; its class has one other, a black one.
+
+    With q < 1 the set without the canary is empty. The score is the mean of the released image of the
+    canary's class: its projection on the white image.
+    """
+    code = FAULTS.get(fault, REAL)
+    config = digits_8.get_config('1')
+    config.data.classes = 2
+    config.query.update(
+        noise_multiplier=noise_multiplier,
+        sampling_probability=q,
+        pixel_center=center,
+        clip_norm=clip_norm,
+        class_counts=class_counts,
+    )
+    mechanism = replace_mechanism(central.make_mechanism(config, 'audit'), code)
+    share = central.COUNT_WEIGHT / np.hypot(1, central.COUNT_WEIGHT)
+    count_weight = share * mechanism.sensitivity if class_counts == 'noisy' else None
+    side = config.data.image_size
+    images = np.zeros((4, side, side, 1), np.uint8)
+    images[1:3], images[3] = 128, 255
+    labels = np.array([0, 1, 1, 0], np.int32)
+
+    def run(masks, key):
+        counts = jnp.zeros(2).at[labels].add(masks[0])
+        released = central.mean_query(
+            images,
+            labels,
+            masks[0],
+            key,
+            mechanism=mechanism,
+            classes=2,
+            center=center,
+            class_size=code.divisor(counts[:, None, None, None], 2.0),
+            clip_norm=clip_norm,
+            count_weight=count_weight,
+        )
+        return jnp.mean(released[0])
+
+    def scores(runs, seed):
+        with mock.patch.object(central, 'clip_weights', code.clip):
+            return play(run, np.full(3, q == 1), q, 1, runs, seed)
+
+    event = accounting.subsampled_gaussian(noise_multiplier, q, 1)
+    return Attack(name, fault, event, q == 1 and code.is_gaussian, scores)
+
+
+# --- Attack on DP-SGD
+
+CLIP_NORM = 0.5
+EXPECTED_BATCH, LEARNING_RATE = 4.0, 0.2
+# Of the outputs, by label. The canary alone has label 1: its loss is far away, and its gradient, a
+# thousand times longer than CLIP_NORM and more, has the direction of one bias.
+TARGETS = np.array([[1, -1, 0], [1000, 0, 0]], np.float32)
+
+
+def init_params() -> dict[str, np.ndarray]:
+    """Weights of a dense network 4 → 5 → 3 with an output bias per label: 41 parameters."""
+    rng = np.random.default_rng(0)
+    return {
+        'hidden': (rng.standard_normal((4, 5)) / 2).astype(np.float32),
+        'output': (rng.standard_normal((5, 3)) / 2).astype(np.float32),
+        'bias': np.zeros((2, 3), np.float32),
+    }
+
+
+def loss(params, image, label, key):
+    """Squared distance to the label's target. A black image, the canary, moves its bias alone."""
+    del key
+    pixels = (image.ravel() + 1) / 2
+    outputs = jnp.tanh(pixels @ params['hidden']) @ params['output'] + params['bias'][label]
+    return jnp.sum(jnp.square(outputs - jnp.asarray(TARGETS)[label]))
+
+
+def over_one_device(function: Callable, *, in_axes, donate=()) -> Callable:
+    """`devices.parallel` without a pmap: the same named axis, in a program that can be mapped."""
+    del donate
+    return jax.vmap(function, in_axes=in_axes, axis_name=devices.AXIS, axis_size=1)
+
+
+def make_training(mechanism: GaussianMechanism, code: Code) -> Callable:
+    """(masks (steps, 2), key) → the canary's bias before the first and after every step, (steps + 1,)."""
+    batch = {
+        'image': np.array([200, 0], np.uint8).repeat(4).reshape(2, 2, 2, 1),
+        'label': np.arange(2, dtype=np.int32),
+        'index': np.arange(2, dtype=np.int32),
+    }
+    optimizer = optax.sgd(LEARNING_RATE)
+
+    def run(masks, key):
+        def one_step(state, mask):
+            step = steps.make_dp_step(
+                loss,
+                optimizer,
+                mechanism,
+                expected_batch_size=code.divisor(jnp.sum(mask), EXPECTED_BATCH),
+                microbatch=2,
+                ema_decay=0.9,
+            )
+            rows = jax.tree.map(lambda leaf: leaf[None], {**batch, 'mask': mask})
+            state, _ = step(state, rows, 1, key)
+            return state, state.params['bias'][0, 1, 0]
+
+        start = state_lib.create(jax.tree.map(jnp.asarray, init_params()), optimizer)
+        start = jax.tree.map(lambda leaf: leaf[None], start)
+        _, biases = jax.lax.scan(one_step, start, masks)
+        return jnp.append(start.params['bias'][0, 1, 0], biases)
+
+    return run
+
+
+def likelihood_ratio(biases: np.ndarray, noise_multiplier: float, q: float) -> np.ndarray:
+    """Log-likelihood ratio of whole runs (runs, steps + 1), canary there : not there; the best score.
+
+    A step moves the bias by (noise + C if the canary is in the batch) · learning rate / batch size.
+    """
+    moves = np.diff(biases.astype(np.float64)) * EXPECTED_BATCH / (LEARNING_RATE * CLIP_NORM)
+    shifted = (2 * moves - 1) / (2 * noise_multiplier**2)
+    if q < 1:
+        shifted = np.logaddexp(np.log1p(-q), np.log(q) + shifted)
+    return np.sum(shifted, axis=1)
+
+
+def sgd_attack(
+    name: str, fault: str | None = None, *, q: float = 1.0, noise_multiplier: float = 6.0
+) -> Attack:
+    """Whole trainings, of which the attacker sees the weights after every step.
+
+    The set has one image beside the canary; with q < 1 none.
+    """
+    code, steps_count = FAULTS.get(fault, REAL), 10
+    mechanism = replace_mechanism(
+        GaussianMechanism('dp_sgd', noise_multiplier, q, CLIP_NORM, 'audit'), code
+    )
+    run = make_training(mechanism, code)
+
+    def scores(runs, seed):
+        with (
+            mock.patch.object(mechanism_lib, 'clip_weights', code.clip),
+            mock.patch.object(devices, 'parallel', over_one_device),
+        ):
+            biases = play(run, np.array([q == 1]), q, steps_count, runs, seed)
+        return tuple(likelihood_ratio(b, noise_multiplier, q) for b in biases)
+
+    event = accounting.subsampled_gaussian(noise_multiplier, q, steps_count)
+    return Attack(name, fault, event, q == 1 and code.is_gaussian, scores)
+
+
+# --- The table
+
+
+def attacks() -> list[Attack]:
+    """All rows: the real code first, then every fault in the query and in DP-SGD."""
+    clipped = dict(clip_norm=0.35 * 8, center=0.3)
+    sampled_query, sampled_sgd = dict(q=0.5, noise_multiplier=1.0), dict(q=0.5, noise_multiplier=3.0)
+    halved, unclipped, realised, no_noise = FAULTS
+    return [
+        query_attack('query'),
+        query_attack('query, clipped', **clipped),
+        query_attack('query, noisy counts', class_counts='noisy'),
+        query_attack('query, sampled', **sampled_query),
+        sgd_attack('DP-SGD'),
+        sgd_attack('DP-SGD, sampled', **sampled_sgd),
+        query_attack('query', halved),
+        query_attack('query, clipped', unclipped, **clipped),
+        query_attack('query', realised),
+        query_attack('query, sampled', no_noise, **sampled_query),
+        sgd_attack('DP-SGD', halved),
+        sgd_attack('DP-SGD', unclipped),
+        sgd_attack('DP-SGD', realised),
+        sgd_attack('DP-SGD, sampled', no_noise, **sampled_sgd),
+    ]
+
+
+def examine(attack: Attack, runs: int, seed: int) -> dict:
+    """One row of the table, as JSON takes it. All its bounds together hold with CONFIDENCE."""
+    start = time.monotonic()
+    scores = attack.scores(runs, seed)
+    kinds = {'plain': audit.plain_bound}
+    if attack.is_gaussian:
+        kinds['gaussian'] = audit.gaussian_bound
+    each = 1 - (1 - CONFIDENCE) / len(kinds)  # the more bounds, the less often each may be wrong
+    bounds = {kind: bound(*scores, DELTA, each) for kind, bound in kinds.items()}
+    claim = accounting.epsilon(attack.event, DELTA, 'pld')
+    best = max(bounds, key=lambda kind: bounds[kind].epsilon)
+    exceeds = bounds[best].epsilon > claim
+    words = ('MISSED', 'caught') if attack.fault else ('within the claim', 'CLAIM BROKEN')
+    return {
+        'attack': attack.name,
+        'fault': attack.fault,
+        'claimed_epsilon': claim,
+        'delta': DELTA,
+        'lower_bound': bounds[best].epsilon,
+        'kind': best,
+        'bounds': {kind: dataclasses.asdict(bound) for kind, bound in bounds.items()},
+        'verdict': words[exceeds],
+        'as_expected': exceeds == (attack.fault is not None),
+        'runs': runs,
+        'seconds': round(time.monotonic() - start, 1),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table, write it, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--quick', action='store_true', help=f'{QUICK_RUNS} runs, not {RUNS}')
+    parser.add_argument('--seed', type=int, default=0, help='of all batches and noise (default 0)')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='also write the rows there')
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f'--seed is {options.seed}; it must be at least 0')
+    rows = []
+    line = '{:<20} {:<31} {:>9} {:>7} {:>12} {:<9} {:<16} {:>6}'
+    heads = ('attack', 'fault', 'claimed ε', 'δ', 'lower bound', 'kind', 'verdict', 's')
+    print(line.format(*heads), flush=True)
+    runs = QUICK_RUNS if options.quick else RUNS
+    for number, attack in enumerate(attacks()):
+        row = examine(attack, runs, 1000 * options.seed + number)
+        rows.append(row)
+        claim, bound = f'{row["claimed_epsilon"]:.3f}', f'{row["lower_bound"]:.3f}'
+        cells = (row['attack'], row['fault'] or '-', claim, f'{DELTA:g}', bound, row['kind'])
+        print(line.format(*cells, row['verdict'], row['seconds']), flush=True)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        content = {'confidence': CONFIDENCE, 'accountant': 'pld', 'seed': options.seed, 'rows': rows}
+        options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n')
+    return 0 if all(row['as_expected'] for row in rows) else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""The statistics of the audit, and that it tells the real code from code with a fault."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+from dpp_jax.privacy import accounting, audit
+from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.training import devices, state as state_lib, steps
+
+SCRIPT = Path(__file__).resolve().parents[2] / 'scripts' / 'audit.py'
+RUNS = 10_000
+
+
+@pytest.fixture(scope='module')
+def script():
+    spec = importlib.util.spec_from_file_location('audit_script', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- Statistics
+
+
+@pytest.mark.parametrize('trials', [1, 7, 5000])
+@pytest.mark.parametrize('confidence', [0.9, 0.975])
+def test_intervals_are_those_of_scipy(trials, confidence):
+    successes = np.unique(np.linspace(0, trials, 9).astype(int))
+    low, high = audit.clopper_pearson(successes, trials, confidence)
+    for number, ends in zip(successes, np.stack([low, high], axis=1), strict=True):
+        interval = stats.binomtest(int(number), trials).proportion_ci(confidence, method='exact')
+        np.testing.assert_allclose(ends, [interval.low, interval.high], rtol=1e-9, atol=1e-12)
+
+
+def test_an_interval_of_no_success_is_the_rule_of_three():
+    low, high = audit.clopper_pearson(0, 1000, 0.9)
+    assert low == 0
+    np.testing.assert_allclose(high, 1 - 0.05 ** (1 / 1000), rtol=1e-9)
+
+
+@pytest.mark.parametrize('mu', [0.3, 1.0, 3.0])
+@pytest.mark.parametrize('delta', [1e-5, 1e-2])
+def test_epsilon_of_a_gaussian_is_that_of_the_accountant(mu, delta):
+    exact = audit.gaussian_epsilon(mu, delta)
+    np.testing.assert_allclose(audit.gaussian_delta(exact, mu), delta, rtol=1e-6)
+    pld = accounting.epsilon(accounting.subsampled_gaussian(1 / mu, 1.0, 1), delta, 'pld')
+    assert exact <= pld * (1 + 1e-9)  # which rounds up
+    np.testing.assert_allclose(exact, pld, rtol=2e-3)
+
+
+def test_no_distance_is_no_epsilon():
+    assert audit.gaussian_epsilon(-1.0, 1e-5) == 0
+    assert audit.gaussian_epsilon(1e-6, 1e-5) == 0
+
+
+@pytest.mark.parametrize('bound', [audit.plain_bound, audit.gaussian_bound])
+def test_bounds_of_a_known_mechanism_are_below_its_epsilon_as_often_as_they_say(bound):
+    """Of 200 bounds at 80 % confidence, with few scores, so that luck could carry them far."""
+    mu, delta, repetitions, confidence = 0.4, 0.01, 200, 0.8
+    exact = audit.gaussian_epsilon(mu, delta)
+    rng = np.random.default_rng(1)
+    scores = rng.standard_normal((repetitions, 2, 400))
+    values = [bound(mu + w, o, delta, confidence).epsilon for w, o in scores]
+    wrong = np.sum(np.array(values) > exact)
+    assert wrong <= stats.binom.ppf(1 - 1e-6, repetitions, 1 - confidence)
+
+
+@pytest.mark.parametrize('bound', [audit.plain_bound, audit.gaussian_bound])
+def test_trying_many_events_finds_nothing_where_there_is_nothing(bound):
+    """Chosen and measured on the same scores, nearly every bound would be above 0."""
+    rng = np.random.default_rng(2)
+    scores = rng.standard_normal((100, 2, 400))
+    found = sum(bound(w, o, 1e-9, 0.9).epsilon > 0 for w, o in scores)
+    assert found <= stats.binom.ppf(1 - 1e-6, 100, 0.1)
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_gaussian_bound_comes_within_a_tenth(sign):
+    rng = np.random.default_rng(3)
+    with_canary, without = sign * (0.5 + rng.standard_normal(40_000)), sign * rng.standard_normal(40_000)
+    exact = audit.gaussian_epsilon(0.5, 1e-5)
+    bound = audit.gaussian_bound(with_canary, without, 1e-5)
+    assert 0.9 * exact < bound.epsilon < exact
+
+
+@pytest.mark.parametrize('flip', [False, True])
+@pytest.mark.parametrize('swap', [False, True])
+def test_plain_bound_comes_within_a_twentieth_on_randomised_response(flip, swap):
+    """Two answers, of which one tells: all four combinations of event and direction."""
+    exact = 2.0
+    rate = 0.1  # of the telling answer where it is rare; e² times that in the other set
+    rng = np.random.default_rng(4)
+
+    def answers(telling):
+        return rng.choice(2, 100_000, p=[1 - telling, telling]) + 0.0
+
+    pair = answers(rate * np.exp(exact)), answers(rate)
+    pair = tuple(-scores for scores in pair) if flip else pair
+    with_canary, without = pair[::-1] if swap else pair
+    bound = audit.plain_bound(with_canary, without, 0.0)
+    assert 0.95 * exact < bound.epsilon < exact
+    assert bound.above != flip
+    assert (bound.rate_with > bound.rate_without) != swap
+
+
+def test_delta_is_taken_off_the_plain_bound():
+    """A mechanism that names the canary with probability δ and is silent otherwise has ε = 0."""
+    rng = np.random.default_rng(5)
+    with_canary, without = (rng.random(40_000) < 0.1) + 0.0, np.zeros(40_000)
+    assert audit.plain_bound(with_canary, without, 0.1).epsilon < 0.01
+    assert audit.plain_bound(with_canary, without, 0.01).epsilon > 5
+
+
+def test_bad_arguments_are_named():
+    good = np.zeros(4)
+    with pytest.raises(ValueError, match=r'with_canary is \(1,\); it must be \(n,\)'):
+        audit.plain_bound(np.zeros(1), good, 0.1)
+    with pytest.raises(ValueError, match=r'without\[2\] is nan; scores must be finite'):
+        audit.gaussian_bound(good, np.array([0, 1, np.nan, 2]), 0.1)
+    with pytest.raises(ValueError, match=r'delta is 1.0; it must be in \[0, 1\)'):
+        audit.plain_bound(good, good, 1.0)
+    with pytest.raises(ValueError, match=r'delta is 0.0; it must be in \(0, 1\)'):
+        audit.gaussian_bound(good, good, 0.0)
+    with pytest.raises(ValueError, match='confidence is 1; it must be in'):
+        audit.plain_bound(good, good, 0.1, 1)
+    with pytest.raises(ValueError, match='successes is .*11.*; it must be in .*10'):
+        audit.clopper_pearson(11, 10, 0.9)
+
+
+# --- The code under attack
+
+
+def test_the_audited_training_is_the_training(script):
+    """The audit's vmap over one device takes the steps that a pmap takes: same batches, key, weights."""
+    mechanism = GaussianMechanism('dp_sgd', 2.0, 0.5, script.CLIP_NORM, 'test')
+    masks = np.array([[True, True], [False, False], [True, False], [False, True]])
+    key = jax.random.key(3)
+    with script.mock.patch.object(devices, 'parallel', script.over_one_device):
+        audited = jax.jit(script.make_training(mechanism, script.REAL))(masks, key)
+
+    optimizer = optax.sgd(script.LEARNING_RATE)
+    with devices.limited_to(1):
+        step = steps.make_dp_step(
+            script.loss,
+            optimizer,
+            mechanism,
+            expected_batch_size=script.EXPECTED_BATCH,
+            microbatch=1,
+            ema_decay=0.9,
+        )
+        state = devices.replicate(state_lib.create(script.init_params(), optimizer))
+        images = np.stack([np.full((2, 2, 1), 200, np.uint8), np.zeros((2, 2, 1), np.uint8)])
+        biases = [0.0]
+        for mask in masks:
+            batch = steps.make_batch(images, np.arange(2), np.flatnonzero(mask), 2)
+            state, _ = step(state, devices.deal(batch), 2, key)
+            biases.append(devices.first(state.params)['bias'][1, 0])
+    assert len(np.unique(biases)) == 5  # every step moved it
+    np.testing.assert_allclose(audited, biases, rtol=1e-5)
+
+
+def test_the_canary_is_as_long_as_the_claim_allows(script):
+    """A shorter canary would prove less than the code may leak."""
+    mechanism = GaussianMechanism('dp_sgd', 1e-6, 1.0, script.CLIP_NORM, 'test')
+    with script.mock.patch.object(devices, 'parallel', script.over_one_device):
+        run = jax.jit(script.make_training(mechanism, script.REAL))
+        with_canary, without = (
+            run(np.tile([True, there], (5, 1)), jax.random.key(0)) for there in (True, False)
+        )
+    per_step = script.LEARNING_RATE * script.CLIP_NORM / script.EXPECTED_BATCH
+    np.testing.assert_allclose(np.diff(with_canary), per_step, rtol=1e-4)
+    np.testing.assert_allclose(without, 0, atol=1e-6)
+
+
+@pytest.fixture(scope='module')
+def rows(script):
+    """The table, with few runs."""
+    return [script.examine(attack, RUNS, 100 + i) for i, attack in enumerate(script.attacks())]
+
+
+def test_the_real_code_stays_within_its_claim_and_the_audit_is_not_blind(rows):
+    real = [row for row in rows if row['fault'] is None]
+    assert len(real) == 6
+    for row in real:
+        assert row['verdict'] == 'within the claim' and row['as_expected'], row
+        # One Gaussian bound is tight; without its assumption, a few thousand runs prove less.
+        share = 0.6 if row['kind'] == 'gaussian' else 0.1
+        assert share * row['claimed_epsilon'] < row['lower_bound'] <= row['claimed_epsilon'], row
+
+
+def test_every_fault_is_caught_in_the_query_and_in_training(rows, script):
+    faulty = [row for row in rows if row['fault'] is not None]
+    attacked = {(row['attack'].split(',')[0], row['fault']) for row in faulty}
+    assert attacked == {(name, fault) for name in ('query', 'DP-SGD') for fault in script.FAULTS}
+    for row in faulty:
+        assert row['lower_bound'] > 1.3 * row['claimed_epsilon'], row
+        assert row['verdict'] == 'caught' and row['as_expected'], row
+
+
+def test_script_prints_writes_and_fails_when_a_claim_is_broken(script, monkeypatch, capsys, tmp_path):
+    """A claim that is too low for the real code."""
+    honest = script.query_attack('query')
+    event = accounting.subsampled_gaussian(20.0, 1.0, 1)
+    bold = script.dataclasses.replace(honest, name='bold', event=event)
+    monkeypatch.setattr(script, 'attacks', lambda: [honest, bold])
+    monkeypatch.setattr(script, 'QUICK_RUNS', 6_000)
+    file = tmp_path / 'new' / 'audit.json'
+    assert script.main(['--quick', f'--json={file}']) == 1
+    written = json.loads(file.read_text())
+    assert [row['verdict'] for row in written['rows']] == ['within the claim', 'CLAIM BROKEN']
+    assert written['confidence'] == 0.95 and written['rows'][0]['runs'] == 6_000
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[2].endswith(f'CLAIM BROKEN     {written["rows"][1]["seconds"]:>6}')
+
+    monkeypatch.setattr(script, 'attacks', lambda: [honest])
+    assert script.main(['--quick']) == 0

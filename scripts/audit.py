@@ -1,14 +1,14 @@
 """Attack the query and DP-SGD as they are, and with planted faults; compare with the ε that is claimed.
 
-    python scripts/audit.py --json=runs/audit.json      (minutes on two cores; --quick: about one)
+    python scripts/audit.py --json=runs/audit.json      (three minutes on two cores; --quick: one)
 
 Every row releases from two neighbouring sets of private images, thousands of times, and turns the success of
 the best guess, whether the canary was there, into lower bounds on ε that hold with 95 % confidence. The code
 must stay within its claim, and the faults must be caught: otherwise the audit could not see them. The exit
 status is 1 if either fails.
 
-What is attacked is the real code: `central.mean_query`, and the step that `steps.make_dp_step` makes, with
-`devices.parallel`, the only pmap, replaced by a vmap over one device, so that thousands of trainings run at once.
+What is attacked is the real code: `central.mean_query`, and the step that `steps.make_dp_step` makes, where a
+vmap over one device takes the place of the only pmap, so that thousands of trainings run at once.
 
 The claim is that of the accountant 'pld', the lowest that the program would ever make; 'rdp' claims more.
 """

@@ -23,7 +23,7 @@ import numpy as np
 from scipy import optimize, stats
 
 # Candidates for the threshold: so many quantiles of the scores that choose.
-_QUANTILES = 1000
+_QUANTILES = 500
 # Bounds that choose may be wrong so much less often than the result. Their wider intervals keep the choice
 # from rare events that look good by luck: Gaussian bounds then scatter a sixth as much (60,000 scores).
 _CAUTION = 1e-4

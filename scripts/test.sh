@@ -5,5 +5,9 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   use_environment "${DPP_TEST_VENV:-.venv-test}" "[test]"
+elif ! python -c 'import dpp_jax, hypothesis, pytest, torch, xdist' 2>/dev/null; then
+  echo "The active environment, $VIRTUAL_ENV, lacks the tests' packages." \
+    "Run: pip install -c constraints.txt -e '.[test]', or deactivate it: then one is made." >&2
+  exit 1
 fi
 exec python -m pytest --numprocesses=auto --dist=loadfile "$@"

@@ -229,7 +229,7 @@ def whole_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
             os.chmod(file.name, mode)
             os.replace(file.name, path)
         except BaseException:
-            os.unlink(file.name)
+            Path(file.name).unlink(missing_ok=True)
             raise
     sync_folder(path.parent)  # the new name, too, survives a power failure
 

@@ -7,8 +7,9 @@ the best guess, whether the canary was there, into lower bounds on ε that hold 
 must stay within its claim, and the faults must be caught: otherwise the audit could not see them. The exit
 status is 1 if either fails.
 
-What is attacked is the real code: `central.mean_query`, and the step that `steps.make_dp_step` makes, where a
-vmap over one device takes the place of the only pmap, so that thousands of trainings run at once.
+What is attacked is the real code: the query as stage `central` makes it from a config, and the step that
+`steps.make_dp_step` makes, where a vmap over one device takes the place of the only pmap, so that thousands
+of trainings run at once.
 
 The claim is that of the accountant 'pld', the lowest that the program would ever make; 'rdp' claims more.
 """
@@ -16,6 +17,7 @@ The claim is that of the accountant 'pld', the lowest that the program would eve
 import argparse
 from collections.abc import Callable
 import dataclasses
+import functools
 import json
 from pathlib import Path
 import sys
@@ -55,12 +57,14 @@ class Code:
         mechanism: the class that adds the noise.
         clip: takes the place of `mechanism.clip_weights`.
         divisor: (number of images in the sum, public constant) → what the noisy sum is divided by.
-        is_gaussian: without sampling, outcomes are normal and the canary only moves their mean.
+        sampler: the class that tosses the coins.
+        is_gaussian: given who was sampled, outcomes are normal and the canary only moves their mean.
     """
 
     mechanism: type[GaussianMechanism] = GaussianMechanism
     clip: Callable = clip_weights
     divisor: Callable = lambda count, constant: constant
+    sampler: type[PoissonSampler] = PoissonSampler
     is_gaussian: bool = True
 
 
@@ -81,6 +85,13 @@ class NoNoiseOnEmptyBatch(GaussianMechanism):
         return jax.tree.map(lambda exact, value: jnp.where(is_empty, exact, value), total, noisy)
 
 
+class SampledTwice(PoissonSampler):
+    """Fault: every image has a second coin, and joins the batch if one of the two says so."""
+
+    def indices(self, batch):
+        return np.union1d(super().indices(2 * batch), super().indices(2 * batch + 1))
+
+
 def no_clipping(gradients, mask, clip_norm):
     """Fault: every gradient has weight 1."""
     _, norms = clip_weights(gradients, mask, clip_norm)
@@ -94,13 +105,9 @@ FAULTS = {
     'division by the realised count': Code(
         divisor=lambda count, _: jnp.maximum(count, 1), is_gaussian=False
     ),
-    'no noise on an empty batch': Code(mechanism=NoNoiseOnEmptyBatch),
+    'no noise on an empty batch': Code(mechanism=NoNoiseOnEmptyBatch, is_gaussian=False),
+    'sampled twice': Code(sampler=SampledTwice),
 }
-
-
-def replace_mechanism(mechanism: GaussianMechanism, code: Code) -> GaussianMechanism:
-    """The same settings, with the noise of `code`."""
-    return code.mechanism(**dataclasses.asdict(mechanism))
 
 
 # --- What both attacks share
@@ -114,27 +121,44 @@ class Attack:
         name: of what is attacked.
         fault: name in FAULTS, or None for the real code.
         event: what the accountant is told.
-        is_gaussian: `audit.gaussian_bound` applies.
+        bounds: by name, those of `audit` that apply: (scores, scores, δ, confidence) → Bound.
         scores: (runs, seed) → scores with the canary, scores without, both (runs,).
     """
 
     name: str
     fault: str | None
     event: DpEvent
-    is_gaussian: bool
+    bounds: dict[str, Callable]
     scores: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 
 
-def play(run: Callable, others: np.ndarray, q: float, steps_count: int, runs: int, seed: int):
+def make_attack(
+    name: str, fault: str | None, mechanism: GaussianMechanism, count: int, scores: Callable
+) -> Attack:
+    """The attack on `count` releases of `mechanism`, with its claim and the bounds that apply."""
+    code, q = FAULTS.get(fault, REAL), mechanism.sampling_probability
+    sigma = mechanism.noise_multiplier
+    event = functools.partial(accounting.subsampled_gaussian, sampling_probability=q, count=count)
+    bounds = {'plain': audit.plain_bound}
+    if code.is_gaussian and q == 1:
+        bounds['gaussian'] = audit.gaussian_bound
+    elif code.is_gaussian:
+        bounds['family'] = functools.partial(
+            audit.family_bound, make_event=event, noise_multipliers=(sigma / 3, sigma * 3)
+        )
+    return Attack(name, fault, event(sigma), bounds, scores)
+
+
+def play(
+    run: Callable, code: Code, others: np.ndarray, q: float, steps_count: int, runs: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """What `run` gives with the canary and without, each many times with fresh batches and noise.
 
     Args:
         run: (masks (steps, rows) bool, key) → an array. The canary is the last row.
+        code: its sampler tosses the coins.
         others: (rows - 1,) bool, which of the other rows are in both sets.
         q: sampling probability.
-        steps_count: batches per run.
-        runs: how many, of each kind.
-        seed: of batches and noise.
     """
     together = jax.jit(
         lambda masks, keys: jax.lax.map(lambda x: run(*x), (masks, keys), batch_size=_CHUNK)
@@ -145,7 +169,7 @@ def play(run: Callable, others: np.ndarray, q: float, steps_count: int, runs: in
         own_seed = 2 * seed + there
         # One sampler over the rows of all runs: its coins are independent, so each run has its own.
         shape = (runs, steps_count, len(members))
-        sampler = PoissonSampler(size=int(np.prod(shape)), probability=q, key=own_seed)
+        sampler = code.sampler(size=int(np.prod(shape)), probability=q, key=own_seed)
         coins = np.zeros(sampler.size, bool)
         coins[sampler.indices(0)] = True
         keys = jax.random.split(jax.random.key(own_seed), runs)
@@ -162,55 +186,34 @@ def query_attack(
     *,
     q: float = 1.0,
     noise_multiplier: float = 2.0,
-    clip_norm: float | None = None,
-    center: float = 0.0,
-    class_counts: str = 'public',
+    settings: dict | None = None,
 ) -> Attack:
     """The canary is a white image, the longest vector there is; its class has one other, a black one.
 
     With q < 1 the set without the canary is empty. The score is the mean of the released image of the
-    canary's class: its projection on the white image.
+    canary's class: its projection on the white image. `settings` are those of config.query.
     """
     code = FAULTS.get(fault, REAL)
     config = digits_8.get_config('1')
     config.data.classes = 2
-    config.query.update(
-        noise_multiplier=noise_multiplier,
-        sampling_probability=q,
-        pixel_center=center,
-        clip_norm=clip_norm,
-        class_counts=class_counts,
-    )
-    mechanism = replace_mechanism(central.make_mechanism(config, 'audit'), code)
-    share = central.COUNT_WEIGHT / np.hypot(1, central.COUNT_WEIGHT)
-    count_weight = share * mechanism.sensitivity if class_counts == 'noisy' else None
-    side = config.data.image_size
-    images = np.zeros((4, side, side, 1), np.uint8)
+    config.query.update(kind='mean', pixel_center=0.0, clip_norm=None, class_counts='public')
+    config.query.update(settings or {}, sampling_probability=q, noise_multiplier=noise_multiplier)
+    mechanism = code.mechanism(**dataclasses.asdict(central.make_mechanism(config, 'audit')))
+    images = np.zeros((4, 8, 8, 1), np.uint8)
     images[1:3], images[3] = 128, 255
     labels = np.array([0, 1, 1, 0], np.int32)
 
     def run(masks, key):
         counts = jnp.zeros(2).at[labels].add(masks[0])
-        released = central.mean_query(
-            images,
-            labels,
-            masks[0],
-            key,
-            mechanism=mechanism,
-            classes=2,
-            center=center,
-            class_size=code.divisor(counts[:, None, None, None], 2.0),
-            clip_norm=clip_norm,
-            count_weight=count_weight,
-        )
-        return jnp.mean(released[0])
+        class_size = code.divisor(counts[:, None, None, None], 2.0)
+        query = central._make_query(config, mechanism, expected_size=2 * class_size)
+        return jnp.mean(query(images, labels, masks[0], key)[0])
 
     def scores(runs, seed):
         with mock.patch.object(central, 'clip_weights', code.clip):
-            return play(run, np.full(3, q == 1), q, 1, runs, seed)
+            return play(run, code, np.full(3, q == 1), q, 1, runs, seed)
 
-    event = accounting.subsampled_gaussian(noise_multiplier, q, 1)
-    return Attack(name, fault, event, q == 1 and code.is_gaussian, scores)
+    return make_attack(name, fault, mechanism, 1, scores)
 
 
 # --- Attack on DP-SGD
@@ -297,9 +300,7 @@ def sgd_attack(
     The set has one image beside the canary; with q < 1 none.
     """
     code, steps_count = FAULTS.get(fault, REAL), 10
-    mechanism = replace_mechanism(
-        GaussianMechanism('dp_sgd', noise_multiplier, q, CLIP_NORM, 'audit'), code
-    )
+    mechanism = code.mechanism('dp_sgd', noise_multiplier, q, CLIP_NORM, 'audit')
     run = make_training(mechanism, code)
 
     def scores(runs, seed):
@@ -307,11 +308,10 @@ def sgd_attack(
             mock.patch.object(mechanism_lib, 'clip_weights', code.clip),
             mock.patch.object(devices, 'parallel', over_one_device),
         ):
-            biases = play(run, np.array([q == 1]), q, steps_count, runs, seed)
+            biases = play(run, code, np.array([q == 1]), q, steps_count, runs, seed)
         return tuple(likelihood_ratio(b, noise_multiplier, q) for b in biases)
 
-    event = accounting.subsampled_gaussian(noise_multiplier, q, steps_count)
-    return Attack(name, fault, event, q == 1 and code.is_gaussian, scores)
+    return make_attack(name, fault, mechanism, steps_count, scores)
 
 
 # --- The table
@@ -319,13 +319,14 @@ def sgd_attack(
 
 def attacks() -> list[Attack]:
     """All rows: the real code first, then every fault in the query and in DP-SGD."""
-    clipped = dict(clip_norm=0.35 * 8, center=0.3)
+    clipped = dict(settings=dict(clip_norm=0.35 * 8, pixel_center=0.3))
     sampled_query, sampled_sgd = dict(q=0.5, noise_multiplier=1.0), dict(q=0.5, noise_multiplier=3.0)
-    halved, unclipped, realised, no_noise = FAULTS
+    halved, unclipped, realised, no_noise, twice = FAULTS
     return [
         query_attack('query'),
         query_attack('query, clipped', **clipped),
-        query_attack('query, noisy counts', class_counts='noisy'),
+        query_attack('query, noisy counts', settings=dict(class_counts='noisy')),
+        query_attack('query, mode', settings=dict(kind='mode', bins=2)),
         query_attack('query, sampled', **sampled_query),
         sgd_attack('DP-SGD'),
         sgd_attack('DP-SGD, sampled', **sampled_sgd),
@@ -333,10 +334,12 @@ def attacks() -> list[Attack]:
         query_attack('query, clipped', unclipped, **clipped),
         query_attack('query', realised),
         query_attack('query, sampled', no_noise, **sampled_query),
+        query_attack('query, sampled', twice, **sampled_query),
         sgd_attack('DP-SGD', halved),
         sgd_attack('DP-SGD', unclipped),
         sgd_attack('DP-SGD', realised),
         sgd_attack('DP-SGD, sampled', no_noise, **sampled_sgd),
+        sgd_attack('DP-SGD, sampled', twice, **sampled_sgd),
     ]
 
 
@@ -344,11 +347,10 @@ def examine(attack: Attack, runs: int, seed: int) -> dict:
     """One row of the table, as JSON takes it. All its bounds together hold with CONFIDENCE."""
     start = time.monotonic()
     scores = attack.scores(runs, seed)
-    kinds = {'plain': audit.plain_bound}
-    if attack.is_gaussian:
-        kinds['gaussian'] = audit.gaussian_bound
-    each = 1 - (1 - CONFIDENCE) / len(kinds)  # the more bounds, the less often each may be wrong
-    bounds = {kind: bound(*scores, DELTA, each) for kind, bound in kinds.items()}
+    each = 1 - (1 - CONFIDENCE) / len(attack.bounds)  # the more, the less often each may be wrong
+    bounds = {
+        kind: bound(*scores, delta=DELTA, confidence=each) for kind, bound in attack.bounds.items()
+    }
     claim = accounting.epsilon(attack.event, DELTA, 'pld')
     best = max(bounds, key=lambda kind: bounds[kind].epsilon)
     exceeds = bounds[best].epsilon > claim
@@ -377,17 +379,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seed < 0:
         parser.error(f'--seed is {options.seed}; it must be at least 0')
-    rows = []
     line = '{:<20} {:<31} {:>9} {:>7} {:>12} {:<9} {:<16} {:>6}'
-    heads = ('attack', 'fault', 'claimed ε', 'δ', 'lower bound', 'kind', 'verdict', 's')
-    print(line.format(*heads), flush=True)
-    runs = QUICK_RUNS if options.quick else RUNS
+    print(line.format('attack', 'fault', 'claimed ε', 'δ', 'lower bound', 'kind', 'verdict', 's'))
+    rows, runs = [], QUICK_RUNS if options.quick else RUNS
     for number, attack in enumerate(attacks()):
         row = examine(attack, runs, 1000 * options.seed + number)
         rows.append(row)
         claim, bound = f'{row["claimed_epsilon"]:.3f}', f'{row["lower_bound"]:.3f}'
-        cells = (row['attack'], row['fault'] or '-', claim, f'{DELTA:g}', bound, row['kind'])
-        print(line.format(*cells, row['verdict'], row['seconds']), flush=True)
+        ends = row['attack'], row['fault'] or '-', row['kind'], row['verdict'], row['seconds']
+        print(line.format(*ends[:2], claim, f'{DELTA:g}', bound, *ends[2:]), flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         content = {'confidence': CONFIDENCE, 'accountant': 'pld', 'seed': options.seed, 'rows': rows}

@@ -120,13 +120,13 @@ def final_state(workdir: Path) -> dict[str, object]:
     """What a run must end with: arrays and texts by their names."""
     release, private = workdir / 'release', workdir / 'private'
     found: dict[str, object] = {}
-    for path in (release / 'central_images.npz', release / 'synthetic' / 'images.npz'):
+    for path in release.rglob('*.npz'):
         with np.load(path) as data:
             found |= {f'{path.name}/{name}': data[name] for name in data}
-    for part in ('pretrain', 'finetune'):
+    for part in (release / 'model').iterdir():
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore((release / 'model' / part).absolute())
-        found |= {f'{part}{path}': np.asarray(leaf) for path, leaf in _leaves(tree)}
+            tree = checkpointer.restore(part.absolute())
+        found |= {f'{part.name}{path}': np.asarray(leaf) for path, leaf in _leaves(tree)}
     texts = [release / 'ledger.jsonl', release / 'privacy_statement.md', release / 'plan.json']
     texts += [private / 'evaluation.json', private / 'report.txt']
     # The page names files by their folder, the only thing that differs between two runs.

@@ -25,7 +25,7 @@ def chaos():
 def settings(chaos):
     """Little of what is not killed here."""
     return chaos.SETTINGS | {
-        'pretrain.epochs': 4,
+        'pretrain.enabled': False,
         'generate.images': 60,
         'evaluate.fid': False,
         'evaluate.classifiers': '("logistic",)',

@@ -262,7 +262,7 @@ def test_statement_says_what_was_spent_and_that_a_seeded_run_is_not_private(run)
     assert statement['epsilon'] == pytest.approx(ledger.epsilon(1e-4)) and statement['delta'] == 1e-4
     assert statement['epsilon_by_accountant']['pld'] == pytest.approx(ledger.epsilon(1e-4, 'pld'))
     query, steps = statement['mechanisms']
-    assert (query['count'], query['noise_multiplier'], query['sensitivity']) == (2, 4.0, 4.0)
+    assert (query['count'], query['noise_multiplier'], query['sensitivity']) == (2, 4.0, 2.8)
     assert (steps['count'], steps['sampling_probability']) == (STEPS, pytest.approx(1 / STEPS))
     assert statement['private'] is False and statement['seed'] == 1
     text = (workdir.release / 'privacy_statement.md').read_text()

@@ -12,21 +12,32 @@ The confidence is exact and does not assume anything about the scores but that r
     that trying thousands of events costs nothing;
   - rates are bounded by Clopper and Pearson's (1934) intervals, of which one end per rate is used: each
     end fails with half of the probability 1 - confidence, both together with no more than all of it.
-`plain_bound` holds for every mechanism. `gaussian_bound` is much tighter and assumes more; read there.
+`plain_bound` holds for every mechanism. `gaussian_bound` (no sampling) and `family_bound` (sampling) are
+much tighter and assume more; read there.
 """
 
+from collections.abc import Callable
 import dataclasses
 import math
 import numbers
 
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
 import numpy as np
 from scipy import optimize, stats
+
+from dpp_jax.privacy import accounting
 
 # Candidates for the threshold: so many quantiles of the scores that choose.
 _QUANTILES = 500
 # Bounds that choose may be wrong so much less often than the result. Their wider intervals keep the choice
 # from rare events that look good by luck: Gaussian bounds then scatter a sixth as much (60,000 scores).
 _CAUTION = 1e-4
+# Relative width at which the search for a noise multiplier ends.
+_TOLERANCE = 2e-3
+# Of profiles: at how many ε they are asked, and the step of their privacy losses. A coarser step is rounded
+# towards more loss, which only makes the bound smaller.
+_EPSILONS, _LOSS_GRID = 200, 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +174,7 @@ def gaussian_bound(
     What it assumes: that outcomes with and without the canary are no easier to tell apart than two normal
     distributions at some distance μ, and ε is that of the least such μ. This holds with equality for the
     Gaussian mechanism and its compositions without sampling (q = 1). It does not hold for q < 1, whose
-    trade-off has another shape: use `plain_bound`. Applied to code with a fault it is no longer a bound
+    trade-off has another shape: use `family_bound`. Applied to code with a fault it is no longer a bound
     on that code's ε, but it still refutes a claim: correct code exceeds the claim with a
     probability of at most 1 - confidence.
 
@@ -171,29 +182,96 @@ def gaussian_bound(
     """
     _require('delta', delta, 0 < delta < 1, 'in (0, 1)')
 
-    def bounds(inside_with, with_trials, inside_without, without_trials, confidence):
-        # "The canary is there" is said inside the event, or outside.
-        def distance(said_with, said_without):
-            _, false_positive = clopper_pearson(said_without, without_trials, confidence)
-            _, false_negative = clopper_pearson(with_trials - said_with, with_trials, confidence)
-            return stats.norm.isf(false_positive) - stats.norm.ppf(false_negative)
-
-        return np.stack(
-            [
-                distance(inside_with, inside_without),
-                distance(with_trials - inside_with, without_trials - inside_without),
-            ]
-        )
-
-    measured = _measure(with_canary, without, bounds, confidence)
+    measured = _measure(with_canary, without, _distances, confidence)
     return dataclasses.replace(measured, epsilon=gaussian_epsilon(measured.epsilon, delta))
+
+
+def family_bound(
+    with_canary: np.ndarray,
+    without: np.ndarray,
+    make_event: Callable[[float], dp_accounting.DpEvent],
+    noise_multipliers: tuple[float, float],
+    delta: float,
+    confidence: float = 0.95,
+) -> Bound:
+    """Lower bound on ε at δ of a mechanism that is known up to its noise (after Nasr et al. 2023).
+
+    Every noise multiplier σ has a profile: δ as a function of ε, by privacy loss distributions. It asks
+    P(E) <= e^ε P'(E) + δ(ε) at every ε, not at the one δ of the claim, so that an event whose rates are
+    near a half, and therefore well known, can refute it. The bound is ε of the largest σ that the
+    rates of one event, chosen by its distance as `gaussian_bound` measures it, do not refute.
+
+    What it assumes: that the mechanism is the one that `make_event` describes, with some σ. If the code
+    has a fault and is none of these, the number is no bound on that code's ε, but it still refutes
+    a claim: correct code exceeds the claim with a probability of at most 1 - confidence.
+
+    Args:
+        with_canary: as for `plain_bound`.
+        without: as for `plain_bound`.
+        make_event: σ → the event, as for `accounting.calibrate`; for example ten Poisson samples.
+        noise_multipliers: least and most σ of the search, 0 < least < most. The bound cannot exceed
+            ε of the least; it is 0 if the most is not refuted. Distributions take memory in
+            proportion to that ε.
+        delta: δ in (0, 1).
+        confidence: as for `plain_bound`.
+
+    Raises:
+        ValueError: an argument is out of range, or a score is not a finite number.
+    """
+    least, most = noise_multipliers
+    is_good = bool(0 < least < most < math.inf)
+    _require('noise_multipliers', noise_multipliers, is_good, '(least, most), 0 < least < most')
+    _require('delta', delta, 0 < delta < 1, 'in (0, 1)')
+    measured = _measure(with_canary, without, _distances, confidence)
+    trials = [np.size(scores) - np.size(scores) // 2 for scores in (with_canary, without)]
+    said = [
+        round(rate * n)
+        for rate, n in zip((measured.rate_with, measured.rate_without), trials, strict=True)
+    ]
+    true_positive, _ = clopper_pearson(said[0], trials[0], confidence)
+    _, false_positive = clopper_pearson(said[1], trials[1], confidence)
+    if not _refutes(make_event(most), float(true_positive), float(false_positive)):
+        return dataclasses.replace(measured, epsilon=0.0)
+    while most > (1 + _TOLERANCE) * least:
+        middle = math.sqrt(least * most)
+        if _refutes(make_event(middle), float(true_positive), float(false_positive)):
+            most = middle
+        else:
+            least = middle
+    # `most` is refuted: the largest σ that is not is below it, and ε of that is more.
+    epsilon = accounting.epsilon(make_event(most), delta, 'pld')
+    return dataclasses.replace(measured, epsilon=epsilon)
+
+
+def _refutes(event: dp_accounting.DpEvent, true_positive: float, false_positive: float) -> bool:
+    """True if no mechanism with the event's profile has rates as far apart as these."""
+    if true_positive <= false_positive:
+        return False
+    # Of the guess "it is there", and of the guess "it is not there".
+    guesses = ((true_positive, false_positive), (1 - false_positive, 1 - true_positive))
+    # Where e^ε is as large as the ratio of the rates, nothing is left to refute.
+    ratio = max(right / wrong for right, wrong in guesses)
+    epsilons = np.linspace(0, math.log(ratio), _EPSILONS)
+    accountant = PLDAccountant(
+        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+        value_discretization_interval=_LOSS_GRID,
+    )
+    deltas = np.asarray(accountant.compose(event).get_delta(epsilons))
+    return any(np.any(right > np.exp(epsilons) * wrong + deltas) for right, wrong in guesses)
+
+
+def _distances(inside_with, with_trials, inside_without, without_trials, confidence) -> np.ndarray:
+    """Lower bounds on μ, (1, events), if "the canary is there" is said inside the events."""
+    _, false_positive = clopper_pearson(inside_without, without_trials, confidence)
+    _, false_negative = clopper_pearson(with_trials - inside_with, with_trials, confidence)
+    return (stats.norm.isf(false_positive) - stats.norm.ppf(false_negative))[None]
 
 
 def _measure(with_canary, without, bounds, confidence) -> Bound:
     """Choose event and direction by `bounds` on one half of the scores, apply it to the other.
 
     `bounds` takes counts inside events and trials, with and without the canary, and a confidence; it
-    returns a row for each of two directions. The result's `epsilon` is its value, or 0 if that is less.
+    returns a row for each direction. The result's `epsilon` is its value, or 0 if that is less.
     """
     _require('confidence', confidence, 0 < confidence < 1, 'in (0, 1)')
     choosing, measuring = zip(

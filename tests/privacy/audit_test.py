@@ -91,6 +91,61 @@ def test_gaussian_bound_comes_within_a_tenth(sign):
     assert 0.9 * exact < bound.epsilon < exact
 
 
+def sampled_scores(rng, shape, *, q, sigma, releases):
+    """Log-likelihood ratios, (..., 2 sets), of Poisson-sampled Gaussian mechanisms with and without."""
+    noise = sigma * rng.standard_normal((*shape, 2, releases))
+    there = rng.random(noise.shape) < q
+    there[..., 1, :] = False
+    ratio = (2 * (noise + there) - 1) / (2 * sigma**2)
+    return np.logaddexp(np.log1p(-q), np.log(q) + ratio).sum(-1)
+
+
+def test_family_bound_is_as_often_right_as_it_says(monkeypatch):
+    """Of 60 at 80 % confidence, searched only at the true noise: 0, or wrong."""
+    monkeypatch.setattr(audit, '_LOSS_GRID', 0.02)  # coarse, so fast
+    event = accounting.subsampled_gaussian(1.0, 0.5, 1)
+    scores = sampled_scores(np.random.default_rng(6), (60, 400), q=0.5, sigma=1.0, releases=1)
+    values = [
+        audit.family_bound(s[:, 0], s[:, 1], lambda _: event, (0.999, 1.0), 1e-5, 0.8).epsilon
+        for s in scores
+    ]
+    assert np.sum(np.array(values) > 0) <= stats.binom.ppf(1 - 1e-6, 60, 0.2)
+    # A claim of half as much noise again is refuted.
+    event = accounting.subsampled_gaussian(1.5, 0.5, 1)
+    scores = sampled_scores(np.random.default_rng(7), (20_000,), q=0.5, sigma=1.0, releases=1)
+    bound = audit.family_bound(*scores.T, lambda _: event, (1.499, 1.5), 1e-5, 0.8)
+    assert bound.epsilon == accounting.epsilon(event, 1e-5, 'pld')
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_family_bound_comes_within_a_tenth_where_the_plain_one_loses_half(sign):
+    def event(sigma):
+        return accounting.subsampled_gaussian(sigma, 0.5, 10)
+
+    scores = sampled_scores(np.random.default_rng(8), (60_000,), q=0.5, sigma=3.0, releases=10)
+    scores = sign * scores.T
+    exact = accounting.epsilon(event(3.0), 1e-5, 'pld')
+    assert 0.9 * exact < audit.family_bound(*scores, event, (1.5, 6.0), 1e-5).epsilon < exact
+    assert 0 < audit.plain_bound(*scores, 1e-5).epsilon < 0.6 * exact
+    # The search is bounded on both sides.
+    assert audit.family_bound(*scores, event, (1.0, 1.5), 1e-5).epsilon == 0
+    most = accounting.epsilon(event(5.0), 1e-5, 'pld')
+    np.testing.assert_allclose(
+        audit.family_bound(*scores, event, (5.0, 6.0), 1e-5).epsilon, most, rtol=5e-3
+    )
+
+
+def test_family_bound_without_sampling_is_the_gaussian_bound():
+    rng = np.random.default_rng(9)
+    scores = 0.5 + rng.standard_normal(20_000), rng.standard_normal(20_000)
+    family = audit.family_bound(
+        *scores, lambda sigma: accounting.subsampled_gaussian(sigma, 1.0, 1), (1.0, 4.0), 1e-5
+    )
+    gaussian = audit.gaussian_bound(*scores, 1e-5)
+    np.testing.assert_allclose(family.epsilon, gaussian.epsilon, rtol=5e-3)
+    assert (family.threshold, family.above) == (gaussian.threshold, gaussian.above)
+
+
 @pytest.mark.parametrize('flip', [False, True])
 @pytest.mark.parametrize('swap', [False, True])
 def test_plain_bound_comes_within_a_twentieth_on_randomised_response(flip, swap):
@@ -131,6 +186,8 @@ def test_bad_arguments_are_named():
         audit.gaussian_bound(good, good, 0.0)
     with pytest.raises(ValueError, match='confidence is 1; it must be in'):
         audit.plain_bound(good, good, 0.1, 1)
+    with pytest.raises(ValueError, match=r'noise_multipliers is \(2, 1\); it must be \(least, most\)'):
+        audit.family_bound(good, good, lambda sigma: None, (2, 1), 0.1)
     with pytest.raises(ValueError, match='successes is .*11.*; it must be in .*10'):
         audit.clopper_pearson(11, 10, 0.9)
 
@@ -188,11 +245,11 @@ def rows(script):
 
 def test_the_real_code_stays_within_its_claim_and_the_audit_is_not_blind(rows):
     real = [row for row in rows if row['fault'] is None]
-    assert len(real) == 6
+    assert len(real) == 7
     for row in real:
         assert row['verdict'] == 'within the claim' and row['as_expected'], row
-        # One Gaussian bound is tight; without its assumption, a few thousand runs prove less.
-        share = 0.6 if row['kind'] == 'gaussian' else 0.1
+        # Most frequent grey values tell less than the noisy histograms that the claim is for.
+        share = 0.25 if row['attack'] == 'query, mode' else 0.6
         assert share * row['claimed_epsilon'] < row['lower_bound'] <= row['claimed_epsilon'], row
 
 
@@ -201,7 +258,8 @@ def test_every_fault_is_caught_in_the_query_and_in_training(rows, script):
     attacked = {(row['attack'].split(',')[0], row['fault']) for row in faulty}
     assert attacked == {(name, fault) for name in ('query', 'DP-SGD') for fault in script.FAULTS}
     for row in faulty:
-        assert row['lower_bound'] > 1.3 * row['claimed_epsilon'], row
+        excess = 1.0 if row['fault'] == 'sampled twice' else 1.3
+        assert row['lower_bound'] > excess * row['claimed_epsilon'], row
         assert row['verdict'] == 'caught' and row['as_expected'], row
 
 

@@ -88,18 +88,6 @@ def eight_device_step(tiny_model):
     return dp_step(tiny_model, microbatch=2, sigma=3.0)
 
 
-def test_noise_is_added_once_with_the_stated_std_also_to_an_empty_batch(
-    eight_device_step, params, digits
-):
-    """Eight devices, nobody in the batch: the update is the noise alone, sigma C / expected size."""
-    update, metrics, _ = take(eight_device_step, params, digits, [], number=8, microbatch=2)
-    noise = flat(update)
-    assert metrics['batch_size'] == 0
-    std = 3.0 * 0.5 / 20.0
-    assert noise.std() == pytest.approx(std, rel=5 / np.sqrt(2 * len(noise)))
-    assert abs(noise.mean()) < 5 * std / np.sqrt(len(noise))
-
-
 def test_update_is_the_clipped_sum_plus_the_same_noise(
     eight_device_step, tiny_model, params, digits
 ):

@@ -152,3 +152,16 @@ def test_pretraining_is_the_gradient_of_the_mean_loss(tiny_model, params, digits
         total += flat(gradient(params, digits[0][i] / np.float32(127.5) - 1, digits[1][i], key))
     expected = -total / 10
     assert np.linalg.norm(updates[0] - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize('number', [1, 2, 8])
+@pytest.mark.parametrize('microbatch', [1, 2, 3])
+def test_no_real_row_lies_behind_the_microbatches_that_are_visited(number, microbatch):
+    """One that did would count or not by who else is in the batch: no sensitivity would bound that."""
+    with devices.limited_to(number):
+        capacity = 3 * microbatch * number
+        for rows in range(2 * capacity):
+            batch = {'mask': np.arange(-(-max(rows, 1) // capacity) * capacity) < rows}
+            visited = steps.used_microbatches(rows, microbatch) * microbatch
+            assert devices.deal(batch)['mask'][:, :visited].sum() == rows
+            assert visited <= batch['mask'].size // number

@@ -67,8 +67,10 @@ def show_plan(config: ConfigDict, workdir: workdir_lib.WorkDir, model: Model) ->
     print(plan.text(planned, config, done(config, workdir)))
     print('\nThe statement of such a run:\n\n' + statement.markdown(foreseen))
     if config.pretrain.enabled:
+        from dpp_jax.stages import budget_curve  # imports matplotlib, which nothing else needs
+
         path = workdir.root / 'plan.png'
-        workdir_lib.write_bytes(path, plan.curve(config, planned))
+        workdir_lib.write_bytes(path, budget_curve.draw(config, planned))
         print(f"Fine-tuning's noise against the query's share of ε: {path}")
 
 

@@ -176,7 +176,7 @@ class Conv3x3(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param('kernel', ddpm_init(self.scale), shape)
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
-        return conv.conv3x3(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return conv.conv3x3(x, kernel) + bias.astype(self.dtype)
 
 
 class Dense(nn.Module):

@@ -1,4 +1,4 @@
-"""The convolution against XLA's own, forward and backward, in every form in which it is used."""
+"""The convolution against XLA's own in float64, forward and backward, in every form that is used."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,26 @@ import pytest
 from dpp_jax.diffusion import conv
 
 
+@pytest.fixture(params=['products', 'library'])
+def form(request, monkeypatch):
+    """As a CPU runs it, and as a GPU or a TPU does."""
+    monkeypatch.setattr(conv, '_prefers_products', lambda: request.param == 'products')
+    return request.param
+
+
 def reference(x, kernel):
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         precision=jax.lax.Precision.HIGHEST,
     )
+
+
+def exactly(function, *arguments):
+    """In float64."""
+    with jax.enable_x64(True):
+        return jax.tree.map(
+            np.asarray, function(*(jnp.asarray(a, jnp.float64) for a in arguments))
+        )
 
 
 def data(shape, features, seed=0):
@@ -27,19 +42,22 @@ def gradients(function):
     return jax.grad(lambda x, k, target: jnp.sum(function(x, k) * target), argnums=(0, 1))
 
 
+def assert_close(got, expected, tolerance=1e-6):
+    """In the norm: relative to the whole array, which is what an update sees."""
+    assert got.shape == expected.shape
+    assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize('shape, features', [((2, 8, 8, 3), 5), ((1, 7, 5, 4), 1), ((3, 1, 1, 2), 2)])
-def test_value_and_gradients(shape, features):
+def test_value_and_gradients(form, shape, features):
     arguments = data(shape, features)
-    np.testing.assert_allclose(
-        conv.conv3x3(*arguments[:2]), reference(*arguments[:2]), rtol=1e-4, atol=1e-4
-    )
-    for got, expected in zip(
-        jax.jit(gradients(conv.conv3x3))(*arguments), gradients(reference)(*arguments)
-    ):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-4)
+    assert_close(jax.jit(conv.conv3x3)(*arguments[:2]), exactly(reference, *arguments[:2]))
+    got = jax.jit(gradients(conv.conv3x3))(*arguments)
+    for one, expected in zip(got, exactly(gradients(reference), *arguments)):
+        assert_close(one, expected)
 
 
-def test_per_example_kernel_gradients_in_a_loop():
+def test_per_example_kernel_gradients_in_a_loop(form):
     """vmap over examples inside a scan: the form of DP-SGD."""
     x, kernel, target = data((6, 4, 6, 6, 3), 5)
 
@@ -52,8 +70,17 @@ def test_per_example_kernel_gradients_in_a_loop():
 
     x_gradients, kernel_gradients = scanned(x, kernel, target)
     for i in range(6):
-        expected = gradients(reference)(x[i], kernel, target[i])
-        np.testing.assert_allclose(x_gradients[i // 2, i % 2], expected[0], rtol=1e-4, atol=2e-4)
-        np.testing.assert_allclose(
-            kernel_gradients[i // 2, i % 2], expected[1], rtol=1e-4, atol=5e-4
-        )
+        expected = exactly(gradients(reference), x[i], kernel, target[i])
+        assert_close(x_gradients[i // 2, i % 2], expected[0])
+        assert_close(kernel_gradients[i // 2, i % 2], expected[1])
+
+
+def test_bfloat16_products_give_a_float32_kernel_gradient(form):
+    x, kernel, target = data((4, 8, 8, 16), 16)
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    assert conv.conv3x3(narrow, kernel).dtype == jnp.bfloat16
+    x_gradient, kernel_gradient = jax.jit(gradients(conv.conv3x3))(narrow, kernel, target)
+    assert (x_gradient.dtype, kernel_gradient.dtype) == (jnp.bfloat16, jnp.float32)
+    expected = exactly(gradients(reference), x, kernel, target)
+    assert_close(np.float32(x_gradient), expected[0], 1e-2)
+    assert_close(kernel_gradient, expected[1], 1e-2)

@@ -7,7 +7,6 @@ them. Many draws per image ("noise multiplicity") lower the variance of its grad
 
 from collections.abc import Callable
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -105,42 +104,59 @@ def weighted_error(
     return jnp.mean(weight(sigma) * errors.mean((1, 2, 3)))
 
 
-def image_loss(
-    denoise: denoiser_lib.Denoise,
-    image: jax.Array,
-    label: jax.Array,
-    key: jax.Array,
-    *,
-    levels: NoiseLevels,
-    draws: int,
-    label_dropout: float,
-    no_class: int,
-) -> jax.Array:
-    """The loss of one image with `draws` draws of noise level, noise and label dropout.
+@dataclasses.dataclass(frozen=True)
+class ImageLoss:
+    """The loss of one image, in two steps: everything random at once, then the error in any parts."""
 
-    Args:
-        denoise: D.
-        image: (H, W, C) float32 in [-1, 1].
-        label: () int32.
-        key: of all randomness.
-        levels: distribution of σ and the weight.
-        draws: K.
-        label_dropout: probability, per draw, of replacing the label by `no_class`.
-        no_class: the label that stands for "no class".
+    levels: NoiseLevels
 
-    Returns:
-        () float32.
-    """
-    sigma_key, noise_key, label_key = jax.random.split(key, 3)
-    sigma = levels.sample(sigma_key, draws)
-    noise = jax.random.normal(noise_key, (draws,) + image.shape)
-    dropped = jax.random.bernoulli(label_key, label_dropout, (draws,))
-    labels = jnp.where(dropped, no_class, label)
-    return weighted_error(denoise, image, labels, sigma, noise, levels.weight)
+    def draw(
+        self,
+        key: jax.Array,
+        image_shape: tuple[int, ...],
+        label: jax.Array,
+        *,
+        draws: int,
+        label_dropout: float,
+        no_class: int,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Noise levels, noise and label dropout.
+
+        Args:
+            key: of all randomness.
+            image_shape: (H, W, C).
+            label: () int32.
+            draws: K.
+            label_dropout: probability, per draw, of replacing the label by `no_class`.
+            no_class: the label that stands for "no class".
+
+        Returns:
+            labels (K,) int32, sigma (K,) float32, noise (K, H, W, C) unit normal.
+        """
+        sigma_key, noise_key, label_key = jax.random.split(key, 3)
+        sigma = self.levels.sample(sigma_key, draws)
+        noise = jax.random.normal(noise_key, (draws,) + image_shape)
+        dropped = jax.random.bernoulli(label_key, label_dropout, (draws,))
+        return jnp.where(dropped, no_class, label), sigma, noise
+
+    def error(self, denoise: denoiser_lib.Denoise, image: jax.Array, drawn: tuple) -> jax.Array:
+        """The mean weighted error of what `draw` returned, or of some of its rows: () float32."""
+        return weighted_error(denoise, image, *drawn, self.levels.weight)
+
+    def __call__(
+        self,
+        denoise: denoiser_lib.Denoise,
+        image: jax.Array,
+        label: jax.Array,
+        key: jax.Array,
+        **settings: float,
+    ) -> jax.Array:
+        """Both steps, for an image (H, W, C) float32 in [-1, 1]; `settings` are those of `draw`."""
+        return self.error(denoise, image, self.draw(key, image.shape, label, **settings))
 
 
-def make_loss(kind: str, **settings: float) -> Callable:
-    """`image_loss` of this kind: 'edm', 'vp', 've' or 'v'; `settings` are those of its levels."""
+def make_loss(kind: str, **settings: float) -> ImageLoss:
+    """The loss of this kind: 'edm', 'vp', 've' or 'v'; `settings` are those of its levels."""
     if kind not in LEVELS:
         raise ValueError(f'loss is {kind!r}; it must be one of {sorted(LEVELS)}')
-    return functools.partial(image_loss, levels=LEVELS[kind](**settings))
+    return ImageLoss(LEVELS[kind](**settings))

@@ -8,6 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpp_jax.diffusion import loss as loss_lib
+from dpp_jax.training import parts as parts_lib
+
 PyTree = Any
 
 
@@ -20,15 +23,14 @@ class Model:
         image_shape: (H, W, C).
         classes: number of classes; label `classes` means "no class".
         make_denoiser: network function → D(x, sigma, label), see `diffusion.denoiser`.
-        loss: (denoise, image, label, key, draws=, label_dropout=, no_class=) → scalar, see
-            `diffusion.loss`.
+        loss: of one image, see `diffusion.loss`.
     """
 
     network: nn.Module
     image_shape: tuple[int, int, int]
     classes: int
     make_denoiser: Callable
-    loss: Callable
+    loss: loss_lib.ImageLoss
 
     def init(self, key: jax.Array) -> PyTree:
         """Fresh parameters (float32)."""
@@ -46,19 +48,29 @@ class Model:
             lambda x, c_noise, label: self.network.apply({'params': params}, x, c_noise, label)
         )
 
-    def example_loss(self, *, draws: int, label_dropout: float) -> Callable:
-        """(params, image (H, W, C) in [-1, 1], label (), key) → the mean loss of `draws` draws."""
+    def example_loss(
+        self, *, draws: int, label_dropout: float, draws_at_once: int | None = None
+    ) -> Callable:
+        """(params, image (H, W, C) in [-1, 1], label (), key) → the mean loss of `draws` draws.
+
+        `draws_at_once` (None: all) pass through the network together, value and gradient; as many
+        as divide `draws`. It changes rounding only.
+        """
+        parts = parts_lib.count(draws, draws_at_once or draws)
+
+        def error(params, image, drawn):
+            return self.loss.error(self.denoiser(params), image, drawn)
 
         def loss(params, image, label, key):
-            return self.loss(
-                self.denoiser(params),
-                image,
-                label,
+            drawn = self.loss.draw(
                 key,
+                image.shape,
+                label,
                 draws=draws,
                 label_dropout=label_dropout,
                 no_class=self.classes,
             )
+            return parts_lib.mean(error, parts)(params, image, drawn)
 
         return loss
 

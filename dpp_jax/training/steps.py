@@ -18,7 +18,7 @@ import optax
 
 from dpp_jax.privacy import mechanism as mechanism_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.training import devices
+from dpp_jax.training import devices, parts
 from dpp_jax.training.state import TrainState, apply_gradient
 
 PyTree = Any
@@ -53,26 +53,33 @@ def make_pretrain_step(
     *,
     augment: Augmentation,
     ema_decay: float,
+    rows_at_once: int | None = None,
 ) -> Callable:
     """(state, batch, key) → (state, metrics), for devices; the state's memory is reused.
 
-    The gradient is that of the mean loss over the real rows of all devices.
+    The gradient is that of the mean loss over the real rows of all devices. `rows_at_once` (None:
+    all) of a device pass through the network together; it changes rounding only.
     """
 
     def step(state: TrainState, batch: dict, key: jax.Array):
         step_key = jax.random.fold_in(key, state.step)
 
-        def row_loss(params, image, label, position):
+        def row_loss(params, step_key, image, label, position):
             augment_key, loss_key = jax.random.split(jax.random.fold_in(step_key, position))
             pixels = augment(augment_key, image.astype(jnp.float32))
             return loss(params, to_model_range(pixels), label, loss_key)
 
-        def total_loss(params):
-            rows = (batch['image'], batch['label'], batch['position'])
-            losses = jax.vmap(row_loss, in_axes=(None, 0, 0, 0))(params, *rows)
-            return jnp.sum(jnp.where(batch['mask'], losses, 0))
+        def part_loss(params, step_key, part):
+            rows = (part['image'], part['label'], part['position'])
+            losses = jax.vmap(row_loss, in_axes=(None, None, 0, 0, 0))(params, step_key, *rows)
+            return jnp.sum(jnp.where(part['mask'], losses, 0))
 
-        total, gradient = jax.value_and_grad(total_loss)(state.params)
+        size = batch['mask'].size
+        number = parts.count(size, rows_at_once or size)
+        mean_of_parts = jax.value_and_grad(parts.mean(part_loss, number))
+        total, gradient = jax.tree.map(
+            lambda leaf: leaf * number, mean_of_parts(state.params, step_key, batch)
+        )
         rows = jnp.sum(batch['mask'])
         total, gradient, rows = jax.lax.psum((total, gradient, rows), devices.AXIS)
         gradient = jax.tree.map(lambda leaf: leaf / rows, gradient)

@@ -26,9 +26,11 @@ def params(tiny_model):
     return tiny_model.init(jax.random.key(3))
 
 
-def dp_step(tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2):
+def dp_step(
+    tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2, at_once=None
+):
     return steps.make_dp_step(
-        tiny_model.example_loss(draws=draws, label_dropout=0.1),
+        tiny_model.example_loss(draws=draws, label_dropout=0.1, draws_at_once=at_once),
         optimizer,
         GaussianMechanism('dp_sgd', sigma, 0.5, clip_norm, 'test'),
         expected_batch_size=20.0,
@@ -53,11 +55,11 @@ def flat(tree):
 
 @pytest.fixture(scope='module')
 def by_devices(tiny_model, params, digits):
-    """The same logical batch of 19 on 1, 2 and 8 devices with other microbatches and padding."""
+    """The same logical batch of 19 on 1, 2 and 8 devices with other microbatches, parts and padding."""
     updates = {}
-    for number, microbatch, capacity in ((1, 8, 24), (2, 4, 24), (8, 2, 48)):
+    for number, microbatch, capacity, at_once in ((1, 8, 24, 1), (2, 4, 24, 2), (8, 2, 48, None)):
         with devices.limited_to(number):
-            step = dp_step(tiny_model, microbatch=microbatch)
+            step = dp_step(tiny_model, microbatch=microbatch, at_once=at_once)
             updates[number] = take(
                 step, params, digits, range(3, 22),
                 number=number, microbatch=microbatch, capacity=capacity,
@@ -134,9 +136,11 @@ def test_pretraining_is_the_gradient_of_the_mean_loss(tiny_model, params, digits
     loss = tiny_model.example_loss(draws=1, label_dropout=0.1)
     plain = augment.make_augmentation('none')
     updates = []
-    for number, capacity in ((1, 10), (8, 16)):
+    for number, capacity, at_once in ((1, 10, 4), (8, 16, None)):
         with devices.limited_to(number):
-            step = steps.make_pretrain_step(loss, SGD, augment=plain, ema_decay=0.9)
+            step = steps.make_pretrain_step(
+                loss, SGD, augment=plain, ema_decay=0.9, rows_at_once=at_once
+            )
             batch = devices.deal(steps.make_batch(*digits, np.arange(10), capacity))
             state = devices.replicate(state_lib.create(params, SGD))
             new, metrics = step(state, batch, jax.random.key(2))

@@ -80,7 +80,8 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     finetune.learning_rate = 3e-4  # of Adam
     finetune.ema_decay = 0.999
     finetune.label_dropout = 0.1
-    finetune.microbatch = 4  # images on a device at once; any value gives the same update
+    # Private images whose gradients a device holds at once; unset: as loop.images_at_once allows.
+    finetune.microbatch = placeholder(int)
 
     config.generate = generate = ConfigDict()
     generate.images = 60000  # synthetic images, balanced over the classes
@@ -101,7 +102,10 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     evaluate.ema_decay = 0.9999
     evaluate.held_out = 0.1  # share of the synthetic images that selects the model
 
-    config.loop = loop = ConfigDict()  # changes no result; may differ between restarts
+    config.loop = loop = ConfigDict()  # changes no result but rounding; may differ between restarts
+    # Noised images that pass through the network together on a device; unset: what a CPU's cache
+    # holds, and 512 on other devices.
+    loop.images_at_once = placeholder(int)
     loop.log_every_steps = 10
     loop.checkpoint_every_seconds = 120.0
     return config

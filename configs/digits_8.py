@@ -39,7 +39,6 @@ def get_config(epsilon: str = '10') -> ConfigDict:
         draws=4,
         learning_rate=2e-3,
         ema_decay=0.995,
-        microbatch=16,
     )
     config.generate.images = 5000
     config.generate.sampler = default.sampler(steps=18)

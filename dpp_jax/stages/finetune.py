@@ -6,7 +6,7 @@ import optax
 
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.stages import metrics, workdir as workdir_lib
+from dpp_jax.stages import metrics, sizes, workdir as workdir_lib
 from dpp_jax.stages.plan import Plan, finetune_mechanism
 from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
 from dpp_jax.training.model import Model
@@ -27,18 +27,23 @@ def run(
 ) -> None:
     """Take the plan's steps; save weights and averaged weights in release/."""
     settings = config.finetune
+    at_once = sizes.choose(config)
     keys = workdir.secret_keys(ledger, 'dp_sgd', config.seed)
     mechanism = finetune_mechanism(plan, config, keys.identifier)
     sampler = poisson.PoissonSampler(len(images), plan.sampling_probability, keys.sampling)
-    capacity = sampler.capacity(settings.microbatch * devices.count())
+    capacity = sampler.capacity(at_once.microbatch * devices.count())
     optimizer = optax.adam(settings.learning_rate)
     release = mechanism.recorded(
         steps.make_dp_step(
-            model.example_loss(draws=settings.draws, label_dropout=settings.label_dropout),
+            model.example_loss(
+                draws=settings.draws,
+                label_dropout=settings.label_dropout,
+                draws_at_once=at_once.draws,
+            ),
             optimizer,
             mechanism,
             expected_batch_size=sampler.expected_size,
-            microbatch=settings.microbatch,
+            microbatch=at_once.microbatch,
             ema_decay=settings.ema_decay,
         )
     )
@@ -46,7 +51,7 @@ def run(
     def step(state, number):
         indices = sampler.indices(number)
         batch = devices.deal(steps.make_batch(images, labels, indices, capacity))
-        used = steps.used_microbatches(len(indices), settings.microbatch)
+        used = steps.used_microbatches(len(indices), at_once.microbatch)
         result, entry = release(number, state, batch, used, keys.noise)
         ledger.append(entry)  # the device computes on meanwhile
         return result

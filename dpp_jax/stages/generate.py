@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from dpp_jax.stages import pictures, workdir as workdir_lib
-from dpp_jax.training import checkpoint, devices, progress
+from dpp_jax.stages import pictures, sizes, workdir as workdir_lib
+from dpp_jax.training import checkpoint, devices, parts as parts_lib, progress
 from dpp_jax.training.model import Model
 
 PICTURE_COLUMNS = 12
@@ -46,16 +46,18 @@ def run(
         workdir.release / 'model' / 'finetune', {'params': shapes, 'ema_params': shapes}
     )
     params = devices.replicate(saved['ema_params'])
+    at_once = sizes.choose(config).images
     for name, path in files(config, workdir).items():
         if path.exists():
             continue
         key = workdir.keys(f'generate/{name}', config.seed).noise
         images = _sample_all(
-            sample_function(model, samplers[name]),
+            sample_function(model, samplers[name], at_once),
             params,
             key,
             total=config.generate.images,
             batch_size=config.generate.batch_size,
+            at_once=at_once,
             parts=path.parent / f'.parts_{name}',
             title='generate' if name == 'images' else 'generate (2)',
         )
@@ -74,14 +76,16 @@ def image_labels(index: np.ndarray, classes: int) -> np.ndarray:
     return (index % classes).astype(np.int32)
 
 
-def sample_function(model: Model, sampler: Callable) -> Callable:
+def sample_function(model: Model, sampler: Callable, at_once: int) -> Callable:
     """(params, index (n,) int32, key) → (n, H, W, C) uint8, for devices.
+
+    At most `at_once` images, in equal groups, go through the sampler together.
 
     All randomness of an image comes from its index, so that neither the batch size nor the number
     of devices nor a restart changes it (but for rounding).
     """
 
-    def sample(params, index, key):
+    def sample_group(params, index, key):
         image_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
         def noise(number):
@@ -96,6 +100,11 @@ def sample_function(model: Model, sampler: Callable) -> Callable:
         )
         return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
+    def sample(params, index, key):
+        groups = index.reshape(parts_lib.count(index.size, at_once), -1)
+        images = jax.lax.map(lambda group: sample_group(params, group, key), groups)
+        return images.reshape((-1,) + model.image_shape)
+
     return devices.parallel(sample, in_axes=(0, 0, None))
 
 
@@ -106,11 +115,14 @@ def _sample_all(
     *,
     total: int,
     batch_size: int,
+    at_once: int,
     parts: Path,
     title: str,
 ) -> np.ndarray:
     """Images 0 .. total - 1, going on after the parts that an interrupted run left."""
-    batch = devices.count() * min(batch_size, -(-total // devices.count()))
+    per_device = min(batch_size, -(-total // devices.count()))
+    groups = -(-per_device // at_once)
+    batch = devices.count() * groups * -(-per_device // groups)  # groups of equal size
     done = _read_parts(parts)
     start = sum(len(part) for part in done)
     with progress.bar(total, title, 'image', start) as bar:

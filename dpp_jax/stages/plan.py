@@ -12,7 +12,7 @@ import numpy as np
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.ledger import Entry, Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.stages import central, workdir as workdir_lib
+from dpp_jax.stages import central, sizes, workdir as workdir_lib
 from dpp_jax.training import model as model_lib
 
 
@@ -196,6 +196,7 @@ def check_ledger(plan: Plan, config: ConfigDict, ledger: Ledger, made: dict[str,
 def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) -> str:
     """The plan for people to read; every ε rounded up."""
     show = accounting.format_epsilon
+    at_once = sizes.choose(config)
     lines = [
         f'Plan for {config.name}: {plan.private_images:,} private images, '
         f'ε = {plan.epsilon_budget:g}, δ = {plan.delta:g} ({plan.accountant.upper()} accountant)',
@@ -221,8 +222,8 @@ def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) ->
         f'generation     {config.generate.images:,} images, {config.generate.sampler.name} '
         f'with {config.generate.sampler.steps} steps',
         f'memory         about {plan.memory_bytes_per_device / 2**20:,.0f} MiB per device '
-        f'(microbatch {config.finetune.microbatch}, estimate), {jax.device_count()} '
-        f'{jax.devices()[0].platform} device(s)',
+        f'({at_once.microbatch} images x {at_once.draws} draws at once, estimate), '
+        f'{jax.device_count()} {jax.devices()[0].platform} device(s)',
     ]
     if done is not None:
         todo = [name for name, is_done in done.items() if not is_done]
@@ -233,8 +234,10 @@ def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) ->
 def _memory(config: ConfigDict, model: model_lib.Model, shapes) -> int:
     """Bytes of state, per-example gradients and activations of one microbatch of fine-tuning."""
     finetune = config.finetune
-    loss = model.example_loss(draws=finetune.draws, label_dropout=finetune.label_dropout)
-    n = finetune.microbatch
+    at_once = sizes.choose(config)
+    # One part's: the gradient of a part is finished before the next part starts.
+    loss = model.example_loss(draws=at_once.draws, label_dropout=finetune.label_dropout)
+    n = at_once.microbatch
 
     def residuals(params, images, labels, keys):
         return jax.vjp(lambda p: jax.vmap(loss, (None, 0, 0, 0))(p, images, labels, keys), params)
@@ -252,8 +255,8 @@ def _memory(config: ConfigDict, model: model_lib.Model, shapes) -> int:
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
     )
     parameters = model_lib.size(shapes)
-    # Weights, average, two moments of Adam, the sum, the noisy sum; one gradient per example.
-    return activations + 4 * parameters * (6 + n)
+    # Weights, average, two moments of Adam, the sum, the noisy sum; two gradients per example.
+    return activations + 4 * parameters * (6 + 2 * n)
 
 
 def check(config: ConfigDict) -> None:
@@ -288,11 +291,17 @@ def check(config: ConfigDict) -> None:
     for name in (
         'data.image_size data.classes data.average_down query.queries query.downsample model.width '
         'model.blocks pretrain.batch_size pretrain.epochs pretrain.draws finetune.batch_size '
-        'finetune.draws finetune.microbatch generate.images generate.batch_size '
+        'finetune.draws generate.images generate.batch_size '
         'generate.sampler.steps generate.classifier_sampler.steps evaluate.feature_epochs '
         'evaluate.epochs evaluate.batch_size loop.log_every_steps'
     ).split():
         require(name, lambda n: isinstance(n, int) and n >= 1, 'a whole number, at least 1')
+    for name in ('finetune.microbatch', 'loop.images_at_once'):
+        require(
+            name,
+            lambda n: n is None or isinstance(n, int) and n >= 1,
+            'a whole number, at least 1, or not set',
+        )
     require('query.kind', *one_of('mean', 'mode'))
     require('query.noise_multiplier', positive, 'a finite number > 0')
     require('query.sampling_probability', probability, 'in (0, 1]')
@@ -317,9 +326,9 @@ def check(config: ConfigDict) -> None:
         f'divisible by {halvings}, because config.model.multipliers = '
         f'{tuple(config.model.multipliers)} halves images {len(config.model.multipliers) - 1} times',
     )
-    sizes = [config.data.image_size // 2**level for level in range(len(config.model.multipliers))]
+    levels = [config.data.image_size // 2**level for level in range(len(config.model.multipliers))]
     require(
-        'model.attention_resolutions', lambda r: set(r) <= set(sizes), f'a selection of {sizes}'
+        'model.attention_resolutions', lambda r: set(r) <= set(levels), f'a selection of {levels}'
     )
     require('model.denoiser', *one_of('edm', 'vp', 've', 'v'))
     require('model.dtype', *one_of('float32', 'bfloat16'))

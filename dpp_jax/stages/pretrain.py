@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from dpp_jax.stages import metrics, workdir as workdir_lib
+from dpp_jax.stages import metrics, sizes, workdir as workdir_lib
 from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
 from dpp_jax.training.model import Model
 
@@ -35,6 +35,7 @@ def run(
         optimizer,
         augment=augment,
         ema_decay=settings.ema_decay,
+        rows_at_once=max(1, sizes.choose(config).images // settings.draws),
     )
 
     def step(state, number):

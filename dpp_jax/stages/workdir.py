@@ -26,6 +26,7 @@ from dpp_jax.privacy.ledger import Ledger, sync_folder
 FREE_SETTINGS = (
     'loop.log_every_steps',
     'loop.checkpoint_every_seconds',
+    'loop.images_at_once',
     'finetune.microbatch',
     'generate.batch_size',
     'generate.png_tree',

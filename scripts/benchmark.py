@@ -89,7 +89,6 @@ def contenders(config, model, sizes) -> list[Contender]:
         batch = lambda multiple: devices.deal(
             steps.make_batch(images, labels, np.arange(count), multiple)
         )
-        # donate=() would be another program: each call gets a fresh state instead, made beforehand.
         plain = steps.make_pretrain_step(
             in_parts,
             optimizer,
@@ -116,8 +115,8 @@ def contenders(config, model, sizes) -> list[Contender]:
         'label': labels,
         'key': jax.random.split(key, count),
     }
-    loss = lambda params, one: whole(params, one['image'], one['label'], one['key'])
     whole = model.example_loss(draws=settings.draws, label_dropout=settings.label_dropout)
+    loss = lambda params, one: whole(params, one['image'], one['label'], one['key'])
     if 'optax' not in _SKIP.value:
         aggregate = optax.contrib.differentially_private_aggregate(settings.clip_norm, 1.0, 0)
 
@@ -155,7 +154,7 @@ def donating(title: str, step: Callable, state, *arguments) -> Contender:
 
     def call():
         nonlocal current
-        current, metrics = step(current, *arguments)
+        current, metrics = program(current, *arguments)
         return current, metrics
 
     return Contender(title, seconds, needed, call)

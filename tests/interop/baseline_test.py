@@ -1,6 +1,5 @@
-"""The PyTorch twin that speed is compared with computes the same: network, gradient, clipped sum.
+"""The PyTorch twin that speed is compared with computes the same: network, gradient, clipped sum."""
 
-"""
 import importlib.util
 from pathlib import Path
 

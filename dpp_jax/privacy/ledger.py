@@ -146,15 +146,7 @@ class Ledger:
 
     def event(self) -> DpEvent:
         """Everything that ran, composed."""
-        return _composition(self._entries.values())
-
-    def by_mechanism(self) -> dict[str, DpEvent]:
-        """What ran of each mechanism, composed; mechanisms in the order of their first release."""
-        names = dict.fromkeys(entry.mechanism for entry in self._entries.values())
-        return {
-            name: _composition(e for e in self._entries.values() if e.mechanism == name)
-            for name in names
-        }
+        return composition(self._entries.values())
 
     def epsilon(self, delta: float, accountant: str = 'rdp') -> float:
         """ε of everything that ran, at δ (see `accounting.epsilon`)."""
@@ -227,8 +219,11 @@ class Ledger:
         self._size += len(data)
 
 
-def _composition(entries: Iterable[Entry]) -> DpEvent:
-    """The entries composed. Equal (σ, q) are counted first: thousands of steps stay one event."""
+def composition(entries: Iterable[Entry]) -> DpEvent:
+    """What dp_accounting needs to know of all these releases together.
+
+    Equal (σ, q) are counted first: thousands of steps stay one event.
+    """
     counts = Counter((e.noise_multiplier, e.sampling_probability) for e in entries)
     return accounting.compose(
         accounting.subsampled_gaussian(sigma, q, count) for (sigma, q), count in counts.items()

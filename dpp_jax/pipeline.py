@@ -62,9 +62,10 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
 
 def show_plan(config: ConfigDict, workdir: workdir_lib.WorkDir, model: Model) -> None:
     """Print what would be run and spent, and draw what another budget for the query would do."""
-    planned = plan.load(config, model, workdir)
+    planned, finished = plan.load(config, model, workdir), done(config, workdir)
+    check_ledger(config, workdir, planned, finished)
     foreseen = statement.make(plan.entries(planned, config), **statement_settings(config))
-    print(plan.text(planned, config, done(config, workdir)))
+    print(plan.text(planned, config, finished))
     print('\nThe statement of such a run:\n\n' + statement.markdown(foreseen))
     if config.pretrain.enabled:
         from dpp_jax.stages import budget_curve  # imports matplotlib, which nothing else needs
@@ -85,6 +86,29 @@ def done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, bool]:
         'evaluate': evaluate.is_done(config, workdir),
         'report': report.is_done(workdir),
     }
+
+
+def check_ledger(
+    config: ConfigDict,
+    workdir: workdir_lib.WorkDir,
+    planned: plan.Plan,
+    finished: dict[str, bool],
+) -> None:
+    """Raise a ValueError if the ledger does not fit the plan or what is known to have been released."""
+    resumed = checkpoint.latest_training(workdir.private / 'resume' / 'finetune')
+    steps = resumed[0] if resumed else 0
+    made = {
+        'central_query': planned.query_count if finished['central'] else 0,
+        'dp_sgd': planned.steps if finished['finetune'] else steps,
+    }
+    ledger = ledger_lib.Ledger(workdir.release / 'ledger.jsonl', read_only=True)
+    plan.check_ledger(planned, config, ledger, made)
+    if not finished['finetune'] and steps < planned.steps == statement.stated(workdir, 'dp_sgd'):
+        raise ValueError(
+            f'{workdir.release / "model" / "finetune"} was released, as the privacy statement says, and '
+            'is not there any more. Trained again, on other devices or with other versions, it would be '
+            'a second model under the same noise. Restore it, or use another --workdir'
+        )
 
 
 class Run:
@@ -119,12 +143,15 @@ class Run:
         todo = [stage for stage in stages if not finished[stage]]
         if todo:
             print(plan.text(self.plan, self.config, {stage: finished[stage] for stage in stages}))
+        self._check_ledger(finished)
+        if todo:
             self._check(todo, finished)
             self.workdir.record(self.config)
             plan.save(self.plan, self.workdir)
             self._write_parameters()
         for stage in todo:
             start = time.monotonic()
+            statement.record_code(self.workdir, stage)
             getattr(self, stage)()
             print(f'{stage}: done in {time.monotonic() - start:.1f} s', flush=True)
         if not todo:
@@ -139,6 +166,7 @@ class Run:
                 f'--stage=clean would delete what {self.workdir.root} needs to go on: its keys and '
                 'checkpoints. Finish with --stage=finetune first, or delete the whole folder'
             )
+        self._check_ledger(done(self.config, self.workdir))
         statement.write(self.workdir, self._statement())
         shutil.rmtree(self.workdir.private)
         print(
@@ -149,23 +177,15 @@ class Run:
     def _check(self, todo: list[str], finished: dict[str, bool]) -> None:
         """Everything that can be wrong, before any privacy is spent or anything is written."""
         self._check_order(todo[0], finished)
-        resumed = {
-            part: checkpoint.latest_training(self.workdir.private / 'resume' / part)
-            for part in ('pretrain', 'finetune')
-        }
-        folders = [self.workdir.release / 'model' / part for part in resumed]
-        folders += [found[1] for found in resumed.values() if found]
+        folders = []
+        for part in ('pretrain', 'finetune'):
+            folders.append(self.workdir.release / 'model' / part)
+            resumed = checkpoint.latest_training(self.workdir.private / 'resume' / part)
+            folders += [resumed[1]] if resumed else []
         shapes = self.model.shapes()
         for folder in folders:
             if folder.exists():
                 checkpoint.check_params(folder, shapes)
-        steps = resumed['finetune'][0] if resumed['finetune'] else 0
-        needs_query = self.config.pretrain.enabled and finished['central']
-        made = {
-            'central_query': self.plan.query_count if needs_query else 0,
-            'dp_sgd': self.plan.steps if finished['finetune'] else steps,
-        }
-        plan.check_ledger(self.plan, self.config, self.ledger, made)
         if {'central', 'finetune', 'evaluate'} & set(todo):
             images = self.train_images
             if 'evaluate' in todo and self.config.evaluate.fid:
@@ -179,13 +199,30 @@ class Run:
         if 'evaluate' in todo:
             self.test_images
 
+    def _check_ledger(self, finished: dict[str, bool]) -> None:
+        check_ledger(self.config, self.workdir, self.plan, finished)
+
     def _statement(self) -> dict:
-        return statement.make(self.ledger.entries, **statement_settings(self.config))
+        return statement.make(
+            self.ledger.entries,
+            code_of_stages=statement.codes(self.workdir),
+            **statement_settings(self.config),
+        )
+
+    def _write_statement(self) -> None:
+        """Before what it covers: whatever is in release/, its statement is there too."""
+        statement.write(self.workdir, self._statement())
 
     def central(self) -> None:
         images = self.train_images
-        central.run(self.config, self.workdir, self.ledger, images.images, images.labels)
-        statement.write(self.workdir, self._statement())
+        central.run(
+            self.config,
+            self.workdir,
+            self.ledger,
+            images.images,
+            images.labels,
+            before_release=self._write_statement,
+        )
 
     def pretrain(self) -> None:
         augmentation = make_augmentation(self.config)
@@ -203,8 +240,8 @@ class Run:
             self.model,
             images.images,
             images.labels,
+            before_release=self._write_statement,
         )
-        statement.write(self.workdir, self._statement())
 
     def generate(self) -> None:
         settings, classes = self.config.generate, self.config.data.classes
@@ -249,7 +286,6 @@ def statement_settings(config: ConfigDict) -> dict:
         'delta': config.dp.delta,
         'accountant': config.dp.accountant,
         'budget': config.dp.epsilon,
-        'seed': config.seed,
     }
 
 

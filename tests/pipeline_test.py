@@ -16,6 +16,7 @@ from dpp_jax import pipeline
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.stages import generate, workdir as workdir_lib
+from dpp_jax.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 23  # of the tiny config's fine-tuning
@@ -208,10 +209,12 @@ def copy_of(workdir, folder):
 def test_a_ledger_or_plan_that_no_longer_fits_is_refused(run, tmp_path, tamper, text):
     config, reference = run
     workdir = copy_of(reference, tmp_path)
-    (workdir.private / 'report.json').unlink()  # so that there is something to do
     tamper(workdir)
-    with pytest.raises(ValueError, match=text):
-        pipeline.run(config, tmp_path, 'report')
+    before = {path for path in tmp_path.rglob('*')}
+    for stage in ('plan', 'all', 'clean'):  # where everything is done, too
+        with pytest.raises(ValueError, match=text):
+            pipeline.run(config, tmp_path, stage)
+    assert {path for path in tmp_path.rglob('*')} - before <= {tmp_path / '.lock'}
 
 
 def edit(path, change):
@@ -235,12 +238,53 @@ def test_report_is_made_again_when_the_evaluation_is_newer(run, tmp_path):
     assert '123.40' in (workdir.private / 'report.txt').read_text()
 
 
+@pytest.mark.parametrize('stage', ['central', 'finetune'])
+def test_nothing_is_released_before_its_statement(run, tmp_path, stage, monkeypatch):
+    """A crash right after the release must not leave a statement that knows nothing of it."""
+    config, reference = run
+    workdir = copy_of(reference, tmp_path)
+    (workdir.release / 'privacy_statement.json').unlink()
+    (workdir.release / 'privacy_statement.md').unlink()
+    if stage == 'central':
+        (workdir.release / 'central_images.npz').unlink()
+    else:
+        shutil.rmtree(workdir.release / 'model' / 'finetune')
+    names, write_npz, save_model = [], workdir_lib.write_npz, checkpoint.save_model
+
+    def look(save):
+        def then_save(path, *arguments, **named):
+            statement = json.loads((workdir.release / 'privacy_statement.json').read_text())
+            names.append([row['count'] for row in statement['mechanisms']])
+            save(path, *arguments, **named)
+
+        return then_save
+
+    monkeypatch.setattr(workdir_lib, 'write_npz', look(write_npz))
+    monkeypatch.setattr(checkpoint, 'save_model', look(save_model))
+    pipeline.run(config, tmp_path, stage)
+    assert names == [[config.query.queries, STEPS]]
+
+
+def test_a_released_model_that_was_deleted_is_not_trained_a_second_time(run, tmp_path):
+    config, reference = run
+    workdir = copy_of(reference, tmp_path)
+    shutil.rmtree(workdir.release / 'model' / 'finetune')
+    shutil.rmtree(workdir.private / 'resume' / 'finetune')
+    with pytest.raises(ValueError, match='a second model under the same noise'):
+        pipeline.run(config, tmp_path, 'all')
+    shutil.copytree(reference.private / 'resume', workdir.private / 'resume', dirs_exist_ok=True)
+    pipeline.run(config, tmp_path, 'finetune')  # from the last checkpoint: the same bits
+    assert pipeline.done(config, workdir)['finetune']
+
+
 def test_clean_deletes_private_and_leaves_a_run_that_can_be_sampled(run, tmp_path):
     config, reference = run
     workdir = copy_of(reference, tmp_path)
     before = {p.name for p in workdir.release.iterdir()}
     pipeline.run(config, tmp_path, 'clean')
     assert not workdir.private.exists()
+    statement = json.loads((workdir.release / 'privacy_statement.json').read_text())
+    assert [row['count'] for row in statement['mechanisms']] == [config.query.queries, STEPS]
     assert {p.name for p in workdir.release.iterdir()} == before
     shutil.rmtree(workdir.release / 'synthetic')
     pipeline.run(config, tmp_path, 'generate')
@@ -264,7 +308,8 @@ def test_statement_says_what_was_spent_and_that_a_seeded_run_is_not_private(run)
     query, steps = statement['mechanisms']
     assert (query['count'], query['noise_multiplier'], query['sensitivity']) == (2, 4.0, 2.8)
     assert (steps['count'], steps['sampling_probability']) == (STEPS, pytest.approx(1 / STEPS))
-    assert statement['private'] is False and statement['seed'] == 1
+    assert statement['private'] is False
+    assert set(statement['code_of_stages']) == set(pipeline.STAGES)
     text = (workdir.release / 'privacy_statement.md').read_text()
     assert 'THIS RUN IS NOT PRIVATE' in text and 'add or remove one' in text
 

@@ -104,6 +104,12 @@ def format_epsilon(value: float, digits: int = 4) -> str:
     return str(decimal.Decimal(value).quantize(step, rounding=decimal.ROUND_CEILING))
 
 
+def format_noise(value: float, digits: int = 4) -> str:
+    """σ as text with `digits` decimals, rounded down: no more noise is stated than there was."""
+    step = decimal.Decimal(1).scaleb(-digits)
+    return str(decimal.Decimal(value).quantize(step, rounding=decimal.ROUND_FLOOR))
+
+
 def calibrate(
     make_event: Callable[[float], DpEvent],
     epsilon: float,

@@ -6,8 +6,9 @@ release that nobody saw, and never misses one that somebody saw.
 
 What is counted once. A release is named by (mechanism, index, randomness). `randomness` names the
 secret keys that batch and noise are drawn from: a step repeated after a crash draws the same batch
-and the same noise. Computed from the same state it gives the same value again, which releases
-nothing new, and its entry is already here. A caller may reuse `randomness` only under that
+and the same noise. Computed from the same state it gives the same value again (its last bits may
+differ on other devices, so no step's value may be shown to anybody twice), which releases nothing new, and
+its entry is already here. A caller may reuse `randomness` only under that
 condition: the same noise on two different sums would cancel in their difference. Another
 `randomness` is another release and is counted.
 
@@ -89,11 +90,17 @@ class Entry:
 class Ledger:
     """The ledger in one file: read once when opened, then kept in memory and on the disk alike."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, read_only: bool = False):
         """Open the ledger, or create it with its folder, so that a bad place fails at once.
 
         A last line that a crash cut short is removed: its `append` never returned, so its release
         was never used. A last entry that lacks only its line end is kept.
+
+        Args:
+            path: of the file.
+            read_only: change and create nothing; `append` is refused. A file that is not there is an
+                empty ledger, and an unfinished last line is not looked at: another process may be
+                writing it.
 
         Raises:
             ValueError: any other line cannot be read, or was changed since it was written; the
@@ -103,7 +110,10 @@ class Ledger:
         self.path = Path(path)
         self._entries: dict[tuple[str, int, str], Entry] = {}
         self._hash = ''
+        self._read_only = read_only
         if not self.path.exists():
+            if read_only:
+                return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
             sync_folder(self.path.parent)
@@ -112,7 +122,7 @@ class Ledger:
         *lines, tail = content.split(b'\n')
         for number, line in enumerate(lines, start=1):
             self._read(line, number)
-        if tail:
+        if tail and not read_only:
             self._repair(tail, len(lines) + 1)
 
     def append(self, entry: Entry) -> bool:
@@ -127,6 +137,8 @@ class Ledger:
             OSError: the line could not be written (it is not recorded then, and the release must
                 not be used), or the file was changed by somebody else.
         """
+        if self._read_only:
+            raise ValueError(f'{self.path} was opened to be read only')
         if not self._is_new(entry):
             return False
         digest = _hash(self._hash, entry)

@@ -44,8 +44,12 @@ def run(
     ledger: ledger_lib.Ledger,
     images: np.ndarray,
     labels: np.ndarray,
+    before_release: Callable[[], None] = lambda: None,
 ) -> None:
-    """Ask all queries and save images, labels and a picture in release/."""
+    """Ask all queries and save images, labels and a picture in release/.
+
+    `before_release` is called when the ledger holds all queries and nothing of them is in release/.
+    """
     query = config.query
     keys = workdir.secret_keys(ledger, 'central_query', config.seed)
     small = nearest(images, query.downsample)
@@ -65,6 +69,7 @@ def run(
     central = to_images(np.concatenate(results), (size, size), post_process=query.post_process)
     central_labels = np.tile(np.arange(config.data.classes, dtype=np.int32), query.queries)
     picture = pictures.rows_by_class(central, central_labels, config.data.classes, query.queries)
+    before_release()
     workdir_lib.write_bytes(workdir.release / 'central_images.png', pictures.png(picture))
     workdir_lib.write_npz(
         workdir.release / 'central_images.npz', images=central, labels=central_labels

@@ -1,5 +1,7 @@
 """Stage `finetune`: DP-SGD on the private images, from the pre-trained weights."""
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 import numpy as np
 import optax
@@ -24,8 +26,12 @@ def run(
     model: Model,
     images: np.ndarray,
     labels: np.ndarray,
+    before_release: Callable[[], None] = lambda: None,
 ) -> None:
-    """Take the plan's steps; save weights and averaged weights in release/."""
+    """Take the plan's steps; save weights and averaged weights in release/.
+
+    `before_release` is called when the ledger holds all steps and nothing of them is in release/.
+    """
     settings = config.finetune
     at_once = sizes.choose(config)
     keys = workdir.secret_keys(ledger, 'dp_sgd', config.seed)
@@ -70,6 +76,7 @@ def run(
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
         )
+    before_release()
     checkpoint.save_model(
         workdir.release / 'model' / 'finetune',
         {'params': final.params, 'ema_params': final.ema_params},

@@ -153,8 +153,9 @@ def save(plan: Plan, workdir: workdir_lib.WorkDir) -> None:
 
 def entries(plan: Plan, config: ConfigDict) -> list[Entry]:
     """What the ledger will hold when everything ran."""
-    steps = finetune_mechanism(plan, config, 'planned')
-    queries = central.make_mechanism(config, 'planned')
+    randomness = 'planned' if config.seed is None else workdir_lib.seeded(config.seed)
+    steps = finetune_mechanism(plan, config, randomness)
+    queries = central.make_mechanism(config, randomness)
     return [queries.entry(n) for n in range(plan.query_count)] + [
         steps.entry(n) for n in range(plan.steps)
     ]
@@ -194,12 +195,12 @@ def check_ledger(plan: Plan, config: ConfigDict, ledger: Ledger, made: dict[str,
 
 
 def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) -> str:
-    """The plan for people to read; every ε rounded up."""
-    show = accounting.format_epsilon
+    """The plan for people to read; every ε rounded up, every σ down."""
+    show, noise = accounting.format_epsilon, accounting.format_noise
     at_once = sizes.choose(config)
     lines = [
         f'Plan for {config.name}: {plan.private_images:,} private images, '
-        f'ε = {plan.epsilon_budget:g}, δ = {plan.delta:g} ({plan.accountant.upper()} accountant)',
+        f'ε = {plan.epsilon_budget}, δ = {plan.delta} ({plan.accountant.upper()} accountant)',
         'Unit of privacy: one image; neighbours differ by adding or removing one.',
         '',
         f'{"mechanism (Poisson-sampled Gaussian)":38}{"σ":>9}{"q":>10}{"count":>8}{"ε alone":>9}',
@@ -207,11 +208,11 @@ def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) ->
     if plan.query_count:
         lines.append(
             f'{"central images (" + config.query.kind + " query)":38}'
-            f'{plan.query_noise_multiplier:9.4f}{plan.query_sampling_probability:10.6f}'
+            f'{noise(plan.query_noise_multiplier):>9}{plan.query_sampling_probability:10.6f}'
             f'{plan.query_count:8d}{show(plan.epsilon_query):>9}'
         )
     lines += [
-        f'{"fine-tuning (DP-SGD)":38}{plan.noise_multiplier:9.4f}{plan.sampling_probability:10.6f}'
+        f'{"fine-tuning (DP-SGD)":38}{noise(plan.noise_multiplier):>9}{plan.sampling_probability:10.6f}'
         f'{plan.steps:8d}{show(plan.epsilon_finetune):>9}',
         f'{"together":38}{"":27}{show(plan.epsilon_total):>9}',
         '',

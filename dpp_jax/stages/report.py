@@ -32,8 +32,8 @@ def run(config: ConfigDict, workdir: workdir_lib.WorkDir, privacy: dict) -> None
         for row in privacy['mechanisms']
     ]
     rows += [
-        ('total (by the ledger)', f'ε = {show(privacy["epsilon"])}, δ = {privacy["delta"]:g}'),
-        ('budget', f'ε = {privacy["budget"]:g}'),
+        ('total (by the ledger)', f'ε = {show(privacy["epsilon"])}, δ = {privacy["delta"]}'),
+        ('budget', f'ε = {privacy["budget"]}'),
     ]
     if 'fid' in results:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))

@@ -4,16 +4,16 @@ Made from the releases that the ledger names (or, before a run, from those that 
 that nobody types what ran.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 import importlib.metadata
+import json
 from pathlib import Path
 import subprocess
 from typing import Any
 
 import dpp_jax
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy.ledger import Entry
+from dpp_jax.privacy.ledger import Entry, composition
 from dpp_jax.stages import workdir as workdir_lib
 
 TITLES = {'central_query': 'central images (query)', 'dp_sgd': 'fine-tuning (DP-SGD)'}
@@ -34,13 +34,14 @@ NOT_COVERED = (
 )
 ASSUMPTIONS = (
     'the number of private images, their size and the number of classes are public',
-    'noise is drawn as float32 by threefry from a secret 64-bit key: normal draws end at 5.42 standard '
-    'deviations and have the granularity of floating point, and sums are rounded to float32; the guarantee is '
-    'that of exact sums and exact normal noise',
+    'noise is drawn as float32 by threefry from a secret 64-bit key, each value as half the sum of four '
+    'normal draws: it has the granularity of float32 and ends beyond 10 standard deviations; sums are '
+    'rounded to float32. The guarantee is that of exact sums and exact normal noise',
     'Poisson samples are drawn by Philox from a secret 128-bit key, one independent 53-bit uniform '
     'number per image',
     'the keys in private/ stay secret, also after the run',
-    'only one run answered with the same keys: a copy of private/ is not continued elsewhere',
+    'only one run answered with the same keys: a copy of private/ is not continued elsewhere, and what '
+    'was released and then deleted is not made again on other devices or with other versions',
     'how long a run took, and that it ended, is not shown to the adversary',
 )
 _MOST_FOR_PLD = 100.0  # the distributions' memory grows with ε
@@ -52,38 +53,40 @@ def make(
     delta: float,
     accountant: str,
     budget: float,
-    seed: int | None,
+    code_of_stages: dict[str, list] | None = None,
 ) -> dict[str, Any]:
     """The statement as JSON's types.
 
     Args:
-        entries: the releases, one per query and per step.
+        entries: the releases, one per query and per step. Keys made from a seed show in their names:
+            such a run is not private.
         delta: δ at which ε is stated.
         accountant: 'rdp' or 'pld': whose ε is the run's own.
         budget: the ε that the run was planned for.
-        seed: of a test run, which is then not private; None otherwise.
+        code_of_stages: stage → versions of the code that ran it, see `record_code`.
     """
-    groups = Counter(
-        (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity) for e in entries
-    )
-    mechanisms, events = [], []
-    for (name, sigma, q, sensitivity), count in groups.items():
-        events.append(accounting.subsampled_gaussian(sigma, q, count))
-        mechanisms.append(
-            {
-                'mechanism': name,
-                'kind': 'Poisson-sampled Gaussian',
-                'noise_multiplier': sigma,
-                'sampling_probability': q,
-                'count': count,
-                'sensitivity': sensitivity,
-                'epsilon': _epsilons(events[-1], delta),
-            }
-        )
-    epsilon = _epsilons(accounting.compose(events), delta)
+    entries = list(entries)
+    groups = {}
+    for e in entries:
+        kind = (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity)
+        groups.setdefault(kind, []).append(e)
+    mechanisms = [
+        {
+            'mechanism': name,
+            'kind': 'Poisson-sampled Gaussian',
+            'noise_multiplier': sigma,
+            'sampling_probability': q,
+            'count': len(group),
+            'sensitivity': sensitivity,
+            'epsilon': _epsilons(composition(group), delta, accountant),
+        }
+        for (name, sigma, q, sensitivity), group in groups.items()
+    ]
+    epsilon = _epsilons(composition(entries), delta, accountant)
     return {
-        'private': seed is None,
+        'private': not any(workdir_lib.is_seeded(e.randomness) for e in entries),
         'epsilon': epsilon[accountant],
+        'epsilon_rounded_up': accounting.format_epsilon(epsilon[accountant]),
         'delta': delta,
         'accountant': accountant,
         'budget': budget,
@@ -95,7 +98,8 @@ def make(
         'not_covered': list(NOT_COVERED),
         'assumptions': list(ASSUMPTIONS),
         'code': code_version(),
-    } | ({} if seed is None else {'seed': seed})
+        'code_of_stages': code_of_stages or {},
+    }
 
 
 def write(workdir: workdir_lib.WorkDir, statement: dict[str, Any]) -> None:
@@ -110,6 +114,15 @@ def exists(workdir: workdir_lib.WorkDir) -> bool:
     )
 
 
+def stated(workdir: workdir_lib.WorkDir, mechanism: str) -> int:
+    """How many releases of `mechanism` the written statement names."""
+    path = workdir.release / 'privacy_statement.json'
+    if not path.exists():
+        return 0
+    rows = json.loads(path.read_text())['mechanisms']
+    return sum(row['count'] for row in rows if row['mechanism'] == mechanism)
+
+
 def markdown(statement: dict[str, Any]) -> str:
     """The statement for people; every ε rounded up."""
     show = accounting.format_epsilon
@@ -117,14 +130,14 @@ def markdown(statement: dict[str, Any]) -> str:
     lines = ['# Privacy statement', '']
     if not statement['private']:
         lines += [
-            f'**THIS RUN IS NOT PRIVATE.** It was made with `config.seed = {statement["seed"]}`: who '
-            'guesses the seed can remove the noise. What follows would hold without a seed.',
+            '**THIS RUN IS NOT PRIVATE.** Its keys were made from `config.seed`: who guesses the seed can '
+            'remove the noise. What follows would hold without a seed.',
             '',
         ]
     lines += [
         f'What lies in `release/` is **(ε = {show(statement["epsilon"])}, '
-        f'δ = {statement["delta"]:g})**-differentially private '
-        f'(budget: ε = {statement["budget"]:g}).',
+        f'δ = {statement["delta"]})**-differentially private '
+        f'(budget: ε = {statement["budget"]}).',
         '',
         f'- Unit of privacy: {statement["unit_of_privacy"]}.',
         f'- Neighbouring relation: {statement["neighbouring_relation"]}.',
@@ -144,7 +157,8 @@ def markdown(statement: dict[str, Any]) -> str:
     for row in statement['mechanisms']:
         alone = row['epsilon']
         lines.append(
-            f'| {TITLES.get(row["mechanism"], row["mechanism"])} | {row["noise_multiplier"]:.6g} | '
+            f'| {TITLES.get(row["mechanism"], row["mechanism"])} | '
+            f'{accounting.format_noise(row["noise_multiplier"])} | '
             f'{row["sampling_probability"]:.6g} | {row["count"]} | {row["sensitivity"]:.6g} | '
             f'{show(alone["rdp"])} | {show(alone["pld"]) if alone["pld"] is not None else "–"} |'
         )
@@ -153,8 +167,27 @@ def markdown(statement: dict[str, Any]) -> str:
         ('Covered', 'covered'), ('Not covered', 'not_covered'), ('Assumptions', 'assumptions')
     ):
         lines += [f'## {title}', '', *(f'- {text}.' for text in statement[name]), '']
-    versions = ', '.join(f'{name} {version}' for name, version in statement['code'].items())
-    return '\n'.join([*lines, f'Computed from `ledger.jsonl` by {versions}.', ''])
+    named = lambda code: ', '.join(f'{name} {version}' for name, version in code.items())
+    lines += ['## Code', '', f'Computed from `ledger.jsonl` by {named(statement["code"])}.', '']
+    lines += [
+        f'- `{stage}` was run by {"; then ".join(map(named, codes))}.'
+        for stage, codes in statement['code_of_stages'].items()
+    ]
+    return '\n'.join([*lines, ''])
+
+
+def record_code(workdir: workdir_lib.WorkDir, stage: str) -> None:
+    """Note in release/code.json that this version of the code runs (a part of) a stage."""
+    recorded, version = codes(workdir), code_version()
+    if version not in recorded.get(stage, []):
+        recorded.setdefault(stage, []).append(version)
+        workdir_lib.write_json(workdir.release / 'code.json', recorded)
+
+
+def codes(workdir: workdir_lib.WorkDir) -> dict[str, list[dict[str, str]]]:
+    """Stage → versions of the code that ran it."""
+    path = workdir.release / 'code.json'
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def code_version() -> dict[str, str]:
@@ -175,8 +208,9 @@ def code_version() -> dict[str, str]:
     return versions
 
 
-def _epsilons(event: Any, delta: float) -> dict[str, float | None]:
-    """ε by both accountants, and the order at which RDP attains it."""
+def _epsilons(event: Any, delta: float, accountant: str) -> dict[str, float | None]:
+    """ε by both accountants, and the order at which RDP attains it; PLD's only where it is cheap or asked."""
     rdp, order = accounting.epsilon_and_order(event, delta)
-    pld = accounting.epsilon(event, delta, 'pld') if rdp <= _MOST_FOR_PLD else None
+    computed = accountant == 'pld' or rdp <= _MOST_FOR_PLD
+    pld = accounting.epsilon(event, delta, 'pld') if computed else None
     return {'rdp': rdp, 'rdp_order': order, 'pld': pld}

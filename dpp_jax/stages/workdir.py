@@ -170,7 +170,14 @@ class WorkDir:
         """
         path = self.private / 'keys.json'
         known = json.loads(path.read_text()) if path.exists() else {'_note': _PRIVATE_NOTE.strip()}
-        if part not in known:
+        if part in known:
+            found = known[part]['identifier']
+            if is_seeded(found) != (seed is not None) or seed is not None and found != seeded(seed):
+                raise ValueError(
+                    f'config.seed is {seed}; {path} holds keys of {part} that were made otherwise '
+                    f'({found}). Use the seed that the folder was made with, or another --workdir'
+                )
+        else:
             known[part] = _fresh_secrets(part, seed)
             write_json(path, known, mode=0o600)
         identifier, sampling, noise = (known[part][k] for k in ('identifier', 'sampling', 'noise'))
@@ -188,10 +195,20 @@ def _fresh_secrets(part: str, seed: int | None) -> dict[str, str]:
         }
     digest = hashlib.sha256(f'{seed}/{part}'.encode()).hexdigest()
     return {
-        'identifier': f'seed-{seed}-not-private',
+        'identifier': seeded(seed),
         'sampling': digest[:32],
         'noise': digest[32:48],
     }
+
+
+def seeded(seed: int) -> str:
+    """The public name of keys that were made from a seed."""
+    return f'seed-{seed}-not-private'
+
+
+def is_seeded(identifier: str) -> bool:
+    """Whether the keys of this name were made from a seed."""
+    return identifier.startswith('seed-')
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 import contextlib
+import logging
 from pathlib import Path
+import shutil
 from typing import Any
 
 from etils import epath
@@ -12,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 PyTree = Any
+_logger = logging.getLogger(__name__)
 
 
 class SaveFailed(OSError):
@@ -56,14 +59,38 @@ class TrainingStore:
     def restore(self, template: PyTree) -> PyTree | None:
         """The newest state, in the form of `template`; None if there is none.
 
+        A checkpoint that cannot be read, as a power failure may leave it, is put aside under the name
+        `damaged_<step>`, and the one before it is taken: the steps after it are repeated, with the
+        same batches and the same noise.
+
         Raises:
-            ValueError: the checkpoint belongs to another network.
+            ValueError: the checkpoint belongs to another network, or none can be read.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        saved = self._manager.restore(step, args=ocp.args.StandardRestore(_like(template)))
-        return _fit(saved, template, self.folder / str(step))
+        damaged = []
+        while (step := self._manager.latest_step()) is not None:
+            folder = self.folder / str(step)
+            try:
+                saved = self._manager.restore(step, args=ocp.args.StandardRestore(_like(template)))
+            except Exception as error:  # whatever orbax makes of bytes that it does not know
+                _compare_readable(folder / 'default', template)
+                aside = folder.with_name(f'damaged_{step}')
+                _logger.warning(
+                    'The checkpoint %s cannot be read (%s); it is kept as %s',
+                    folder, str(error).splitlines()[0], aside.name,
+                )  # fmt: skip
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                damaged.append(aside)
+                self._manager.reload()
+                continue
+            return _fit(saved, template, folder)
+        if damaged:
+            raise ValueError(
+                f'no checkpoint in {self.folder} can be read ({len(damaged)} are damaged: '
+                f'{damaged[0].name}, ...). Restore the folder; or delete it: the same command then starts '
+                'this training again, with the same batches and the same noise'
+            )
+        return None
 
     def latest_step(self) -> int | None:
         """Of the newest complete checkpoint; waits for one that is being written."""
@@ -99,11 +126,28 @@ def latest_training(folder: Path) -> tuple[int, Path] | None:
 def check_params(folder: Path, params: PyTree) -> None:
     """Raise a ValueError unless the checkpoint `folder` holds parameters shaped as `params`.
 
-    Reads shapes alone, of a model or of a training.
+    Reads shapes alone, of a model or of a training. One whose shapes cannot be read is passed over:
+    whoever needs its values says what is wrong.
     """
+    saved = _saved_shapes(folder)
+    if saved is not None:
+        _compare(_shapes(saved['params']), _shapes(_to_dict(params)), folder)
+
+
+def _saved_shapes(folder: Path) -> PyTree | None:
+    """The shapes in a checkpoint; None if they cannot be read."""
     with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
-    _compare(_shapes(saved['params']), _shapes(_to_dict(params)), folder)
+        try:
+            return checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
+        except Exception:  # whatever orbax makes of bytes that it does not know
+            return None
+
+
+def _compare_readable(folder: Path, template: PyTree) -> None:
+    """Raise if the checkpoint is another network's, as far as it can be read."""
+    saved = _saved_shapes(folder)
+    if saved is not None:
+        _compare(_shapes(saved), _shapes(_to_dict(template)), folder)
 
 
 def load_model(folder: Path, template: PyTree) -> PyTree:
@@ -111,15 +155,20 @@ def load_model(folder: Path, template: PyTree) -> PyTree:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: the checkpoint belongs to another network.
+        ValueError: the checkpoint belongs to another network, or cannot be read.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f'no model checkpoint in {folder}')
+    _compare_readable(folder, template)
     with ocp.StandardCheckpointer() as checkpointer:
-        saved_shapes = checkpointer.metadata(folder).item_metadata.tree
-        _compare(_shapes(saved_shapes), _shapes(_to_dict(template)), folder)
-        saved = checkpointer.restore(folder, _like(template))
+        try:
+            saved = checkpointer.restore(folder, _like(template))
+        except Exception as error:  # whatever orbax makes of bytes that it does not know
+            raise ValueError(
+                f'the checkpoint {folder} cannot be read ({str(error).splitlines()[0]}). Restore it; or '
+                'delete it: the same command then writes it again from private/resume'
+            ) from error
     return _fit(saved, template, folder)
 
 

@@ -14,6 +14,7 @@ from dpp_jax.training.state import TrainState
 PyTree = Any
 # (state on devices, step number) → (state, metrics on devices)
 Step = Callable[[PyTree, int], tuple[PyTree, dict]]
+_COUNTS = {'non_finite'}  # metrics that are added up between two writings; of others the last counts
 
 
 class Diverged(ArithmeticError):
@@ -49,14 +50,14 @@ def train(
 
     Raises:
         stopping.Interrupted: after SIGTERM or Ctrl-C, with the state saved.
-        Diverged: weights or loss are not finite; such a state is never saved.
+        Diverged: weights or loss are not finite; such a state is never saved, nor a later one.
     """
     restored = store.restore(state)
     state = state if restored is None else restored
     start = int(state.step)
     state = devices.replicate(state)
     saved_at = time.monotonic()
-    pending = None  # metrics are fetched one interval late, when the device has long moved on
+    record = _Record(write, log_every_steps, store, name)
     previous = None
     with stopping.deferred() as stop, progress.bar(total_steps, name, 'step', start) as bar:
         for number in range(start, total_steps):
@@ -64,40 +65,65 @@ def train(
             # At most two steps in flight: the bar tells the truth and a stop request is soon met.
             jax.block_until_ready(previous)
             previous = metrics
+            record.add(number + 1, metrics)
             bar.update()
-            if (number + 1) % log_every_steps == 0:
-                _write_metrics(pending, write, store, name)
-                pending = (number + 1, metrics)
             if stop:
-                _save(store, state, name)
+                _save(store, state, record, name)
                 raise stopping.Interrupted(stop[0], f'{name} stopped after step {number + 1}, saved')
             if time.monotonic() - saved_at > checkpoint_every_seconds:
-                _save(store, state, name)
+                _save(store, state, record, name)
                 saved_at = time.monotonic()
-        _write_metrics(pending, write, store, name)
-    _save(store, state, name)
+    _save(store, state, record, name)
     return devices.first(state)
 
 
-def _save(store: checkpoint.TrainingStore, state: PyTree, name: str) -> None:
+class _Record:
+    """Metrics on their way from the device to the disk: every step's is looked at."""
+
+    def __init__(self, write: Callable, every: int, store: checkpoint.TrainingStore, name: str):
+        self._write, self._every, self._store, self._name = write, every, store, name
+        self._waiting = {}  # number of a step → its metrics, on the devices
+
+    def add(self, number: int, metrics: dict) -> None:
+        """Take the metrics of a step; write those of the last interval but one.
+
+        One interval late, when the device has long moved on, nobody waits for it.
+        """
+        self._waiting[number] = metrics
+        if number % self._every == 0:
+            self._write_until(number - self._every)
+
+    def flush(self) -> None:
+        """Write all that waits."""
+        if self._waiting:
+            newest = max(self._waiting)
+            self._write_until(newest - newest % self._every)
+            self._write_until(newest)
+
+    def _write_until(self, last: int) -> None:
+        """Write one line for the waiting steps until number `last`."""
+        numbers = [number for number in self._waiting if number <= last]
+        fetched = {number: devices.first(self._waiting.pop(number)) for number in numbers}
+        if not fetched:
+            return
+        values = {key: float(value) for key, value in fetched[numbers[-1]].items()}
+        for key in values.keys() & _COUNTS:
+            values[key] = float(sum(metrics[key] for metrics in fetched.values()))
+        # Not on the screen: a loss of private images carries no noise, and terminals are logged.
+        self._write(numbers[-1], values)
+        for number, metrics in fetched.items():
+            if not math.isfinite(metrics['loss']):
+                raise _diverged(self._name, 'loss', number, self._store)
+
+
+def _save(store: checkpoint.TrainingStore, state: PyTree, record: _Record, name: str) -> None:
     """Checkpoint a replicated state, if it is worth going on from."""
+    record.flush()
     host_state = devices.first(state)
     step = int(host_state.step)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host_state.params)):
         raise _diverged(name, 'weights', step, store)
     store.save(step, host_state)
-
-
-def _write_metrics(pending, write, store: checkpoint.TrainingStore, name: str) -> None:
-    """Fetch and write the metrics of an earlier step."""
-    if pending is None:
-        return
-    number, metrics = pending
-    values = {key: float(value) for key, value in devices.first(metrics).items()}
-    # Not on the screen: a loss of private images carries no noise, and terminals are logged.
-    write(number, values)
-    if not math.isfinite(values['loss']):
-        raise _diverged(name, 'loss', number, store)
 
 
 def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore) -> Diverged:

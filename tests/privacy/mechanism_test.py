@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dpp_jax.privacy import mechanism as mechanism_lib
 from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum, clipped_sum
 
 
@@ -138,3 +139,32 @@ def test_the_entry_says_what_the_noise_is():
 def test_a_mechanism_without_noise_is_refused(field, value):
     with pytest.raises(ValueError, match=f'{field} is {value}'):
         make_mechanism(**{field: value})
+
+
+def test_an_example_with_a_lost_loss_counts_as_zero_even_if_its_gradient_is_finite():
+    def loss(params, example):
+        # Added outside of the gradient's reach, as an overflow in a metric would be.
+        return jnp.sum(params * example['x']) + jax.lax.stop_gradient(example['offset'])
+
+    params = jnp.ones(3)
+    examples = {'x': jnp.eye(3), 'offset': jnp.array([0.0, jnp.inf, jnp.nan])}
+    total, sums = clipped_gradient_sum(
+        loss, params, examples, jnp.ones(3, bool), clip_norm=2.0, microbatch=3, microbatches=1
+    )
+    np.testing.assert_array_equal(total, [1, 0, 0])
+    assert sums['non_finite'] == 2 and sums['loss'] == 1
+
+
+def test_noise_has_fine_values_in_its_tail():
+    """One draw of JAX's has so few values far out that most of them come several times."""
+    shape = (1 << 22,)
+    for values, is_fine in (
+        (mechanism_lib.normal(jax.random.key(0), shape), True),
+        (jax.random.normal(jax.random.key(0), shape), False),
+    ):
+        tail = np.asarray(values)[np.abs(values) > 4]
+        assert len(tail) > 150
+        assert (len(np.unique(tail)) > 0.99 * len(tail)) == is_fine
+    bits = jnp.finfo(jnp.float32)
+    farthest = jax.scipy.special.erfinv(1 - bits.epsneg) * np.sqrt(2)  # of one draw
+    assert mechanism_lib._DRAWS * farthest / np.sqrt(mechanism_lib._DRAWS) > 10

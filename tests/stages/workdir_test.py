@@ -138,3 +138,12 @@ def test_npz_is_whole_or_not_there(tmp_path, monkeypatch):
     with np.load(path) as data:
         np.testing.assert_array_equal(data['images'], np.arange(3))
     assert [p.name for p in tmp_path.iterdir()] == ['images.npz']
+
+
+def test_keys_that_were_made_otherwise_are_refused(tmp_path):
+    workdir = workdir_lib.WorkDir(tmp_path)
+    workdir.keys('dp_sgd', 7)
+    workdir.keys('generate', None)
+    for part, seed in (('dp_sgd', None), ('dp_sgd', 8), ('generate', 7)):
+        with pytest.raises(ValueError, match=f'config.seed is {seed}; .* holds keys of {part}'):
+            workdir.keys(part, seed)

@@ -110,3 +110,40 @@ def test_shapes_of_a_training_are_checked_without_reading_it(tmp_path):
     checkpoint.check_params(folder, make_state().params)
     with pytest.raises(ValueError, match='another network'):
         checkpoint.check_params(folder, make_state(width=4).params)
+
+
+def damage(folder, how):
+    """What a power failure may leave of the files of a checkpoint."""
+    for path in Path(folder).rglob('*'):
+        if path.is_file():
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2] if how == 'cut' else bytes(len(content)))
+
+
+@pytest.mark.parametrize('how', ['cut', 'zeros'])
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tmp_path, how, caplog):
+    state = jax.tree.map(np.asarray, make_state())
+    with checkpoint.TrainingStore(tmp_path) as store:
+        for step in (1, 2):
+            store.save(step, state.replace(step=np.int32(step)))
+    damage(tmp_path / '2', how)
+    checkpoint.check_params(tmp_path / '2' / 'default', state.params)
+    with checkpoint.TrainingStore(tmp_path) as store:
+        assert store.restore(state).step == 1
+        assert 'cannot be read' in caplog.text and (tmp_path / 'damaged_2').is_dir()
+        store.save(2, state.replace(step=np.int32(2)))
+    with checkpoint.TrainingStore(tmp_path) as store:
+        assert store.restore(state).step == 2
+    for step in (1, 2):
+        damage(tmp_path / str(step), how)
+    with checkpoint.TrainingStore(tmp_path) as store, pytest.raises(ValueError, match='delete it'):
+        store.restore(state)
+
+
+@pytest.mark.parametrize('how', ['cut', 'zeros'])
+def test_a_damaged_model_is_named(tmp_path, how):
+    params = make_state().params
+    checkpoint.save_model(tmp_path / 'model', params)
+    damage(tmp_path / 'model', how)
+    with pytest.raises(ValueError, match='model cannot be read .*delete it'):
+        checkpoint.load_model(tmp_path / 'model', params)

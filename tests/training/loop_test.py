@@ -103,8 +103,53 @@ def test_a_run_whose_weights_are_lost_stops_and_keeps_the_last_good_checkpoint(
 def test_metrics_are_written_with_their_step(device_step, tmp_path):
     written = []
     train(tmp_path, device_step, written=written)
-    assert [step for step, _ in written] == [2, 4, 6, 8]
+    assert [step for step, _ in written] == [2, 4, 6, 8, 9]
     assert all(np.isfinite(loss) for _, loss in written)
+
+
+def test_a_lost_loss_is_noticed_before_the_next_checkpoint(tmp_path):
+    """Also where the weights stay finite, and where it is between two writings."""
+    lost = devices.parallel(
+        lambda state, number: (
+            state.replace(step=state.step + 1),
+            {'loss': jnp.where(number == 6, jnp.nan, 1.0)},
+        ),
+        in_axes=(0, None),
+    )
+    with pytest.raises(loop.Diverged, match='loss is not finite at step 7; .* that of step 6 in'):
+        train(tmp_path, lost, seconds=0.0)
+    assert checkpoint.latest_training(tmp_path)[0] == 6
+
+
+def test_every_step_is_counted_and_a_stop_loses_none(tmp_path):
+    counting = devices.parallel(
+        lambda state, number: (
+            state.replace(step=state.step + 1),
+            {'loss': jnp.float32(number), 'non_finite': jnp.where(number % 3 == 0, 1.0, 0.0)},
+        ),
+        in_axes=(0, None),
+    )
+    lines = []
+
+    def run(stop_at=None):
+        def step(state, number):
+            if number == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return counting(state, np.int32(number))
+
+        with checkpoint.TrainingStore(tmp_path) as store:
+            loop.train(
+                step, state_lib.create({'w': jnp.zeros(1)}, OPTIMIZER), total_steps=11, store=store,
+                name='test', write=lambda number, values: lines.append((number, values)),
+                log_every_steps=4, checkpoint_every_seconds=1000.0,
+            )  # fmt: skip
+
+    with pytest.raises(stopping.Interrupted):
+        run(stop_at=5)
+    run()
+    assert [number for number, _ in lines] == [4, 6, 8, 11]
+    assert sum(values['non_finite'] for _, values in lines) == 4  # numbers 0, 3, 6, 9
+    assert [values['loss'] for _, values in lines] == [3, 5, 7, 10]
 
 
 def test_signal_handlers_are_given_back(device_step, tmp_path):

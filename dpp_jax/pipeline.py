@@ -143,12 +143,12 @@ class Run:
         todo = [stage for stage in stages if not finished[stage]]
         if todo:
             print(plan.text(self.plan, self.config, {stage: finished[stage] for stage in stages}))
-        self._check_ledger(finished)
-        if todo:
             self._check(todo, finished)
             self.workdir.record(self.config)
             plan.save(self.plan, self.workdir)
             self._write_parameters()
+        else:
+            self._check_ledger(finished)
         for stage in todo:
             start = time.monotonic()
             statement.record_code(self.workdir, stage)
@@ -186,6 +186,7 @@ class Run:
         for folder in folders:
             if folder.exists():
                 checkpoint.check_params(folder, shapes)
+        self._check_ledger(finished)
         if {'central', 'finetune', 'evaluate'} & set(todo):
             images = self.train_images
             if 'evaluate' in todo and self.config.evaluate.fid:

@@ -104,6 +104,11 @@ def format_epsilon(value: float, digits: int = 4) -> str:
     return str(decimal.Decimal(value).quantize(step, rounding=decimal.ROUND_CEILING))
 
 
+def format_exact(value: float) -> str:
+    """A budget or δ as text: all its digits, as short as they can be written."""
+    return repr(float(value)).removesuffix('.0')
+
+
 def format_noise(value: float, digits: int = 4) -> str:
     """σ as text with `digits` decimals, rounded down: no more noise is stated than there was."""
     step = decimal.Decimal(1).scaleb(-digits)

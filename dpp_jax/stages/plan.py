@@ -196,11 +196,15 @@ def check_ledger(plan: Plan, config: ConfigDict, ledger: Ledger, made: dict[str,
 
 def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) -> str:
     """The plan for people to read; every ε rounded up, every σ down."""
-    show, noise = accounting.format_epsilon, accounting.format_noise
+    show, noise, exact = (
+        accounting.format_epsilon,
+        accounting.format_noise,
+        accounting.format_exact,
+    )
     at_once = sizes.choose(config)
     lines = [
         f'Plan for {config.name}: {plan.private_images:,} private images, '
-        f'ε = {plan.epsilon_budget}, δ = {plan.delta} ({plan.accountant.upper()} accountant)',
+        f'ε = {exact(plan.epsilon_budget)}, δ = {exact(plan.delta)} ({plan.accountant.upper()} accountant)',
         'Unit of privacy: one image; neighbours differ by adding or removing one.',
         '',
         f'{"mechanism (Poisson-sampled Gaussian)":38}{"σ":>9}{"q":>10}{"count":>8}{"ε alone":>9}',

@@ -26,14 +26,15 @@ def is_done(workdir: workdir_lib.WorkDir) -> bool:
 def run(config: ConfigDict, workdir: workdir_lib.WorkDir, privacy: dict) -> None:
     """Write private/report.txt, .json and .html from the privacy statement and the evaluation."""
     results = evaluate.load(workdir)
-    show, accountant = accounting.format_epsilon, privacy['accountant']
+    show, exact = accounting.format_epsilon, accounting.format_exact
+    accountant = privacy['accountant']
     rows = [
         (statement.TITLES.get(row['mechanism'], row['mechanism']), f'ε = {show(row["epsilon"][accountant])}')
         for row in privacy['mechanisms']
     ]
     rows += [
-        ('total (by the ledger)', f'ε = {show(privacy["epsilon"])}, δ = {privacy["delta"]}'),
-        ('budget', f'ε = {privacy["budget"]}'),
+        ('total (by the ledger)', f'ε = {show(privacy["epsilon"])}, δ = {exact(privacy["delta"])}'),
+        ('budget', f'ε = {exact(privacy["budget"])}'),
     ]
     if 'fid' in results:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))

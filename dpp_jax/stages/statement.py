@@ -125,7 +125,7 @@ def stated(workdir: workdir_lib.WorkDir, mechanism: str) -> int:
 
 def markdown(statement: dict[str, Any]) -> str:
     """The statement for people; every ε rounded up."""
-    show = accounting.format_epsilon
+    show, exact = accounting.format_epsilon, accounting.format_exact
     epsilon = statement['epsilon_by_accountant']
     lines = ['# Privacy statement', '']
     if not statement['private']:
@@ -136,8 +136,8 @@ def markdown(statement: dict[str, Any]) -> str:
         ]
     lines += [
         f'What lies in `release/` is **(ε = {show(statement["epsilon"])}, '
-        f'δ = {statement["delta"]})**-differentially private '
-        f'(budget: ε = {statement["budget"]}).',
+        f'δ = {exact(statement["delta"])})**-differentially private '
+        f'(budget: ε = {exact(statement["budget"])}).',
         '',
         f'- Unit of privacy: {statement["unit_of_privacy"]}.',
         f'- Neighbouring relation: {statement["neighbouring_relation"]}.',

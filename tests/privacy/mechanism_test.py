@@ -168,3 +168,24 @@ def test_noise_has_fine_values_in_its_tail():
     bits = jnp.finfo(jnp.float32)
     farthest = jax.scipy.special.erfinv(1 - bits.epsneg) * np.sqrt(2)  # of one draw
     assert mechanism_lib._DRAWS * farthest / np.sqrt(mechanism_lib._DRAWS) > 10
+
+
+@pytest.mark.parametrize(
+    'values',
+    [
+        np.ones(100_000),  # a sum of squares in bfloat16 would stop growing at 256
+        np.r_[300.0, np.full(90_000, 1.0)],  # and lose every small one beside a large one
+        np.r_[1e18, np.full(1000, 1e-18)],
+        np.full(1000, 1e-18),
+        np.geomspace(1e-10, 1e10, 2001) * (-1) ** np.arange(2001),
+    ],
+    ids=['many', 'one large', 'extremes', 'tiny', 'all sizes'],
+)
+def test_bound_holds_for_bfloat16_gradients_of_any_magnitude(values):
+    gradients = {'w': jnp.asarray(values, jnp.bfloat16)[None]}
+    exact = norm({'w': np.float64(gradients['w'])})
+    total, norms = jax.jit(clipped_sum)(gradients, np.array([True]), 1.0)
+    assert total['w'].dtype == norms.dtype == jnp.float32
+    np.testing.assert_allclose(norms, exact, rtol=1e-5)
+    assert norm(total) <= 1
+    np.testing.assert_allclose(norm(total), min(1, exact), rtol=2e-5)

@@ -7,8 +7,9 @@ import optax
 import pytest
 from sklearn import datasets
 
+from dpp_jax import pipeline
 from dpp_jax.data import augment
-from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_sum
 from dpp_jax.training import devices, state as state_lib, steps
 
 SGD = optax.sgd(1.0)
@@ -169,3 +170,25 @@ def test_no_real_row_lies_behind_the_microbatches_that_are_visited(number, micro
             visited = steps.used_microbatches(rows, microbatch) * microbatch
             assert devices.deal(batch)['mask'][:, :visited].sum() == rows
             assert visited <= batch['mask'].size // number
+
+
+@pytest.mark.parametrize('scale', [1.0, 30.0])
+def test_clip_bound_holds_with_a_bfloat16_network(tiny_config, scale):
+    """Activations are bfloat16; master weights, gradients, norms and the clipped sum are float32."""
+    model = pipeline.make_model(tiny_config(model__dtype='bfloat16', model__blocks=1))
+    loss = model.example_loss(draws=2, label_dropout=0.1)
+    # Larger weights: gradients of many orders of magnitude in one network.
+    params = jax.tree.map(lambda leaf: scale * leaf, model.init(jax.random.key(0)))
+    image = jnp.full((1, 8, 8, 1), 1.0)
+
+    def clipped(params, clip_norm):
+        gradient = jax.vmap(jax.grad(loss), (None, 0, 0, 0))(
+            params, image, jnp.zeros(1, jnp.int32), jax.random.split(jax.random.key(1), 1)
+        )
+        return gradient, clipped_sum(gradient, jnp.ones(1, bool), clip_norm)
+
+    gradient, _ = jax.eval_shape(clipped, params, 1.0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype('float32')}
+    _, (total, norms) = jax.jit(clipped)(params, 1e-3)
+    length = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(total)))
+    assert norms[0] > 1e-3 and 0.9999e-3 < length <= 1e-3

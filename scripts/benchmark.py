@@ -4,7 +4,9 @@
 
 Everything runs in one process, in turns, on random images; the table gives medians of the turns after a
 first one that is not counted, and ratios to the plain gradient. A "noised image" is one image with one
-noise draw. Memory is what the compiler allots to the program, arguments and temporaries.
+noise draw. Memory is what the compiler allots to the program, arguments and temporaries; PyTorch compiles
+nothing and does not say what it takes. `--parts` adds a table of everything that is not the training step
+(benchmark_parts.py).
 """
 
 from collections.abc import Callable
@@ -13,10 +15,7 @@ import json
 import os
 from pathlib import Path
 import platform
-import statistics
 import sys
-import time
-from typing import Any
 from unittest import mock
 
 from absl import app, flags
@@ -34,35 +33,24 @@ from dpp_jax.diffusion import conv
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.stages import sizes as sizes_lib
 from dpp_jax.training import devices, state as state_lib, steps
+import benchmark_parts
+import timing
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'As for the program.')
 _MICROBATCH = flags.DEFINE_integer('microbatch', None, 'As config.finetune.microbatch.')
 _DRAWS = flags.DEFINE_integer('draws', None, 'Noise draws K; by default those of the config.')
-_EXAMPLES = flags.DEFINE_integer('examples', 4, 'Images per step, at least 1.')
+_EXAMPLES = flags.DEFINE_integer('examples', 4, 'Images per step; rounded up to whole microbatches.')
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Turns that count, at least 1.')
 _JSON = flags.DEFINE_string('json', None, 'File for the figures.')
-_SKIP = flags.DEFINE_list('skip', [], 'Names of contenders to leave out: naive, optax, jax_privacy.')
+_SKIP = flags.DEFINE_list('skip', [], 'Contenders to leave out: naive, optax, jax_privacy, pytorch.')
 
+_PARTS = flags.DEFINE_bool('parts', False, 'Also measure everything that is not the training step.')
+_STARTS = flags.DEFINE_integer('starts', 1, 'With --parts: cold and cached starts of the program; 0: none.')
 
-@dataclasses.dataclass
-class Contender:
-    """One way to train: a compiled program with its arguments."""
-
-    title: str
-    compile_seconds: float
-    memory_bytes: int
-    call: Callable[[], Any]
-    seconds: list[float] = dataclasses.field(default_factory=list)
-
-
-def compiled(title: str, function: Callable, *arguments) -> Contender:
-    """Compile `function`, a jitted or mapped one that donates nothing."""
-    start = time.perf_counter()
-    program = function.lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    memory = program.memory_analysis()
-    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return Contender(title, seconds, needed, lambda: program(*arguments))
+# Rows of the batch that PyTorch's plain gradient takes at once: the best of 4, 8, 16, 32, 64 on two cores.
+_PYTORCH_ROWS = 32
+PLAIN, PRIVATE = 'plain gradient', 'DP step'
+PYTORCH, OPACUS = 'PyTorch plain gradient', 'PyTorch + Opacus'
 
 
 def library_convolution(x, kernel):
@@ -72,9 +60,9 @@ def library_convolution(x, kernel):
     )
 
 
-def contenders(config, model, sizes) -> list[Contender]:
-    """All that this environment can run, compiled."""
-    settings, count = config.finetune, _EXAMPLES.value
+def contenders(config, model, sizes, count: int) -> list[timing.Contender]:
+    """All that this environment can run on `count` images, compiled."""
+    settings = config.finetune
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count,) + model.image_shape, dtype=np.uint8)
     labels = (np.arange(count) % model.classes).astype(np.int32)
@@ -107,8 +95,8 @@ def contenders(config, model, sizes) -> list[Contender]:
         used = steps.used_microbatches(count, sizes.microbatch)
         rows = batch(sizes.microbatch)
         found = [
-            donating('plain gradient', plain, state, rows, key),
-            donating('DP step', private, state, rows, used, key),
+            timing.donating(PLAIN, plain, state, rows, key),
+            timing.donating(PRIVATE, private, state, rows, used, key),
         ]
     examples = {
         'image': images.astype(np.float32) / 127.5 - 1,
@@ -124,7 +112,7 @@ def contenders(config, model, sizes) -> list[Contender]:
             gradients = jax.vmap(jax.grad(loss), (None, 0))(params, examples)
             return aggregate.update(gradients, aggregate.init(params))[0]
 
-        found.append(compiled('optax aggregate', jax.jit(with_optax), params, examples))
+        found.append(timing.compiled('optax aggregate', jax.jit(with_optax), params, examples))
     if 'jax_privacy' not in _SKIP.value:
         try:
             import jax_privacy
@@ -135,35 +123,60 @@ def contenders(config, model, sizes) -> list[Contender]:
                 loss, l2_clip_norm=settings.clip_norm, batch_argnums=1, microbatch_size=1,
                 keep_batch_dim=False,
             )  # fmt: skip
-            found.append(compiled('jax_privacy clipped_grad', jax.jit(clipped), params, examples))
+            found.append(timing.compiled('jax_privacy clipped_grad', jax.jit(clipped), params, examples))
     if 'naive' not in _SKIP.value:
         with mock.patch.object(conv, 'conv3x3', library_convolution):
             gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))
-            found.append(compiled('naive vmap(grad), nn.Conv', gradients, params, examples))
+            found.append(timing.compiled('naive vmap(grad), nn.Conv', gradients, params, examples))
+    if 'pytorch' not in _SKIP.value:
+        found += pytorch_contenders(settings, model, params, images, labels)
     return found
 
 
-def donating(title: str, step: Callable, state, *arguments) -> Contender:
-    """Compile a step that takes over its state's memory; every call goes on from the last."""
-    start = time.perf_counter()
-    program = step.lower(state, *arguments).compile()
-    seconds = time.perf_counter() - start
-    memory = program.memory_analysis()
-    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    current = jax.tree.map(jnp.array, state)
+def pytorch_contenders(settings, model, params, images, labels) -> list[timing.Contender]:
+    """The same network in PyTorch, ordinary and with Opacus, where they are installed.
 
-    def call():
-        nonlocal current
-        current, metrics = program(current, *arguments)
-        return current, metrics
+    On a CPU only: the twin runs in float32, which on other devices nobody would compare with.
+    """
+    if jax.default_backend() != 'cpu':
+        return []
+    try:
+        import pytorch_baseline as baseline
+        import torch
+    except ImportError:
+        return []
+    torch.set_num_threads(os.cpu_count())  # as many as XLA takes
+    pixels = torch.tensor(np.moveaxis(images, -1, 1)).float() / 127.5 - 1
+    classes = torch.tensor(labels).long()
 
-    return Contender(title, seconds, needed, call)
+    def network():
+        twin = baseline.make_network(model)
+        baseline.load(twin, params)
+        return twin
+
+    draw = lambda: baseline.draw(
+        pixels, classes, settings.draws, settings.label_dropout, model.classes
+    )
+    ordinary = network()
+    private = baseline.PrivateStep(
+        network(),
+        clip_norm=settings.clip_norm,
+        noise_multiplier=1.0,
+        expected_batch_size=len(images),
+        learning_rate=settings.learning_rate,
+    )
+    return [
+        timing.Contender(
+            PYTORCH, lambda: baseline.plain_gradient(ordinary, draw(), rows_at_once=_PYTORCH_ROWS)
+        ),
+        timing.Contender(OPACUS, lambda: private.step(draw(), settings.draws, images_at_once=1)),
+    ]
 
 
-def matmul(dtype) -> Contender:
+def matmul(dtype) -> timing.Contender:
     """A large matrix product: the speed that nothing here can exceed."""
     x = jnp.ones((2048, 2048), dtype)
-    return compiled(f'matmul {jnp.dtype(dtype).name}', jax.jit(lambda x: x @ x), x)
+    return timing.compiled(f'matmul {jnp.dtype(dtype).name}', jax.jit(lambda x: x @ x), x)
 
 
 def flops_per_noised_image(model) -> float:
@@ -181,14 +194,49 @@ def flops_per_noised_image(model) -> float:
         return jax.jit(jax.grad(loss)).lower(params, image).cost_analysis()['flops']
 
 
-def measure(found: list[Contender], repeats: int) -> None:
-    """Every contender once to warm up, then all in turns."""
-    for turn in range(repeats + 1):
-        for contender in found:
-            start = time.perf_counter()
-            jax.block_until_ready(contender.call())
-            if turn:
-                contender.seconds.append(time.perf_counter() - start)
+def training_rows(found, noised: int, flops: float, peak: float) -> list[dict]:
+    """The figures of every contender; the first is the plain gradient."""
+    rows = []
+    for contender in found:
+        rate = noised / contender.median
+        rows.append(
+            {
+                'name': contender.title,
+                'noised_images_per_second': rate,
+                'ratio_to_plain': found[0].median / contender.median,
+                'flops_per_second': rate * flops,
+                'share_of_matmul': rate * flops / peak,
+                'memory_bytes': contender.memory_bytes,
+                'compile_seconds': contender.compile_seconds,
+                'seconds': contender.seconds,
+            }
+        )
+    return rows
+
+
+def training_text(rows: list[dict]) -> str:
+    """The figures as a table, and what the private step is measured by."""
+    lines = [
+        f'{"":28}{"noised/s":>10}{"ratio":>8}{"GFLOP/s":>9}{"of matmul":>11}{"MiB":>8}{"compile s":>11}'
+    ]
+    for row in rows:
+        memory, compilation = row['memory_bytes'], row['compile_seconds']
+        memory = '-' if memory is None else f'{memory / 2**20:.0f}'
+        compilation = '-' if compilation is None else f'{compilation:.1f}'
+        lines.append(
+            f'{row["name"]:28}{row["noised_images_per_second"]:10.2f}{row["ratio_to_plain"]:8.2f}'
+            f'{row["flops_per_second"] / 1e9:9.1f}{row["share_of_matmul"]:10.0%} {memory:>8}'
+            f'{compilation:>11}'
+        )
+    lines += [''] + [f'{name:39}{ratio:7.2f}' for name, ratio in ratios(rows).items()]
+    return '\n'.join(lines)
+
+
+def ratios(rows: list[dict]) -> dict[str, float]:
+    """How many times as fast the DP step is as what it is to be compared with."""
+    rates = {row['name']: row['noised_images_per_second'] for row in rows}
+    others = (name for name in (PLAIN, PYTORCH, OPACUS) if name in rates)
+    return {f'{PRIVATE} / {name}': rates[PRIVATE] / rates[name] for name in others}
 
 
 def main(argv):
@@ -204,52 +252,44 @@ def main(argv):
     model = pipeline.make_model(config)
     sizes = sizes_lib.choose(config)
     reference = matmul(config.model.dtype)
-    found = contenders(config, model, sizes)
-    measure([reference, *found], _REPEATS.value)
+    # Padding takes time and is not counted: as in a real batch, there is hardly any.
+    examples = -(-_EXAMPLES.value // sizes.microbatch) * sizes.microbatch
+    found = contenders(config, model, sizes, examples)
+    timing.measure([reference, *found], _REPEATS.value)
 
-    noised = _EXAMPLES.value * config.finetune.draws
-    peak = 2 * 2048**3 / statistics.median(reference.seconds)
+    peak = 2 * 2048**3 / reference.median
     flops = flops_per_noised_image(model)
-    plain = statistics.median(found[0].seconds)
+    rows = training_rows(found, examples * config.finetune.draws, flops, peak)
     device = f'{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {platform.machine()}'
     print(
-        f'{config.name}, {_EXAMPLES.value} images x {config.finetune.draws} draws, at once '
+        f'{config.name}, {examples} images x {config.finetune.draws} draws, at once '
         f'{sizes.microbatch} x {sizes.draws}, {config.model.dtype}; {device}, jax {jax.__version__}\n'
         f'matmul {peak / 1e9:.0f} GFLOP/s; {flops / 1e9:.2f} GFLOP per noised image\n\n'
-        f'{"":28}{"noised/s":>10}{"ratio":>8}{"GFLOP/s":>9}{"of matmul":>11}{"MiB":>8}{"compile s":>11}'
+        f'{training_text(rows)}',
+        flush=True,
     )
-    rows = []
-    for contender in found:
-        median = statistics.median(contender.seconds)
-        rate = noised / median
-        rows.append(
-            {
-                'name': contender.title,
-                'noised_images_per_second': rate,
-                'ratio_to_plain': plain / median,
-                'flops_per_second': rate * flops,
-                'share_of_matmul': rate * flops / peak,
-                'memory_bytes': contender.memory_bytes,
-                'compile_seconds': contender.compile_seconds,
-                'seconds': contender.seconds,
-            }
+    report = {
+        'config': config.name,
+        'device': device,
+        'jax': jax.__version__,
+        'images': examples,
+        'draws': config.finetune.draws,
+        'at_once': dataclasses.asdict(sizes),
+        'matmul_flops_per_second': peak,
+        'flops_per_noised_image': flops,
+        'contenders': rows,
+        'ratios': ratios(rows),
+    }
+    if _PARTS.value:
+        report['parts'] = benchmark_parts.measure(
+            config,
+            model,
+            noised_per_second=rows[1]['noised_images_per_second'],
+            repeats=_REPEATS.value,
+            starts=_STARTS.value,
         )
-        print(
-            f'{contender.title:28}{rate:10.2f}{plain / median:8.2f}{rate * flops / 1e9:9.1f}'
-            f'{rate * flops / peak:10.0%} {contender.memory_bytes / 2**20:8.0f}'
-            f'{contender.compile_seconds:11.1f}'
-        )
+        print('\n' + benchmark_parts.text(report['parts']))
     if _JSON.value:
-        report = {
-            'config': config.name,
-            'device': device,
-            'jax': jax.__version__,
-            'draws': config.finetune.draws,
-            'at_once': dataclasses.asdict(sizes),
-            'matmul_flops_per_second': peak,
-            'flops_per_noised_image': flops,
-            'contenders': rows,
-        }
         Path(_JSON.value).write_text(json.dumps(report, indent=2) + '\n')
 
 

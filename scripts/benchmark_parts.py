@@ -1,0 +1,353 @@
+"""The benchmark's second table: everything of a run that is not the training step alone.
+
+Called by `benchmark.py --parts`. All of it runs on random images of the config's shape, in turns:
+- rates: the central query, pre-training and its augmentation, generation, the CNN's epoch;
+- shares: of the step's time that augmentation takes, of the forward pass's throughput that generation
+  keeps, and of the training loop's time in which the device computes;
+- start: from the start of the process to the end of the first step of fine-tuning.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+import statistics
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dpp_jax import pipeline
+from dpp_jax.evaluation import classifiers
+from dpp_jax.privacy import ledger as ledger_lib, poisson
+from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.stages import central, generate, metrics, sizes as sizes_lib
+from dpp_jax.training import checkpoint, devices, loop, parts, state as state_lib, steps
+import benchmark_start
+import timing
+
+_QUERY_IMAGES = 10_000
+_SAMPLER_STEPS = 6
+_CLASSIFIER_IMAGES = 2048
+_PRIVATE_IMAGES = 60_000  # at most; a larger set takes memory and shows nothing else
+# Steps of the training loop that are timed, and how long one should take. It takes minutes in a real
+# run: what cannot be hidden behind a second cannot be seen there.
+_LOOP_STEPS = 6
+_STEP_SECONDS = 1.0
+
+
+@dataclasses.dataclass
+class Work:
+    """A call and how much it gets done."""
+
+    contender: timing.Contender
+    amount: float
+    unit: str
+
+    @property
+    def rate(self) -> float:
+        return self.amount / self.contender.median
+
+
+def measure(config, model, *, noised_per_second: float, repeats: int, starts: int) -> dict:
+    """All figures, by the names of the module's text; shares with their targets (None: none).
+
+    Args:
+        config: with all that the command line changed.
+        model: the config's.
+        noised_per_second: of the DP step, from which the length of the loop's steps follows.
+        repeats: turns that count.
+        starts: processes to start with an empty cache, and again with a full one.
+    """
+    batch = math.ceil(_STEP_SECONDS * noised_per_second / config.finetune.draws)
+    batch = min(config.finetune.batch_size, max(4, batch))
+    with devices.limited_to(1):
+        works = {
+            'query': central_query(config),
+            'pretrain': pretraining(config, model),
+            'augment': augmentation(config),
+            'generate': generation(config, model),
+            'forward': forward_pass(config, model),
+            'classifier': classifier_epoch(config),
+        }
+        timing.measure([work.contender for work in works.values()], repeats)
+        in_loop = TrainingLoop(config, model, batch).measure(repeats)
+    cost = lambda name: works[name].contender.median / works[name].amount
+    per_image = config.pretrain.draws * cost('pretrain')
+    report = {
+        'rates': [
+            {'name': work.contender.title, 'rate': work.rate, 'unit': work.unit,
+             'seconds': work.contender.seconds}
+            for work in works.values()
+        ],
+        'shares': [
+            share('augmentation, of the pre-training step', cost('augment') / per_image, None),
+            share('generation, of the forward pass', cost('forward') / cost('generate'), 0.9),
+            share('device at work, of the training loop', in_loop['device'], 0.97),
+            share('the same with the config\'s checkpoints', in_loop['with_checkpoints'], 0.97),
+        ],
+        'loop': in_loop,
+    }  # fmt: skip
+    if starts:
+        report['start'] = benchmark_start.measure(
+            config, random_images(config, _private_images(config)), batch, starts
+        )
+    return report
+
+
+def share(name: str, value: float, target: float | None) -> dict:
+    return {'name': name, 'share': value, 'target': target}
+
+
+def text(report: dict) -> str:
+    """The figures as tables."""
+    lines = [f'{"":42}{"per second":>12}']
+    lines += [f'{row["name"]:42}{row["rate"]:12,.1f} {row["unit"]}' for row in report['rates']]
+    lines += ['', f'{"":42}{"share":>12}']
+    for row in report['shares']:
+        target = '' if row['target'] is None else f' (at least {row["target"]:.0%})'
+        lines.append(f'{row["name"]:42}{row["share"]:12.1%}{target}')
+    if 'start' in report:
+        lines += ['', f'{"start to first fine-tuning step":42}{"seconds":>12}']
+        lines += [
+            f'{name:42}{statistics.median(report["start"][key]):12.1f}'
+            for name, key in (('cold', 'cold'), ('with the compile cache', 'cached'))
+        ]
+    return '\n'.join(lines)
+
+
+def random_images(config, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images of the config's shape, and their labels, of all classes in turn."""
+    data = config.data
+    shape = (count, data.image_size, data.image_size, data.channels)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return images, generate.image_labels(np.arange(count), data.classes)
+
+
+def _private_images(config) -> int:
+    return min(_PRIVATE_IMAGES, config.data.train_images)
+
+
+def central_query(config) -> Work:
+    """One query of all images, as the stage asks it; without reading them from the disk."""
+    count = min(_QUERY_IMAGES, config.data.train_images)
+    images, labels = random_images(config, count)
+    small = np.ascontiguousarray(central.nearest(images, config.query.downsample))
+    mechanism = central.make_mechanism(config, 'benchmark')
+    query = jax.jit(central._make_query(config, mechanism, float(count)))
+    everyone = np.ones(count, bool)
+    contender = timing.compiled('central query', query, small, labels, everyone, jax.random.key(0))
+    return Work(contender, count, 'images')
+
+
+def _pretrain_batch(config) -> tuple[int, int]:
+    """Images per step, and how many of them pass through the network together."""
+    size = min(config.pretrain.batch_size, config.query.queries * config.data.classes)
+    return size, max(1, sizes_lib.choose(config).images // config.pretrain.draws)
+
+
+def pretraining(config, model) -> Work:
+    """The step of the stage, on a batch that is ready."""
+    settings = config.pretrain
+    size, at_once = _pretrain_batch(config)
+    optimizer = optax.adam(settings.learning_rate)
+    step = steps.make_pretrain_step(
+        model.example_loss(draws=settings.draws, label_dropout=settings.label_dropout),
+        optimizer,
+        augment=pipeline.make_augmentation(config),
+        ema_decay=settings.ema_decay,
+        rows_at_once=at_once,
+    )
+    state = devices.replicate(state_lib.create(model.init(jax.random.key(0)), optimizer))
+    batch = devices.deal(steps.make_batch(*random_images(config, size), np.arange(size), size))
+    contender = timing.donating('pre-training step', step, state, batch, jax.random.key(1))
+    return Work(contender, size * settings.draws, 'noised images')
+
+
+def augmentation(config) -> Work:
+    """Of one batch, in the groups in which the step does it."""
+    size, at_once = _pretrain_batch(config)
+    groups = parts.count(size, at_once)
+    augment = jax.vmap(pipeline.make_augmentation(config))
+    pixels = random_images(config, size)[0].astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), size)
+    grouped = lambda rows: rows.reshape((groups, -1) + rows.shape[1:])
+    changed = jax.jit(lambda *rows: jax.lax.map(lambda group: augment(*group), rows))
+    contender = timing.compiled('augmentation alone', changed, grouped(keys), grouped(pixels))
+    return Work(contender, size, 'images')
+
+
+def generation(config, model) -> Work:
+    """One group of images through a short sampler."""
+    settings = config.generate.sampler.copy_and_resolve_references()
+    settings.steps = _SAMPLER_STEPS
+    at_once = sizes_lib.choose(config).images
+    sampler = pipeline.make_sampler(settings, config.data.classes)
+    contender = timing.compiled(
+        f'generation ({settings.name})',
+        generate.sample_function(model, sampler, at_once),
+        devices.replicate(model.init(jax.random.key(0))),
+        devices.deal(np.arange(at_once, dtype=np.int32)),
+        jax.random.key(1),
+    )
+    return Work(contender, _evaluations(settings) * at_once, 'images x network evaluations')
+
+
+def _evaluations(settings) -> int:
+    """Of the network, per image."""
+    of_steps = _SAMPLER_STEPS if settings.name == 'ddim' else 2 * _SAMPLER_STEPS - 1
+    return of_steps * (2 if settings.guidance else 1)
+
+
+def forward_pass(config, model) -> Work:
+    """The denoiser alone, again and again, on as many images at once as generation gives it."""
+    settings = config.generate.sampler
+    rows = sizes_lib.choose(config).images * (2 if settings.guidance else 1)
+    params = model.init(jax.random.key(0))
+    denoise = jax.jit(lambda params, x, sigma, label: model.denoiser(params)(x, sigma, label))
+    x = jax.random.normal(jax.random.key(1), (rows,) + model.image_shape)
+    sigma, label = jnp.full(rows, 0.1), jnp.zeros(rows, jnp.int32)
+    program = denoise.lower(params, x, sigma, label).compile()
+    # As often as generation does; that starts a program once, which therefore shall not count here.
+    evaluations = _evaluations(settings) * sizes_lib.choose(config).images // rows
+
+    def call():
+        image = x
+        for _ in range(evaluations):  # each waits for the last, as in a sampler
+            image = program(params, image, sigma, label)
+        return image
+
+    return Work(timing.Contender('forward pass', call), evaluations * rows, 'images')
+
+
+def classifier_epoch(config) -> Work:
+    """The paper's CNN once over the images, and its test on those held out."""
+    settings = config.evaluate
+    images, labels = random_images(config, _CLASSIFIER_IMAGES)
+    network = classifiers.Cnn(config.data.classes)
+
+    def call():
+        return classifiers.train_network(
+            network, images, labels, key=jax.random.key(0), epochs=1,
+            batch_size=settings.batch_size, learning_rate=settings.learning_rate,
+            ema_decay=settings.ema_decay, held_out=settings.held_out,
+        )[0]  # fmt: skip
+
+    return Work(timing.Contender('CNN classifier, one epoch', call), len(images), 'images')
+
+
+class TrainingLoop:
+    """The steps of fine-tuning, as the stage takes them and as the device alone would.
+
+    Differs from `stages.finetune.run` in what is random (images, weights) and in the clock.
+    """
+
+    def __init__(self, config, model, batch: int):
+        self.config = config
+        settings, at_once = config.finetune, sizes_lib.choose(config)
+        count = _private_images(config)
+        self.images, self.labels = random_images(config, count)
+        self.sampler = poisson.PoissonSampler(count, batch / count, key=1)
+        self.microbatch = at_once.microbatch
+        self.capacity = self.sampler.capacity(self.microbatch * devices.count())
+        self.mechanism = GaussianMechanism(
+            'dp_sgd', 1.0, batch / count, settings.clip_norm, 'benchmark'
+        )
+        optimizer = optax.adam(settings.learning_rate)
+        self.device_step = steps.make_dp_step(
+            model.example_loss(
+                draws=settings.draws,
+                label_dropout=settings.label_dropout,
+                draws_at_once=at_once.draws,
+            ),
+            optimizer,
+            self.mechanism,
+            expected_batch_size=self.sampler.expected_size,
+            microbatch=self.microbatch,
+            ema_decay=settings.ema_decay,
+        )
+        self.key = jax.random.key(0)
+        self.state = jax.device_get(state_lib.create(model.init(self.key), optimizer))
+
+    def measure(self, repeats: int) -> dict:
+        """Both in turns; shares are medians over the turns."""
+        on_device = devices.parallel(lambda batch: batch, in_axes=(0,))
+        ready = [self.batch(number) for number in range(_LOOP_STEPS + 1)]
+        ready = [(on_device(rows), used) for rows, used in ready]
+        self.device_seconds(ready[:1])  # compiles
+        turns = [(self.device_seconds(ready), *self.loop_seconds()) for _ in range(repeats)]
+        device = statistics.median(alone / in_loop for alone, in_loop, _ in turns)
+        saving = statistics.median(saving for *_, saving in turns)
+        every = self.config.loop.checkpoint_every_seconds
+        return {
+            'images_per_step': self.sampler.expected_size,
+            'device': device,
+            'with_checkpoints': device * every / (every + saving),
+            'device_seconds': [turn[0] for turn in turns],
+            'loop_seconds': [turn[1] for turn in turns],
+            'checkpoint_seconds': [turn[2] for turn in turns],
+        }
+
+    def batch(self, number: int) -> tuple[dict, np.int32]:
+        indices = self.sampler.indices(number)
+        rows = steps.make_batch(self.images, self.labels, indices, self.capacity)
+        return devices.deal(rows), steps.used_microbatches(len(indices), self.microbatch)
+
+    def device_seconds(self, ready: list) -> float:
+        """All steps but the first, which is there to begin with a busy machine."""
+        state = devices.replicate(self.state)
+        started = None
+        for rows, used in ready:
+            state, metrics = self.device_step(state, rows, used, self.key)
+            if started is None:
+                jax.block_until_ready(metrics)
+                started = time.perf_counter()
+        jax.block_until_ready(state)
+        return time.perf_counter() - started
+
+    def loop_seconds(self) -> tuple[float, float]:
+        """The same steps in the stage's loop, and what a checkpoint holds it up."""
+        release = self.mechanism.recorded(self.device_step)
+        begun = []
+
+        def step(state, number):
+            begun.append(time.perf_counter())
+            rows, used = self.batch(number)
+            result, entry = release(number, state, rows, used, self.key)
+            ledger.append(entry)
+            return result
+
+        with tempfile.TemporaryDirectory() as folder:
+            ledger = ledger_lib.Ledger(Path(folder) / 'ledger.jsonl')
+            with (
+                _TimedStore(Path(folder) / 'resume') as store,
+                metrics.writer(Path(folder) / 'metrics') as write,
+            ):
+                loop.train(
+                    step,
+                    self.state,
+                    total_steps=_LOOP_STEPS + 1,
+                    store=store,
+                    name='benchmark',
+                    write=write,
+                    log_every_steps=min(self.config.loop.log_every_steps, _LOOP_STEPS // 2),
+                    checkpoint_every_seconds=math.inf,
+                )
+        # The loop takes step 2 in hand when step 0 is finished. From there on the device had steps 1
+        # and later to do, until the loop came to save the result of the last.
+        return store.entered - begun[2], store.left - store.entered
+
+
+class _TimedStore(checkpoint.TrainingStore):
+    """Remembers when it was last asked to save, and when it let go."""
+
+    def save(self, step, state):
+        self.entered = time.perf_counter()
+        super().save(step, state)
+        self.left = time.perf_counter()

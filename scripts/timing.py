@@ -1,0 +1,62 @@
+"""Programs and the time that they take, in turns: what the benchmark's tables share."""
+
+from collections.abc import Callable
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to do some work, ready to be called; None is what cannot be measured."""
+
+    title: str
+    call: Callable[[], Any]
+    compile_seconds: float | None = None
+    memory_bytes: int | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def compiled(title: str, function: Callable, *arguments) -> Contender:
+    """Compile `function`, a jitted or mapped one that donates nothing."""
+    start = time.perf_counter()
+    program = function.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return Contender(title, lambda: program(*arguments), seconds, needed)
+
+
+def donating(title: str, step: Callable, state, *arguments) -> Contender:
+    """Compile a step that takes over its state's memory; every call goes on from the last."""
+    start = time.perf_counter()
+    program = step.lower(state, *arguments).compile()
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    current = jax.tree.map(jnp.array, state)
+
+    def call():
+        nonlocal current
+        current, metrics = program(current, *arguments)
+        return current, metrics
+
+    return Contender(title, call, seconds, needed)
+
+
+def measure(found: list[Contender], repeats: int) -> None:
+    """Every contender once to warm up, then all in turns."""
+    for turn in range(repeats + 1):
+        for contender in found:
+            start = time.perf_counter()
+            jax.block_until_ready(contender.call())
+            if turn:
+                contender.seconds.append(time.perf_counter() - start)

@@ -18,7 +18,7 @@ import platform
 import sys
 from unittest import mock
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
@@ -241,6 +241,7 @@ def ratios(rows: list[dict]) -> dict[str, float]:
 
 def main(argv):
     del argv
+    logging.set_verbosity(logging.WARNING)  # orbax is talkative
     config = _CONFIG.value
     if _DRAWS.value:
         config.finetune.draws = _DRAWS.value

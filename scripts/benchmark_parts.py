@@ -68,16 +68,17 @@ def measure(config, model, *, noised_per_second: float, repeats: int, starts: in
     batch = math.ceil(_STEP_SECONDS * noised_per_second / config.finetune.draws)
     batch = min(config.finetune.batch_size, max(4, batch))
     with devices.limited_to(1):
+        params = model.init(jax.random.key(0))
         works = {
             'query': central_query(config),
-            'pretrain': pretraining(config, model),
+            'pretrain': pretraining(config, model, params),
             'augment': augmentation(config),
-            'generate': generation(config, model),
-            'forward': forward_pass(config, model),
+            'generate': generation(config, model, params),
+            'forward': forward_pass(config, model, params),
             'classifier': classifier_epoch(config),
         }
         timing.measure([work.contender for work in works.values()], repeats)
-        in_loop = TrainingLoop(config, model, batch).measure(repeats)
+        in_loop = TrainingLoop(config, model, params, batch).measure(repeats)
     cost = lambda name: works[name].contender.median / works[name].amount
     per_image = config.pretrain.draws * cost('pretrain')
     report = {
@@ -152,7 +153,7 @@ def _pretrain_batch(config) -> tuple[int, int]:
     return size, max(1, sizes_lib.choose(config).images // config.pretrain.draws)
 
 
-def pretraining(config, model) -> Work:
+def pretraining(config, model, params) -> Work:
     """The step of the stage, on a batch that is ready."""
     settings = config.pretrain
     size, at_once = _pretrain_batch(config)
@@ -164,7 +165,7 @@ def pretraining(config, model) -> Work:
         ema_decay=settings.ema_decay,
         rows_at_once=at_once,
     )
-    state = devices.replicate(state_lib.create(model.init(jax.random.key(0)), optimizer))
+    state = devices.replicate(state_lib.create(params, optimizer))
     batch = devices.deal(steps.make_batch(*random_images(config, size), np.arange(size), size))
     contender = timing.donating('pre-training step', step, state, batch, jax.random.key(1))
     return Work(contender, size * settings.draws, 'noised images')
@@ -183,7 +184,7 @@ def augmentation(config) -> Work:
     return Work(contender, size, 'images')
 
 
-def generation(config, model) -> Work:
+def generation(config, model, params) -> Work:
     """One group of images through a short sampler."""
     settings = config.generate.sampler.copy_and_resolve_references()
     settings.steps = _SAMPLER_STEPS
@@ -192,7 +193,7 @@ def generation(config, model) -> Work:
     contender = timing.compiled(
         f'generation ({settings.name})',
         generate.sample_function(model, sampler, at_once),
-        devices.replicate(model.init(jax.random.key(0))),
+        devices.replicate(params),
         devices.deal(np.arange(at_once, dtype=np.int32)),
         jax.random.key(1),
     )
@@ -205,11 +206,10 @@ def _evaluations(settings) -> int:
     return of_steps * (2 if settings.guidance else 1)
 
 
-def forward_pass(config, model) -> Work:
+def forward_pass(config, model, params) -> Work:
     """The denoiser alone, again and again, on as many images at once as generation gives it."""
     settings = config.generate.sampler
     rows = sizes_lib.choose(config).images * (2 if settings.guidance else 1)
-    params = model.init(jax.random.key(0))
     denoise = jax.jit(lambda params, x, sigma, label: model.denoiser(params)(x, sigma, label))
     x = jax.random.normal(jax.random.key(1), (rows,) + model.image_shape)
     sigma, label = jnp.full(rows, 0.1), jnp.zeros(rows, jnp.int32)
@@ -248,7 +248,7 @@ class TrainingLoop:
     Differs from `stages.finetune.run` in what is random (images, weights) and in the clock.
     """
 
-    def __init__(self, config, model, batch: int):
+    def __init__(self, config, model, params, batch: int):
         self.config = config
         settings, at_once = config.finetune, sizes_lib.choose(config)
         count = _private_images(config)
@@ -273,7 +273,7 @@ class TrainingLoop:
             ema_decay=settings.ema_decay,
         )
         self.key = jax.random.key(0)
-        self.state = jax.device_get(state_lib.create(model.init(self.key), optimizer))
+        self.state = jax.device_get(state_lib.create(params, optimizer))
 
     def measure(self, repeats: int) -> dict:
         """Both in turns; shares are medians over the turns."""

@@ -1,0 +1,40 @@
+"""The benchmark runs from end to end and every figure in its file is one."""
+
+import json
+import math
+from pathlib import Path
+import subprocess
+import sys
+
+ROOT = Path(__file__).resolve().parents[1]
+# As little to compile as there can be: what the figures are is of no interest here.
+SETTINGS = {
+    'model.width': 8,
+    'model.multipliers': '(1,)',
+    'model.attention_resolutions': '(8,)',
+    'pretrain.augmentation': 'none',
+    'finetune.draws': 2,
+    'finetune.batch_size': 8,
+    'loop.images_at_once': 4,
+}
+
+
+def test_every_figure_is_positive_and_finite(tmp_path):
+    command = [sys.executable, str(ROOT / 'scripts' / 'benchmark.py')]
+    command += ['--config=configs/digits_8.py:10', '--examples=2', '--repeats=1']
+    command += ['--skip=naive,optax,jax_privacy', '--parts', '--starts=0']
+    command += [f'--config.{name}={value}' for name, value in SETTINGS.items()]
+    command += [f'--json={tmp_path / "figures.json"}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / 'figures.json').read_text())
+
+    rates = {row['name']: row['noised_images_per_second'] for row in found['contenders']}
+    assert list(rates) == ['plain gradient', 'DP step', 'PyTorch plain gradient', 'PyTorch + Opacus']
+    rates |= {row['name']: row['rate'] for row in found['parts']['rates']}
+    assert len(rates) == 10
+    shares = {row['name']: row['share'] for row in found['parts']['shares']}
+    assert len(found['ratios']) == 3 and len(shares) == 4
+    for name, value in (rates | shares | found['ratios']).items():
+        assert 0 < value < math.inf, name
+        assert name in done.stdout

@@ -9,7 +9,6 @@ nothing and does not say what it takes. `--parts` adds a table of everything tha
 (benchmark_parts.py).
 """
 
-from collections.abc import Callable
 import dataclasses
 import json
 import os

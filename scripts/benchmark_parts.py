@@ -91,7 +91,7 @@ def measure(config, model, *, noised_per_second: float, repeats: int, starts: in
             share('augmentation, of the pre-training step', cost('augment') / per_image, None),
             share('generation, of the forward pass', cost('forward') / cost('generate'), 0.9),
             share('device at work, of the training loop', in_loop['device'], 0.97),
-            share('the same with the config\'s checkpoints', in_loop['with_checkpoints'], 0.97),
+            share('the same, with checkpoints', in_loop['with_checkpoints'], 0.97),
         ],
         'loop': in_loop,
     }  # fmt: skip
@@ -214,7 +214,7 @@ def forward_pass(config, model, params) -> Work:
     x = jax.random.normal(jax.random.key(1), (rows,) + model.image_shape)
     sigma, label = jnp.full(rows, 0.1), jnp.zeros(rows, jnp.int32)
     program = denoise.lower(params, x, sigma, label).compile()
-    # As often as generation does; that starts a program once, which therefore shall not count here.
+    # As many evaluations as generation makes, so that both are timed over the same span.
     evaluations = _evaluations(settings) * sizes_lib.choose(config).images // rows
 
     def call():

@@ -11,6 +11,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dpp_jax.training import stopping
+
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Settings: a file of configs/, with ε after a colon.', lock_config=True
 )
@@ -35,7 +37,7 @@ def main(argv):
         sys.exit('dpp-jax: ' + ' '.join(str(error).split()))
     # Imported late: a typing error on the command line is answered at once.
     from dpp_jax import pipeline
-    from dpp_jax.training import devices, loop, stopping
+    from dpp_jax.training import devices, loop
 
     devices.keep_compiled_programs()
     stopping.stop_on_sigterm()
@@ -43,17 +45,26 @@ def main(argv):
         pipeline.run(config, _WORKDIR.value, _STAGE.value)
     except stopping.Interrupted as stopped:
         print(f'\n{stopped}. The same command goes on from there.', file=sys.stderr)
-        sys.exit(0 if stopped.signal_number == signal.SIGTERM else 130)
+        _exit(0 if stopped.signal_number == signal.SIGTERM else 130)
     except KeyboardInterrupt:
         print('\nInterrupted. The same command goes on from what is saved.', file=sys.stderr)
-        sys.exit(130)
+        _exit(130)
     except (ValueError, OSError, loop.Diverged) as error:
         if flags.FLAGS['verbosity'].present:
             raise  # with the traceback
-        print(f'dpp-jax: {error}', file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # Not sys.exit: threads of a failed save would write their tracebacks below this line.
-        os._exit(1)
+        print(f'dpp-jax: {error}', file=sys.stderr)
+        _exit(1)
+
+
+def _exit(code):
+    """End the process at once; all files are closed by now.
+
+    Not sys.exit: threads of a failed save would write their tracebacks below the last line, and a
+    compilation that was interrupted crashes when Python takes JAX apart.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def parse(argv):
@@ -71,6 +82,7 @@ def parse(argv):
 
 def entry_point():
     """The console script `dpp-jax`."""
+    stopping.leave_on_sigterm()  # the imports of `main` take seconds
     # Config files import each other as `configs.<name>`: make their parent folder importable.
     for argument, following in zip(sys.argv[1:], [*sys.argv[2:], '']):
         name, equals, value = argument.lstrip('-').partition('=')

@@ -1,4 +1,7 @@
-"""Stop requests: SIGTERM and Ctrl-C end a run in order, and SIGTERM soon."""
+"""Stop requests: SIGTERM and Ctrl-C end a run in order, and SIGTERM soon.
+
+Imports no other package, so that a program can call it before it waits for theirs.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -41,6 +44,20 @@ def deferred() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def leave_on_sigterm() -> None:
+    """For programs that have nothing to save yet: SIGTERM ends the process with 0 at once.
+
+    Not by an exception: a library that is being imported may turn one into an error of its own.
+    """
+
+    def leave(number, frame):
+        del number, frame
+        os.write(2, b'\nStopped before the run began. The same command begins it.\n')
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def stop_on_sigterm(grace_seconds: float = GRACE_SECONDS) -> None:

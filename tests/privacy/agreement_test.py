@@ -12,7 +12,9 @@ entries of a gradient by zeros, where ours counts such a gradient as zero.
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import jax_privacy
 import numpy as np
+from opacus import accountants
 import pytest
 
 from dpp_jax.privacy import accounting
@@ -25,17 +27,11 @@ ROUNDING = 1e-5  # by which our bound on a norm is below C
 WHOLE_ORDERS = tuple(order for order in accounting.RDP_ORDERS if order.is_integer())
 
 
-@pytest.fixture(scope='module')
-def opacus():
-    """(list of (σ, q, count), δ, orders) → Opacus's ε."""
-    accountants = pytest.importorskip('opacus.accountants')
-
-    def epsilon(history, delta, orders):
-        accountant = accountants.RDPAccountant()
-        accountant.history = history  # as `step`, which takes one release at a time, keeps it
-        return accountant.get_epsilon(delta, alphas=list(orders))
-
-    return epsilon
+def opacus(history, delta, orders):
+    """Opacus's ε of a list of (σ, q, count)."""
+    accountant = accountants.RDPAccountant()
+    accountant.history = history  # as `step`, which takes one release at a time, keeps it
+    return accountant.get_epsilon(delta, alphas=list(orders))
 
 
 def random_histories(number, most, seed):
@@ -55,7 +51,7 @@ def compose(history):
     return accounting.compose(accounting.subsampled_gaussian(*part) for part in history)
 
 
-def test_epsilon_of_random_histories_equals_opacus_at_whole_orders(opacus, monkeypatch):
+def test_epsilon_of_random_histories_equals_opacus_at_whole_orders(monkeypatch):
     monkeypatch.setattr(accounting, 'RDP_ORDERS', WHOLE_ORDERS)
     figures = []
     for history, delta in random_histories(40, 3000, seed=1):
@@ -65,7 +61,7 @@ def test_epsilon_of_random_histories_equals_opacus_at_whole_orders(opacus, monke
     assert min(figures) < 0.1 and np.median(figures) > 1 and max(figures) > 100
 
 
-def test_epsilon_of_random_histories_is_never_below_opacus(opacus):
+def test_epsilon_of_random_histories_is_never_below_opacus():
     """And fractional orders, where ours is an upper bound, may only help."""
     helped = 0
     for history, delta in random_histories(40, 3000, seed=1):
@@ -77,7 +73,7 @@ def test_epsilon_of_random_histories_is_never_below_opacus(opacus):
     assert helped > 10
 
 
-def test_epsilon_of_a_ledger_equals_opacus(opacus, tmp_path, monkeypatch):
+def test_epsilon_of_a_ledger_equals_opacus(tmp_path, monkeypatch):
     """Release by release, the mechanisms in any order."""
     monkeypatch.setattr(accounting, 'RDP_ORDERS', WHOLE_ORDERS)
     for number, (history, delta) in enumerate(random_histories(4, 20, seed=2)):
@@ -90,11 +86,6 @@ def test_epsilon_of_a_ledger_equals_opacus(opacus, tmp_path, monkeypatch):
         one_by_one = [(*history[part][:2], 1) for part, _ in releases]
         expected = opacus(one_by_one, delta, WHOLE_ORDERS)
         assert ledger.epsilon(delta) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.fixture(scope='module')
-def clipped_grad():
-    return pytest.importorskip('jax_privacy').clipped_grad
 
 
 def zero_unless_finite(gradient):
@@ -147,11 +138,11 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_clipped_sum_equals_jax_privacy(clipped_grad, seed):
+def test_clipped_sum_equals_jax_privacy(seed):
     """Random pytrees, with padding and with rows that are not finite, in other microbatches."""
     params, examples, mask = random_case(seed)
     clip_norm = float(np.exp(np.random.default_rng(seed).uniform(-3, 3)))
-    theirs = clipped_grad(
+    theirs = jax_privacy.clipped_grad(
         loss,
         l2_clip_norm=clip_norm * (1 - ROUNDING),
         keep_batch_dim=False,

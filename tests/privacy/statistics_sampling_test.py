@@ -1,0 +1,86 @@
+"""Poisson sampling: inclusion, independence, and the same batch for any devices and hosts."""
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpp_jax.privacy import poisson
+from dpp_jax.training import devices, steps
+
+KEY = 0x0123456789ABCDEF0123456789ABCDEF
+
+
+def inclusions(sampler, batches):
+    """(batches, size) bool: who is in which batch."""
+    included = np.zeros((len(batches), sampler.size), bool)
+    for row, batch in zip(included, batches):
+        row[sampler.indices(batch)] = True
+    return included
+
+
+@pytest.mark.parametrize('q', [1 / 15, 0.3])
+def test_every_example_is_included_with_probability_q_in_every_batch(q, statistics):
+    size, batches = 2000, 6000
+    included = inclusions(poisson.PoissonSampler(size, q, KEY), range(batches))
+    statistics.assert_plausible(stats.binom(included.size, q), included.sum())
+    for axis in (0, 1):  # every example, and the size of every batch: neither too even nor too uneven
+        counts, n = included.sum(axis), included.shape[axis]
+        statistics.assert_plausible(stats.binom(n, q), counts, tests=counts.size)
+        spread = np.sum((counts - n * q) ** 2) / (n * q * (1 - q))
+        statistics.assert_plausible(stats.chi2(counts.size), spread)
+
+
+def test_inclusions_are_independent_between_examples_batches_and_keys(statistics):
+    sampler = poisson.PoissonSampler(500, 0.5, KEY)
+    statistics.assert_unrelated(2.0 * inclusions(sampler, range(5000)) - 1)  # examples
+    keys = (KEY, KEY ^ 1, KEY ^ (1 << 64), KEY ^ (1 << 127))
+    samplers = [poisson.PoissonSampler(20000, 0.5, key) for key in keys]
+    batches = np.concatenate([inclusions(sampler, range(100)) for sampler in samplers])
+    statistics.assert_unrelated(2.0 * batches.T - 1)
+
+
+def test_no_batch_is_another_one_shifted(statistics):
+    """As it would be if the streams of two batches or keys overlapped."""
+    size = 20000
+    samplers = [poisson.PoissonSampler(size, 0.5, key) for key in (KEY, KEY ^ 1)]
+    rows = np.concatenate([2.0 * inclusions(sampler, range(6)) - 1 for sampler in samplers])
+    spectra = np.fft.rfft(rows)
+    for i in range(len(rows)):
+        for j in range(i, len(rows)):
+            z = np.fft.irfft(spectra[i] * spectra[j].conj(), size) / np.sqrt(size)
+            statistics.assert_plausible(stats.norm, z[i == j :], tests=100 * size)
+
+
+def visited(indices, microbatch, capacity):
+    """The images that the step's microbatches meet on this host's devices, in any order."""
+    numbers = np.arange(500)
+    batch = devices.deal(steps.make_batch(np.zeros((500, 4, 4, 1), np.uint8), numbers, indices, capacity))
+    rows = microbatch * steps.used_microbatches(len(indices), microbatch)
+    return batch['label'][:, :rows][batch['mask'][:, :rows]]
+
+
+@pytest.mark.parametrize(
+    ('number', 'microbatch', 'capacity'), [(1, 1, 8), (1, 64, 64), (2, 4, 16), (8, 3, 24), (8, 2, 160)]
+)
+def test_a_batch_is_the_same_for_any_devices_microbatch_and_padding(number, microbatch, capacity):
+    """Nobody is left out or met twice, also if a batch is far larger than expected."""
+    sampler = poisson.PoissonSampler(500, 0.25, KEY)
+    with devices.limited_to(number):
+        for indices in (*map(sampler.indices, range(20)), np.arange(500), np.arange(0)):
+            met = visited(indices, microbatch, capacity)
+            np.testing.assert_array_equal(np.sort(met), indices)
+
+
+def test_hosts_meet_parts_of_one_batch(monkeypatch):
+    """Two hosts of four devices: together every image of the batch once."""
+    sampler = poisson.PoissonSampler(500, 0.25, KEY)
+    monkeypatch.setattr(devices, 'local', lambda: jax.local_devices()[:4])
+    monkeypatch.setattr(devices, 'count', lambda: 8)
+    for number in range(20):
+        parts = []
+        for host in range(2):
+            monkeypatch.setattr(jax, 'process_index', lambda: host)
+            parts.append(visited(sampler.indices(number), 4, 160))
+        np.testing.assert_array_equal(np.sort(np.concatenate(parts)), sampler.indices(number))
+        assert min(map(len, parts)) > 0.4 * len(sampler.indices(number))

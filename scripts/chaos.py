@@ -2,10 +2,12 @@
 
     python scripts/chaos.py --kills=50 --workdir=runs/chaos
 
-Every process works on the digits with a small network and a fixed seed (so that two runs can be
-compared; a real run has none). It is killed by SIGKILL at a random moment of a random stage, and started
-again, until the run is complete; then the next run begins, until there were enough kills. Weights, images,
-ledger and scores of every run must be those of the run that was left alone, bit for bit.
+Every process works on the digits with a small network, compiled as users' programs are (XLA's default
+level), and without a seed: the run left alone draws its keys, and the others are given a copy before
+they start. A run that lost its keys would draw others, and end with other results. Each process is
+killed by SIGKILL at a random moment of a random stage, and started again, until the run is complete; then
+the next run begins, until there were enough kills. Weights, images, ledger, scores and keys of every run
+must be those of the run that was left alone, bit for bit.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import os
 from pathlib import Path
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
 # Small, so that fifty restarts take minutes; checkpoints as often as the loop can.
 SETTINGS = {
-    'seed': 1,
     'model.width': 8,
     'query.queries': 2,
     'pretrain.epochs': 60,
@@ -101,6 +103,12 @@ def run_to_the_end(workdir: Path, settings: dict, environment: dict[str, str]) -
         raise RuntimeError(f'the program ended with {code}:\n{process.output()}')
 
 
+def give_keys(source: Path, workdir: Path) -> None:
+    """Begin the work directory of a run that draws no keys, but has those of the run in `source`."""
+    (workdir / 'private').mkdir(mode=0o700, parents=True)
+    shutil.copy(source / 'private' / 'keys.json', workdir / 'private')
+
+
 def kill_in_stage(process: Process, stage: str, seconds: float) -> str | None:
     """Kill `process` `seconds` after it began `stage`, or a later stage that it is in by then.
 
@@ -128,7 +136,7 @@ def final_state(workdir: Path) -> dict[str, object]:
             tree = checkpointer.restore(part.absolute())
         found |= {f'{part.name}{path}': np.asarray(leaf) for path, leaf in _leaves(tree)}
     texts = [release / 'ledger.jsonl', release / 'privacy_statement.md', release / 'plan.json']
-    texts += [private / 'evaluation.json', private / 'report.txt']
+    texts += [private / name for name in ('keys.json', 'evaluation.json', 'report.txt')]
     # The page names files by their folder, the only thing that differs between two runs.
     found |= {path.name: path.read_text().replace(str(workdir), '') for path in texts}
     litter = [p for p in workdir.rglob('*') if p.name.startswith(('.new_', '.parts_'))]
@@ -184,7 +192,7 @@ def main() -> None:
     if arguments.workdir.exists() and any(arguments.workdir.iterdir()):
         sys.exit(f'--workdir is {arguments.workdir}; it must be empty or not exist')
     chance = random.Random(arguments.seed)
-    environment = {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_PLATFORMS': 'cpu'}
+    environment = {'JAX_PLATFORMS': 'cpu'}
     reference = arguments.workdir.absolute() / 'left_alone'
     start = time.monotonic()
     run_to_the_end(reference, SETTINGS, environment)
@@ -197,6 +205,7 @@ def main() -> None:
         runs += 1
         kills = iter(_moments(chance))
         workdir = arguments.workdir.absolute() / f'killed_{runs}'
+        give_keys(reference, workdir)
         deaths += survive(workdir, lambda: next(kills, None), SETTINGS, environment)
         found = differences(final_state(workdir), expected)
         wrong += [f'run {runs}: {name}' for name in found]

@@ -1,7 +1,9 @@
 """A real process, killed and asked to stop while it works, ends like one that was left alone."""
 
 import importlib.util
+import json
 from pathlib import Path
+import shutil
 import signal
 import time
 
@@ -36,12 +38,13 @@ def settings(chaos):
 def left_alone(chaos, settings, tmp_path_factory):
     root = tmp_path_factory.mktemp('left_alone')
     chaos.run_to_the_end(root, settings, ENVIRONMENT)
-    return chaos.final_state(root)
+    return root
 
 
 def test_sigterm_and_sigkill_in_finetuning_and_generation_change_nothing(
     chaos, settings, left_alone, tmp_path
 ):
+    chaos.give_keys(left_alone, tmp_path)
     process = chaos.Process(tmp_path, settings, ENVIRONMENT)
     resume = tmp_path / 'private' / 'resume' / 'finetune'
     while process.running() and not checkpoint.latest_training(resume):
@@ -59,11 +62,26 @@ def test_sigterm_and_sigkill_in_finetuning_and_generation_change_nothing(
     assert process.end(signal.SIGKILL) == -signal.SIGKILL, process.output()
     kills = iter([('generate', 0.2)])
     chaos.survive(tmp_path, lambda: next(kills, None), settings, ENVIRONMENT)
-    assert chaos.differences(chaos.final_state(tmp_path), left_alone) == []
+    ends = [chaos.final_state(root) for root in (tmp_path, left_alone)]
+    assert chaos.differences(*ends) == []
 
 
 def test_the_comparison_sees_a_difference(chaos, left_alone):
     """Otherwise the test above could not fail."""
-    name = next(key for key in left_alone if key.startswith('finetune/ema_params'))
-    changed = left_alone | {name: left_alone[name] + 1e-7, 'ledger.jsonl': ''}
-    assert chaos.differences(left_alone, changed) == sorted([name, 'ledger.jsonl'])
+    end = chaos.final_state(left_alone)
+    name = next(key for key in end if key.startswith('finetune/ema_params'))
+    changed = end | {name: end[name] + 1e-7, 'ledger.jsonl': ''}
+    assert chaos.differences(end, changed) == sorted([name, 'ledger.jsonl'])
+
+
+def test_the_comparison_sees_that_keys_were_drawn_again(chaos, settings, left_alone, tmp_path):
+    """Those of the images: without the others the program does not go on."""
+    root = tmp_path / 'run'
+    shutil.copytree(left_alone, root)
+    keys = json.loads((root / 'private' / 'keys.json').read_text())
+    del keys['generate/images']
+    (root / 'private' / 'keys.json').write_text(json.dumps(keys))
+    (root / 'release' / 'synthetic' / 'images.npz').unlink()
+    chaos.run_to_the_end(root, settings, ENVIRONMENT)
+    found = chaos.differences(chaos.final_state(root), chaos.final_state(left_alone))
+    assert {'images.npz/images', 'keys.json'} <= set(found)

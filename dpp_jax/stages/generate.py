@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 import shutil
+import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +28,22 @@ def files(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, Path]:
 
 
 def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
-    folder = workdir.release / 'synthetic' / 'png'
-    wanted = list(files(config, workdir).values()) + [folder] * config.generate.png_tree
-    return all(path.exists() for path in wanted)
+    png_tree = workdir.release / 'synthetic' / 'png'
+    if config.generate.png_tree and not png_tree.exists():
+        return False
+    return all(_is_whole(path) for path in files(config, workdir).values())
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether `path` is there with its last bytes. The same keys make a damaged file again.
+
+    Files appear when they are complete, but not every file system keeps that order when power fails.
+    """
+    if zipfile.is_zipfile(path):
+        return True
+    if path.exists():
+        print(f'{path} is damaged; it is made again', flush=True)
+    return False
 
 
 def run(
@@ -48,7 +63,7 @@ def run(
     params = devices.replicate(saved['ema_params'])
     at_once = sizes.choose(config).images
     for name, path in files(config, workdir).items():
-        if path.exists():
+        if _is_whole(path):
             continue
         key = workdir.keys(f'generate/{name}', config.seed).noise
         images = _sample_all(
@@ -136,13 +151,17 @@ def _sample_all(
 
 
 def _read_parts(folder: Path) -> list[np.ndarray]:
-    """The parts in order, as far as none is missing."""
+    """The parts in order, as far as none is missing or damaged."""
     parts, expected = [], 0
     for path in sorted(folder.glob('[0-9]*.npz')):
         if int(path.stem) != expected:
             break
-        with np.load(path) as data:
-            parts.append(data['images'])
+        try:
+            with np.load(path) as data:
+                parts.append(data['images'])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            print(f'{path} is damaged; it is made again', flush=True)
+            break
         expected += len(parts[-1])
     return parts
 

@@ -15,8 +15,8 @@ import numpy as np
 from dpp_jax.data import augment, sources
 from dpp_jax.diffusion import denoiser, loss, sampler, unet
 from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.stages import central, evaluate, finetune, generate, plan, pretrain, report, statement
-from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.stages import central, evaluate, finetune, generate, plan, pretrain, report, sizes
+from dpp_jax.stages import statement, workdir as workdir_lib
 from dpp_jax.training import checkpoint
 from dpp_jax.training.model import Model
 
@@ -147,6 +147,16 @@ class Run:
             self.workdir.record(self.config)
             plan.save(self.plan, self.workdir)
             self._write_parameters()
+            noised_images = {
+                'pretrain': self.plan.pretrain_noised_images,
+                'finetune': self.plan.finetune_noised_images,
+            }
+            self.config = sizes.settle(
+                self.config,
+                self.model,
+                self.workdir,
+                sum(noised_images.get(stage, 0) for stage in todo),
+            )
         else:
             self._check_ledger(finished)
         for stage in todo:

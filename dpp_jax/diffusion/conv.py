@@ -3,7 +3,9 @@
 DP-SGD needs the gradient of every example's kernel. Under vmap the kernel gradient of `lax.conv` becomes
 a grouped convolution (13 GFLOP/s against 34 as a batched matrix product, on a 2-core CPU), and a CPU's
 matrix products are nearly twice as fast as its convolutions. GPUs and TPUs are at their best with
-`lax.conv` forward and for the input's gradient.
+`lax.conv` forward and for the input's gradient; there the kernel's gradient is one product, of the input's three
+shifted columns with the three shifted rows of the output's gradient, because it waits for memory and
+not for arithmetic. What follows is for a CPU.
 
 The usual form, "im2col", multiplies the nine shifted views of the input with the kernel: nine copies of
 the input, as costly on a CPU as the product itself. Here rows and columns of the kernel are apart. Of the
@@ -54,23 +56,26 @@ def _forward(x, kernel):
 
 def _backward(kept, g):
     x, kernel = kept
-    gradients = [_spread_rows(part) for part in _outputs_transposed(_even(g))]
-    if _prefers_products():
-        matrices = _matrices(kernel, x.dtype)
-        x_gradient = _inputs_transposed([part @ m.T for part, m in zip(gradients, matrices)])
-        x_gradient = x_gradient[:, :, : x.shape[_COLUMNS]]
-    else:
+    if not _prefers_products():
         x_gradient = _library(g, jnp.swapaxes(kernel.astype(x.dtype)[::-1, ::-1], 2, 3))
-    of_matrices = [
-        jax.lax.dot_general(
-            part.reshape(-1, part.shape[-1]),
-            gradient.reshape(-1, gradient.shape[-1]),
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=kernel.dtype,
+        # Columns of the input with rows of the output's gradient: one product is all nine.
+        columns = jnp.concatenate(
+            [_shift(x, -1, _COLUMNS), x, _shift(x, 1, _COLUMNS)], axis=-1
         )
+        nine = _over_pixels(columns, _spread_rows(g), kernel.dtype)
+        channels, features = kernel.shape[2:]
+        return x_gradient, nine.reshape(3, channels, 3, features).transpose(2, 0, 1, 3)
+    gradients = [_spread_rows(part) for part in _outputs_transposed(_even(g))]
+    matrices = _matrices(kernel, x.dtype)
+    x_gradient = _inputs_transposed([part @ m.T for part, m in zip(gradients, matrices)])
+    of_matrices = [
+        _over_pixels(part, gradient, kernel.dtype)
         for part, gradient in zip(_inputs(_even(x)), gradients)
     ]
-    return x_gradient, _matrices_transposed(of_matrices, kernel.shape)
+    return (
+        x_gradient[:, :, : x.shape[_COLUMNS]],
+        _matrices_transposed(of_matrices, kernel.shape),
+    )
 
 
 conv3x3.defvjp(_forward, _backward)
@@ -79,6 +84,16 @@ conv3x3.defvjp(_forward, _backward)
 def _prefers_products() -> bool:
     """Whether the backend is slow at convolutions."""
     return jax.default_backend() == 'cpu'
+
+
+def _over_pixels(x, g, dtype):
+    """Σ over images and pixels of x gᵀ: (n, H, W, C), (n, H, W, D) → (C, D)."""
+    return jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]),
+        g.reshape(-1, g.shape[-1]),
+        (((0,), (0,)), ((), ())),
+        preferred_element_type=dtype,
+    )
 
 
 def _library(x, kernel):

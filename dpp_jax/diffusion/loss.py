@@ -78,7 +78,7 @@ def v_levels() -> NoiseLevels:
 LEVELS = {'edm': edm_levels, 'vp': vp_levels, 've': ve_levels, 'v': v_levels}
 
 
-def weighted_error(
+def weighted_errors(
     denoise: denoiser_lib.Denoise,
     image: jax.Array,
     labels: jax.Array,
@@ -86,27 +86,27 @@ def weighted_error(
     noise: jax.Array,
     weight: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """The loss with everything random given.
+    """The loss of every draw, with everything random given.
 
     Args:
         denoise: D.
-        image: (H, W, C) float32 in [-1, 1].
+        image: float32 in [-1, 1]; (H, W, C) for all draws, or (K, H, W, C).
         labels: (K,) int32, the label of each draw.
         sigma: (K,) float32 > 0.
         noise: (K, H, W, C) unit normal.
         weight: w(σ).
 
     Returns:
-        () float32, the mean over draws and pixels.
+        (K,) float32, means over pixels.
     """
     noisy = image + sigma[:, None, None, None] * noise
     errors = jnp.square(denoise(noisy, sigma, labels) - image)
-    return jnp.mean(weight(sigma) * errors.mean((1, 2, 3)))
+    return weight(sigma) * errors.mean((1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageLoss:
-    """The loss of one image, in two steps: everything random at once, then the error in any parts."""
+    """The loss of an image, in two steps: everything random at once, then the errors in any parts."""
 
     levels: NoiseLevels
 
@@ -139,9 +139,12 @@ class ImageLoss:
         dropped = jax.random.bernoulli(label_key, label_dropout, (draws,))
         return jnp.where(dropped, no_class, label), sigma, noise
 
-    def error(self, denoise: denoiser_lib.Denoise, image: jax.Array, drawn: tuple) -> jax.Array:
-        """The mean weighted error of what `draw` returned, or of some of its rows: () float32."""
-        return weighted_error(denoise, image, *drawn, self.levels.weight)
+    def errors(self, denoise: denoiser_lib.Denoise, image: jax.Array, drawn: tuple) -> jax.Array:
+        """The weighted errors of what `draw` returned, or of some of its rows: (rows,) float32.
+
+        The rows may be of several images, which then stand in `image` row by row.
+        """
+        return weighted_errors(denoise, image, *drawn, self.levels.weight)
 
     def __call__(
         self,
@@ -151,8 +154,8 @@ class ImageLoss:
         key: jax.Array,
         **settings: float,
     ) -> jax.Array:
-        """Both steps, for an image (H, W, C) float32 in [-1, 1]; `settings` are those of `draw`."""
-        return self.error(denoise, image, self.draw(key, image.shape, label, **settings))
+        """The mean of both steps for an image (H, W, C) float32 in [-1, 1]; `settings` as for `draw`."""
+        return self.errors(denoise, image, self.draw(key, image.shape, label, **settings)).mean()
 
 
 def make_loss(kind: str, **settings: float) -> ImageLoss:

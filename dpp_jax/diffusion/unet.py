@@ -90,7 +90,7 @@ class UNet(nn.Module):
 
         h = nn.silu(GroupNorm(dtype=self.dtype, name='norm_out')(h))
         h = Conv3x3(self.image_channels, 0.0, dtype=self.dtype, name='conv_out')(h)
-        return h.astype(jnp.float32)
+        return _wide(h)
 
     def _block(self, features: int, name: str, resample: str = ''):
         """A residual block of this network."""
@@ -101,9 +101,13 @@ class UNet(nn.Module):
         table = self.param(
             'label_embedding', nn.initializers.normal(1.0), (self.classes + 1, self.width)
         )
-        h = positional_embedding(c_noise, self.width) + jnp.asarray(table)[label]
-        h = Dense(4 * self.width, dtype=self.dtype, name='embed_0')(h.astype(self.dtype))
-        return Dense(4 * self.width, dtype=self.dtype, name='embed_1')(nn.silu(h))
+        # A product, since the gradient of a look-up adds in no fixed order on a GPU. Vectors are few and
+        # small, and everything that is made of them stays in full precision.
+        rows = jax.nn.one_hot(label, self.classes + 1, dtype=table.dtype)
+        rows = jnp.matmul(rows, table, precision=jax.lax.Precision.HIGHEST)
+        h = positional_embedding(c_noise, self.width) + rows
+        h = Dense(4 * self.width, dtype=h.dtype, name='embed_0')(h)
+        return Dense(4 * self.width, dtype=h.dtype, name='embed_1')(nn.silu(h))
 
     def _check(self, shape: tuple[int, ...]) -> None:
         """Sizes that the network cannot take."""
@@ -131,11 +135,12 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        """(n, H, W, C), (n, E) → (n, H', W', features)."""
+        """(n, H, W, C), (n, E) float32 → (n, H', W', features)."""
         h = nn.silu(GroupNorm(dtype=self.dtype, name='norm_0')(x))
         h, skip = _resample(h, self.resample), _resample(x, self.resample)
         h = Conv3x3(self.features, dtype=self.dtype, name='conv_0')(h)
-        h += Dense(self.features, dtype=self.dtype, name='embed')(nn.silu(embedding))[:, None, None]
+        shift = Dense(self.features, dtype=embedding.dtype, name='embed')(nn.silu(embedding))
+        h = _add(h, shift[:, None, None])
         h = nn.silu(GroupNorm(dtype=self.dtype, name='norm_1')(h))
         h = Conv3x3(self.features, 0.0, dtype=self.dtype, name='conv_1')(h)
         if self.resample or x.shape[-1] != self.features:
@@ -157,8 +162,8 @@ class Attention(nn.Module):
             Dense(channels, 0.1, dtype=self.dtype, name=name)(h)
             for name in ('query', 'key', 'value')
         )
-        scores = jnp.einsum('nqc,nkc->nqk', query, key) * channels**-0.5
-        weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
+        scores = jnp.einsum('nqc,nkc->nqk', query, key, preferred_element_type=_wide_dtype(h))
+        weights = jax.nn.softmax(scores * channels**-0.5).astype(self.dtype)
         h = jnp.einsum('nqk,nkc->nqc', weights, value)
         h = Dense(channels, 0.0, dtype=self.dtype, name='out')(h).reshape(x.shape)
         return ((x + h) * _SKIP_SCALE).astype(self.dtype)
@@ -176,7 +181,7 @@ class Conv3x3(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param('kernel', ddpm_init(self.scale), shape)
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
-        return conv.conv3x3(x, kernel) + bias.astype(self.dtype)
+        return _add(conv.conv3x3(x, kernel), bias)
 
 
 class Dense(nn.Module):
@@ -190,7 +195,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param('kernel', ddpm_init(self.scale), (x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
-        return x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        return _add(x @ kernel.astype(self.dtype), bias)
 
 
 class GroupNorm(nn.Module):
@@ -215,7 +220,7 @@ class GroupNorm(nn.Module):
             means = values.reshape(n, groups, -1).mean(-1, keepdims=True)
             return jnp.broadcast_to(means, (n, groups, channels // groups)).reshape(n, channels)
 
-        wide = x.astype(jnp.float32)
+        wide = _wide(x)
         mean = per_group(wide.mean((1, 2)))
         centred = wide - mean[:, None, None]
         variance = per_group(jnp.square(centred).mean((1, 2)))
@@ -230,6 +235,20 @@ def positional_embedding(values: jax.Array, features: int) -> jax.Array:
     angles = values[:, None] * frequencies
     embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, features % 2)))
+
+
+def _add(x: jax.Array, few: jax.Array) -> jax.Array:
+    """x + few, of x's dtype. The gradient of `few` is a sum over all pixels: never in bfloat16."""
+    return (_wide(x) + few).astype(x.dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(_wide_dtype(x))
+
+
+def _wide_dtype(x: jax.Array):
+    """float32, or float64 where a reference is computed in it."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _resample(x: jax.Array, how: str) -> jax.Array:

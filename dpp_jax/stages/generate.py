@@ -1,5 +1,6 @@
 """Stage `generate`: labelled synthetic images. Post-processing: it costs no privacy."""
 
+import collections
 from collections.abc import Callable
 from pathlib import Path
 import shutil
@@ -16,6 +17,7 @@ from dpp_jax.training import checkpoint, devices, parts as parts_lib, progress
 from dpp_jax.training.model import Model
 
 PICTURE_COLUMNS = 12
+_IN_FLIGHT = 2  # batches: the devices go on while the older one is written to the disk
 
 
 def files(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, Path]:
@@ -140,13 +142,23 @@ def _sample_all(
     batch = devices.count() * groups * -(-per_device // groups)  # groups of equal size
     done = _read_parts(parts)
     start = sum(len(part) for part in done)
+    in_flight = collections.deque()
+
+    def keep_oldest():
+        first, rows = in_flight.popleft()
+        images = devices.collect(rows)[: total - first]
+        workdir_lib.write_npz(parts / f'{first:010d}.npz', images=images)
+        done.append(images)
+        bar.update(len(images))
+
     with progress.bar(total, title, 'image', start) as bar:
         for first in range(start, total, batch):
             index = np.arange(first, first + batch, dtype=np.int32)
-            images = devices.collect(sample(params, devices.deal(index), key))[: total - first]
-            workdir_lib.write_npz(parts / f'{first:010d}.npz', images=images)
-            done.append(images)
-            bar.update(len(images))
+            in_flight.append((first, sample(params, devices.deal(index), key)))
+            if len(in_flight) == _IN_FLIGHT:
+                keep_oldest()
+        while in_flight:
+            keep_oldest()
     return np.concatenate(done)[:total]
 
 

@@ -31,11 +31,12 @@ def run(
     capacity = math.ceil(batch_size / devices.count()) * devices.count()
     optimizer = optax.adam(settings.learning_rate)
     device_step = steps.make_pretrain_step(
-        model.example_loss(draws=settings.draws, label_dropout=settings.label_dropout),
+        model.drawing(draws=settings.draws, label_dropout=settings.label_dropout),
+        model.errors,
         optimizer,
         augment=augment,
         ema_decay=settings.ema_decay,
-        rows_at_once=max(1, sizes.choose(config).images // settings.draws),
+        images_at_once=sizes.choose(config).images,
     )
 
     def step(state, number):

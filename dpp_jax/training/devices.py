@@ -62,14 +62,30 @@ def count() -> int:
     return len(local()) if _limit else jax.device_count()
 
 
+def cache_folder() -> Path:
+    """Where this user's machine keeps what could be made again. It must hold nothing private."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dpp_jax'
+
+
 def keep_compiled_programs() -> None:
     """Let JAX keep what it compiles in the user's cache folder, unless it was told where.
 
     Programs hold no data: images, weights and keys are their arguments.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-        jax.config.update('jax_compilation_cache_dir', str(cache / 'dpp_jax' / 'programs'))
+        jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'programs'))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def kind() -> str:
+    """What runs the programs, by name: another kind has other speeds and another rounding."""
+    name = local()[0].device_kind
+    number = f', {cores()} cores' if jax.default_backend() == 'cpu' else ''
+    return f'{name}{number}, jax {jax.__version__}'
 
 
 def replicate(tree: PyTree) -> PyTree:

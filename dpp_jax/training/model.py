@@ -57,22 +57,30 @@ class Model:
         as divide `draws`. It changes rounding only.
         """
         parts = parts_lib.count(draws, draws_at_once or draws)
+        draw = self.drawing(draws=draws, label_dropout=label_dropout)
 
         def error(params, image, drawn):
-            return self.loss.error(self.denoiser(params), image, drawn)
+            return self.errors(params, image, drawn).mean()
 
         def loss(params, image, label, key):
-            drawn = self.loss.draw(
-                key,
-                image.shape,
-                label,
-                draws=draws,
-                label_dropout=label_dropout,
-                no_class=self.classes,
-            )
-            return parts_lib.mean(error, parts)(params, image, drawn)
+            return parts_lib.mean(error, parts)(params, image, draw(label, key))
 
         return loss
+
+    def drawing(self, *, draws: int, label_dropout: float) -> Callable:
+        """(label (), key) → everything random of `draws` noised images: leaves (draws, ...)."""
+        return lambda label, key: self.loss.draw(
+            key,
+            self.image_shape,
+            label,
+            draws=draws,
+            label_dropout=label_dropout,
+            no_class=self.classes,
+        )
+
+    def errors(self, params: PyTree, image: jax.Array, drawn: PyTree) -> jax.Array:
+        """(n,) losses of n noised images: of one image (H, W, C), or of as many (n, H, W, C)."""
+        return self.loss.errors(self.denoiser(params), image, drawn)
 
 
 def size(params: PyTree) -> int:

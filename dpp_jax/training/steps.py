@@ -48,39 +48,56 @@ def to_model_range(image: jax.Array) -> jax.Array:
 
 
 def make_pretrain_step(
-    loss: ExampleLoss,
+    draw: Callable,
+    errors: Callable,
     optimizer: optax.GradientTransformation,
     *,
     augment: Augmentation,
     ema_decay: float,
-    rows_at_once: int | None = None,
+    images_at_once: int | None = None,
 ) -> Callable:
     """(state, batch, key) → (state, metrics), for devices; the state's memory is reused.
 
-    The gradient is that of the mean loss over the real rows of all devices. `rows_at_once` (None:
-    all) of a device pass through the network together; it changes rounding only.
+    The gradient is that of the mean loss over the real rows of all devices. All their noised images are
+    rows of one batch: nothing is computed per example.
+
+    Args:
+        draw: (label (), key) → what is random of one image's noised images, leaves (K, ...).
+        errors: (params, images (n, H, W, C) in [-1, 1], rows of draws (n, ...)) → losses (n,).
+        optimizer: of the weights.
+        augment: of every image, before it is noised.
+        ema_decay: of the averaged weights.
+        images_at_once: noised images of a device that pass through the network together (None: all);
+            it changes rounding only.
     """
 
     def step(state: TrainState, batch: dict, key: jax.Array):
         step_key = jax.random.fold_in(key, state.step)
 
-        def row_loss(params, step_key, image, label, position):
-            augment_key, loss_key = jax.random.split(jax.random.fold_in(step_key, position))
+        def noised(image, label, position):
+            augment_key, draw_key = jax.random.split(jax.random.fold_in(step_key, position))
             pixels = augment(augment_key, image.astype(jnp.float32))
-            return loss(params, to_model_range(pixels), label, loss_key)
+            return to_model_range(pixels), draw(label, draw_key)
 
-        def part_loss(params, step_key, part):
-            rows = (part['image'], part['label'], part['position'])
-            losses = jax.vmap(row_loss, in_axes=(None, None, 0, 0, 0))(params, step_key, *rows)
+        images, drawn = jax.vmap(noised)(batch['image'], batch['label'], batch['position'])
+        draws = jax.tree.leaves(drawn)[0].shape[1]
+        rows = {
+            'image': jnp.repeat(images, draws, axis=0),
+            'mask': jnp.repeat(batch['mask'], draws),
+            'drawn': jax.tree.map(lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), drawn),
+        }
+
+        def part_loss(params, _, part):
+            losses = errors(params, part['image'], part['drawn'])
             return jnp.sum(jnp.where(part['mask'], losses, 0))
 
-        size = batch['mask'].size
-        number = parts.count(size, rows_at_once or size)
+        size = rows['mask'].size
+        number = parts.count(size, images_at_once or size)
         mean_of_parts = jax.value_and_grad(parts.mean(part_loss, number))
         total, gradient = jax.tree.map(
-            lambda leaf: leaf * number, mean_of_parts(state.params, step_key, batch)
+            lambda leaf: leaf * number, mean_of_parts(state.params, None, rows)
         )
-        rows = jnp.sum(batch['mask'])
+        rows = jnp.sum(rows['mask'])
         total, gradient, rows = jax.lax.psum((total, gradient, rows), devices.AXIS)
         gradient = jax.tree.map(lambda leaf: leaf / rows, gradient)
         return apply_gradient(state, gradient, optimizer, ema_decay), {'loss': total / rows}

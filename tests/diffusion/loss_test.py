@@ -6,20 +6,21 @@ import pytest
 from dpp_jax.diffusion import denoiser, loss
 
 
-def test_weighted_error_by_hand():
+def test_weighted_errors_by_hand():
     rng = np.random.default_rng(0)
     image = rng.uniform(-1, 1, (4, 4, 1)).astype(np.float32)
     noise = rng.standard_normal((3, 4, 4, 1)).astype(np.float32)
     sigma = np.array([0.1, 1.0, 10.0], np.float32)
     shrink = lambda x, sigma, label: x / (1 + sigma[:, None, None, None]) + label[:, None, None, None]
     labels = np.array([0, 1, 2])
-    expected = 0.0
+    expected = []
     for k in range(3):
         output = (image + sigma[k] * noise[k]) / (1 + sigma[k]) + labels[k]
         weight = (sigma[k] ** 2 + 1 / 3) / (sigma[k] ** 2 / 3)
-        expected += weight * np.mean((output - image) ** 2) / 3
-    got = loss.weighted_error(shrink, image, labels, sigma, noise, loss.edm_levels().weight)
-    assert got == pytest.approx(expected, rel=1e-5)
+        expected.append(weight * np.mean((output - image) ** 2))
+    for images in (image, np.stack([image] * 3)):
+        got = loss.weighted_errors(shrink, images, labels, sigma, noise, loss.edm_levels().weight)
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('kind', ['edm', 'vp', 've', 'v'])

@@ -50,7 +50,7 @@ class Twins:
 
     def loss(self, params, example):
         image, drawn = example
-        return self.model.loss.error(self.model.denoiser(params), image, drawn)
+        return self.model.errors(params, image, drawn).mean()
 
     def rows(self):
         """The noised images as the twin takes them: (n, C, H, W) and so on."""

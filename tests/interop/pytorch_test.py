@@ -134,14 +134,14 @@ def test_dp_gradient(golden):
         apply = lambda x, c, y: golden.network.apply({'params': params}, x, c, y)
         sigma = jnp.exp(loss.P_MEAN + loss.P_STD * example['normal'])
         labels = jnp.broadcast_to(example['label'], sigma.shape)
-        return loss.weighted_error(
+        return loss.weighted_errors(
             denoiser.make_denoiser('edm', apply),
             example['image'],
             labels,
             sigma,
             example['noise'],
             levels.weight,
-        )
+        ).mean()
 
     examples = {
         'image': golden['dp_x'],

@@ -9,7 +9,8 @@ from sklearn import datasets
 
 from dpp_jax import pipeline
 from dpp_jax.data import augment
-from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_sum
+from dpp_jax.diffusion import conv
+from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum, clipped_sum
 from dpp_jax.training import devices, state as state_lib, steps
 
 SGD = optax.sgd(1.0)
@@ -134,13 +135,14 @@ def test_batch_size_changes_recompile_nothing(
 
 
 def test_pretraining_is_the_gradient_of_the_mean_loss(tiny_model, params, digits):
-    loss = tiny_model.example_loss(draws=1, label_dropout=0.1)
+    loss = tiny_model.example_loss(draws=2, label_dropout=0.1)
     plain = augment.make_augmentation('none')
     updates = []
     for number, capacity, at_once in ((1, 10, 4), (8, 16, None)):
         with devices.limited_to(number):
             step = steps.make_pretrain_step(
-                loss, SGD, augment=plain, ema_decay=0.9, rows_at_once=at_once
+                tiny_model.drawing(draws=2, label_dropout=0.1), tiny_model.errors, SGD,
+                augment=plain, ema_decay=0.9, images_at_once=at_once,
             )
             batch = devices.deal(steps.make_batch(*digits, np.arange(10), capacity))
             state = devices.replicate(state_lib.create(params, SGD))
@@ -192,3 +194,53 @@ def test_clip_bound_holds_with_a_bfloat16_network(tiny_config, scale):
     _, (total, norms) = jax.jit(clipped)(params, 1e-3)
     length = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(total)))
     assert norms[0] > 1e-3 and 0.9999e-3 < length <= 1e-3
+
+
+def test_the_fast_sum_of_clipped_gradients_equals_a_plain_one_in_float64(
+    tiny_config, digits, monkeypatch
+):
+    """Own convolution, draws in parts, images in microbatches; and the library's, one image at a time."""
+    fast = pipeline.make_model(tiny_config())
+    plain = pipeline.make_model(tiny_config(model__dtype='float64'))
+    rng = np.random.default_rng(4)
+    params = jax.tree.map(  # the first weights of some layers are zero: their inputs' gradients would be
+        lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32),
+        fast.init(jax.random.key(4)),
+    )
+    images, labels = digits[0][:6].astype(np.float32) / 127.5 - 1, digits[1][:6]
+    keys = jax.random.split(jax.random.key(6), 6)
+    settings = {'draws': 4, 'label_dropout': 0.3}
+    loss = fast.example_loss(**settings, draws_at_once=2)
+    drawn = [
+        fast.loss.draw(key, image.shape, label, **settings, no_class=fast.classes)
+        for key, image, label in zip(keys, images, labels)
+    ]
+    norms, clip_norm = [], 8.0
+    total, _ = jax.jit(
+        lambda params, examples: clipped_gradient_sum(
+            lambda params, example: loss(params, *example),
+            params, examples, np.ones(6, bool), clip_norm=clip_norm, microbatch=3, microbatches=2,
+        )
+    )(params, (images, labels, keys))
+
+    def library(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+
+    monkeypatch.setattr(conv, 'conv3x3', library)
+    expected = 0.0
+    with jax.enable_x64(True):
+        wide = lambda tree: jax.tree.map(
+            lambda leaf: np.float64(leaf) if leaf.dtype == np.float32 else np.asarray(leaf), tree
+        )
+        gradient = jax.jit(
+            jax.grad(lambda params, *of_image: plain.errors(params, *of_image).mean())
+        )
+        for image, of_image in zip(images, drawn):
+            g = flat(gradient(wide(params), wide(image), wide(of_image)))
+            assert g.dtype == np.float64
+            norms.append(np.linalg.norm(g))
+            expected = expected + g * min(1, clip_norm * (1 - 1e-5) / norms[-1])
+    assert min(norms) < clip_norm < max(norms)  # some are clipped
+    assert np.linalg.norm(flat(total) - expected) < 1e-5 * np.linalg.norm(expected)

@@ -28,7 +28,7 @@ from dpp_jax.evaluation import classifiers
 from dpp_jax.privacy import ledger as ledger_lib, poisson
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.stages import central, generate, metrics, sizes as sizes_lib
-from dpp_jax.training import checkpoint, devices, loop, parts, state as state_lib, steps
+from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
 import benchmark_start
 import timing
 
@@ -147,23 +147,22 @@ def central_query(config) -> Work:
     return Work(contender, count, 'images')
 
 
-def _pretrain_batch(config) -> tuple[int, int]:
-    """Images per step, and how many of them pass through the network together."""
-    size = min(config.pretrain.batch_size, config.query.queries * config.data.classes)
-    return size, max(1, sizes_lib.choose(config).images // config.pretrain.draws)
+def _pretrain_batch(config) -> int:
+    """Images per step."""
+    return min(config.pretrain.batch_size, config.query.queries * config.data.classes)
 
 
 def pretraining(config, model, params) -> Work:
     """The step of the stage, on a batch that is ready."""
-    settings = config.pretrain
-    size, at_once = _pretrain_batch(config)
+    settings, size = config.pretrain, _pretrain_batch(config)
     optimizer = optax.adam(settings.learning_rate)
     step = steps.make_pretrain_step(
-        model.example_loss(draws=settings.draws, label_dropout=settings.label_dropout),
+        model.drawing(draws=settings.draws, label_dropout=settings.label_dropout),
+        model.errors,
         optimizer,
         augment=pipeline.make_augmentation(config),
         ema_decay=settings.ema_decay,
-        rows_at_once=at_once,
+        images_at_once=sizes_lib.choose(config).images,
     )
     state = devices.replicate(state_lib.create(params, optimizer))
     batch = devices.deal(steps.make_batch(*random_images(config, size), np.arange(size), size))
@@ -172,15 +171,12 @@ def pretraining(config, model, params) -> Work:
 
 
 def augmentation(config) -> Work:
-    """Of one batch, in the groups in which the step does it."""
-    size, at_once = _pretrain_batch(config)
-    groups = parts.count(size, at_once)
-    augment = jax.vmap(pipeline.make_augmentation(config))
+    """Of one batch, as the step does it."""
+    size = _pretrain_batch(config)
+    augment = jax.jit(jax.vmap(pipeline.make_augmentation(config)))
     pixels = random_images(config, size)[0].astype(np.float32)
     keys = jax.random.split(jax.random.key(0), size)
-    grouped = lambda rows: rows.reshape((groups, -1) + rows.shape[1:])
-    changed = jax.jit(lambda *rows: jax.lax.map(lambda group: augment(*group), rows))
-    contender = timing.compiled('augmentation alone', changed, grouped(keys), grouped(pixels))
+    contender = timing.compiled('augmentation alone', augment, keys, pixels)
     return Work(contender, size, 'images')
 
 
@@ -188,7 +184,7 @@ def generation(config, model, params) -> Work:
     """One group of images through a short sampler."""
     settings = config.generate.sampler.copy_and_resolve_references()
     settings.steps = _SAMPLER_STEPS
-    at_once = sizes_lib.choose(config).images
+    at_once = generate.images_at_once(config, settings)
     sampler = pipeline.make_sampler(settings, config.data.classes)
     contender = timing.compiled(
         f'generation ({settings.name})',
@@ -209,13 +205,14 @@ def _evaluations(settings) -> int:
 def forward_pass(config, model, params) -> Work:
     """The denoiser alone, again and again, on as many images at once as generation gives it."""
     settings = config.generate.sampler
-    rows = sizes_lib.choose(config).images * (2 if settings.guidance else 1)
+    at_once = generate.images_at_once(config, settings)
+    rows = at_once * (2 if settings.guidance else 1)
     denoise = jax.jit(lambda params, x, sigma, label: model.denoiser(params)(x, sigma, label))
     x = jax.random.normal(jax.random.key(1), (rows,) + model.image_shape)
     sigma, label = jnp.full(rows, 0.1), jnp.zeros(rows, jnp.int32)
     program = denoise.lower(params, x, sigma, label).compile()
     # As many evaluations as generation makes, so that both are timed over the same span.
-    evaluations = _evaluations(settings) * sizes_lib.choose(config).images // rows
+    evaluations = _evaluations(settings) * at_once // rows
 
     def call():
         image = x

@@ -18,11 +18,24 @@ class Contender:
     call: Callable[[], Any]
     compile_seconds: float | None = None
     memory_bytes: int | None = None
+    amount: float = 1.0  # of work that a call does
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Work per second."""
+        return self.amount / self.median
+
+    def times_as_fast_as(self, other: 'Contender') -> float:
+        """Median over the turns: what slows a machine down slows down both of a turn."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(
+            (self.amount / mine) / (other.amount / theirs) for mine, theirs in pairs
+        )
 
 
 def compiled(title: str, function: Callable, *arguments) -> Contender:

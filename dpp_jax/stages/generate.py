@@ -63,11 +63,12 @@ def run(
         workdir.release / 'model' / 'finetune', {'params': shapes, 'ema_params': shapes}
     )
     params = devices.replicate(saved['ema_params'])
-    at_once = sizes.choose(config).images
+    settings = {'images': config.generate.sampler, 'classifier_images': config.generate.classifier_sampler}
     for name, path in files(config, workdir).items():
         if _is_whole(path):
             continue
         key = workdir.keys(f'generate/{name}', config.seed).noise
+        at_once = images_at_once(config, settings[name])
         images = _sample_all(
             sample_function(model, samplers[name], at_once),
             params,
@@ -86,6 +87,12 @@ def run(
     if config.generate.png_tree:
         with np.load(files(config, workdir)['images']) as data:
             write_png_tree(workdir.release / 'synthetic' / 'png', data['images'], data['labels'])
+
+
+def images_at_once(config: ConfigDict, sampler: ConfigDict) -> int:
+    """How many images go through a sampler together; with guidance the network takes each twice."""
+    images = sizes.choose(config).images
+    return max(1, images // 2) if sampler.guidance else images
 
 
 def image_labels(index: np.ndarray, classes: int) -> np.ndarray:

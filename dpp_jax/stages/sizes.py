@@ -123,8 +123,9 @@ def fastest(calls: dict[int, Callable[[], int]], preferred: int) -> int:
             rates[images] = max(rates[images], done / (time.perf_counter() - start))
     for images, rate in sorted(rates.items()):
         print(f'  {images:5d} at once: {rate:,.1f} noised images/s', flush=True)
-    best = max(rates, key=rates.get)
-    return best if rates[best] > _WORTH * rates.get(preferred, 0.0) else preferred
+    best = max(rates, key=rates.get, default=preferred)
+    is_better = rates.get(best, 0.0) > _WORTH * rates.get(preferred, 0.0)
+    return best if is_better else preferred
 
 
 def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[[], int] | None:

@@ -1,10 +1,15 @@
 """What is at once on a device: settings are obeyed, and the rest fits together."""
 
+import time
+import types
+
 import jax
 import pytest
 
 from configs import digits_8, mnist_28
-from dpp_jax.stages import plan, sizes
+from dpp_jax import pipeline
+from dpp_jax.stages import plan, sizes, workdir
+from dpp_jax.training import devices
 
 
 @pytest.mark.parametrize('images', [None, 1, 5, 8, 64, 1000])
@@ -21,12 +26,93 @@ def test_draws_divide_and_no_more_than_the_images_set_go_together(images, microb
     assert found.images == (images or found.images)
 
 
+def test_a_trial_does_two_microbatches(tiny_config):
+    """The real one: it runs, and counts what it did."""
+    config = tiny_config(
+        finetune__microbatch=None, model__multipliers=(1,), model__attention_resolutions=()
+    )
+    trial = sizes._trial(config, pipeline.make_model(config), 4)
+    assert trial() == 2 * 2 * config.finetune.draws
+
+
 def test_small_images_go_in_greater_numbers(monkeypatch):
+    monkeypatch.setattr(devices, 'cores', lambda: 2)
     small, large = (sizes.choose(c.get_config('1')) for c in (digits_8, mnist_28))
     assert (large.microbatch, large.draws) == (1, 8)
     assert small.images > 10 * large.images
+    monkeypatch.setattr(devices, 'cores', lambda: 8)
+    assert sizes.choose(mnist_28.get_config('1')).images == 4 * large.images
+
+
+@pytest.mark.parametrize(('gigabytes', 'images'), [(None, 512), (80, 512), (12, 128)])
+def test_an_accelerator_holds_what_its_memory_allows(monkeypatch, gigabytes, images):
+    device = types.SimpleNamespace(
+        memory_stats=lambda: gigabytes and {'bytes_limit': gigabytes * 1e9}
+    )
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    assert sizes.choose(mnist_28.get_config('1')) == sizes.Sizes(512, 16, 32)
+    monkeypatch.setattr(devices, 'local', lambda: [device])
+    assert sizes.choose(mnist_28.get_config('1')) == sizes.Sizes(images, images // 32, 32)
+
+
+def test_the_fastest_is_taken_if_it_is_clearly_faster():
+    def call(images, seconds):
+        def work():
+            time.sleep(seconds)
+            return images
+
+        return work
+
+    assert sizes.fastest({4: call(4, 0.04), 8: call(8, 0.02), 16: call(16, 0.2)}, 4) == 8
+    assert sizes.fastest({4: call(4, 0.04), 8: call(8, 0.08)}, 4) == 4  # the same speed
+    assert sizes.fastest({2: call(2, 0.02)}, 4) == 2  # what was preferred does not fit
+    assert sizes.fastest({}, 4) == 4
+
+
+@pytest.fixture
+def trials(monkeypatch, tmp_path):
+    """Trials of any number at once, of which half the rule's is the fastest; and who was tried."""
+    tried = []
+
+    def trial(config, model, images):
+        tried.append(images)
+        if images == 2 * sizes.choose(config).images:
+            return None  # too much for the memory
+        return lambda: time.sleep(0.01 if images == sizes.choose(config).images // 2 else 0.05) or 1
+
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setattr(sizes, '_trial', trial)
+    return tried
+
+
+def settle(root, noised_images, **changes):
+    config = mnist_28.get_config('1')
+    config.update_from_flattened_dict(changes)
+    model = pipeline.make_model(config)
+    found = sizes.settle(config, model, workdir.WorkDir(root), noised_images)
+    assert config.to_dict() == (mnist_28.get_config('1') if not changes else found).to_dict()
+    return found.loop.images_at_once
+
+
+def test_a_long_training_is_worth_a_trial_that_is_not_repeated(trials, tmp_path):
+    rule = sizes.choose(mnist_28.get_config('1')).images
+    assert settle(tmp_path / 'one', 10**9) == rule // 2
+    assert sorted(trials) == [rule // 4, rule // 2, rule, 2 * rule]
+    assert settle(tmp_path / 'other', 10**9) == rule // 2
+    assert len(trials) == 4
+
+
+def test_a_short_training_and_what_the_user_sets_are_not_tried(trials, tmp_path):
+    assert settle(tmp_path / 'short', 1000) == sizes.choose(mnist_28.get_config('1')).images
+    assert settle(tmp_path / 'set', 10**9, **{'loop.images_at_once': 5}) == 5
+    assert not trials and not (tmp_path / 'set').exists()
+
+
+def test_a_folder_keeps_what_it_began_with_on_the_same_kind_of_device(trials, tmp_path, monkeypatch):
+    """Another number would change the rounding of a run that goes on."""
+    first = settle(tmp_path, 1000)
+    assert settle(tmp_path, 10**9) == first and not trials
+    monkeypatch.setattr(devices, 'kind', lambda: 'another')
+    assert settle(tmp_path, 10**9) == first // 2 and trials
 
 
 @pytest.mark.parametrize('name', ['finetune.microbatch', 'loop.images_at_once'])

@@ -373,7 +373,7 @@ def test_bad_data_is_refused_before_any_privacy_is_spent(
 ):
     config = tiny_config(**change)
     if config.data.image_size == 16:
-        config.model.attention_resolutions = (8,)
+        config.model.attention_resolutions = (16,)
     with pytest.raises(error, match=text):
         pipeline.run(config, tmp_path, 'all')
     ledger = tmp_path / 'release' / 'ledger.jsonl'

@@ -230,6 +230,7 @@ class Run:
             self.config,
             self.workdir,
             self.ledger,
+            self.plan.query_noise_multiplier,
             images.images,
             images.labels,
             before_release=self._write_statement,

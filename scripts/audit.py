@@ -197,8 +197,9 @@ def query_attack(
     config = digits_8.get_config('1')
     config.data.classes = 2
     config.query.update(kind='mean', pixel_center=0.0, clip_norm=None, class_counts='public')
-    config.query.update(settings or {}, sampling_probability=q, noise_multiplier=noise_multiplier)
-    mechanism = code.mechanism(**dataclasses.asdict(central.make_mechanism(config, 'audit')))
+    config.query.update(settings or {}, sampling_probability=q)
+    mechanism = central.make_mechanism(config, noise_multiplier, 'audit')
+    mechanism = code.mechanism(**dataclasses.asdict(mechanism))
     images = np.zeros((4, 8, 8, 1), np.uint8)
     images[1:3], images[3] = 128, 255
     labels = np.array([0, 1, 1, 0], np.int32)
@@ -385,7 +386,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number, attack in enumerate(attacks()):
         row = examine(attack, runs, 1000 * options.seed + number)
         rows.append(row)
-        claim, bound = f'{row["claimed_epsilon"]:.3f}', f'{row["lower_bound"]:.3f}'
+        claim = accounting.format_epsilon(row['claimed_epsilon'], 3)
+        bound = accounting.format_noise(row['lower_bound'], 3)  # rounded down
         ends = row['attack'], row['fault'] or '-', row['kind'], row['verdict'], row['seconds']
         print(line.format(*ends[:2], claim, f'{DELTA:g}', bound, *ends[2:]), flush=True)
     if options.json:

@@ -140,7 +140,7 @@ def central_query(config) -> Work:
     count = min(_QUERY_IMAGES, config.data.train_images)
     images, labels = random_images(config, count)
     small = np.ascontiguousarray(central.nearest(images, config.query.downsample))
-    mechanism = central.make_mechanism(config, 'benchmark')
+    mechanism = central.make_mechanism(config, central.noise_multiplier(config), 'benchmark')
     query = jax.jit(central._make_query(config, mechanism, float(count)))
     everyone = np.ones(count, bool)
     contender = timing.compiled('central query', query, small, labels, everyone, jax.random.key(0))

@@ -34,8 +34,16 @@ _LEAST_NOISE = 2.0**-7
 _MOST_NOISE = 2.0**14
 
 
-class _QueryExceedsBudget(ValueError):
-    """No noise on the rest of a run can keep it within its budget."""
+class BudgetTooSmall(ValueError):
+    """No noise multiplier keeps a run within its budget.
+
+    Attributes:
+        least: ε that is spent with the most noise that was tried.
+    """
+
+    def __init__(self, message: str, least: float):
+        super().__init__(message)
+        self.least = least
 
 
 def subsampled_gaussian(
@@ -100,8 +108,7 @@ def epsilon_and_order(event: DpEvent, delta: float) -> tuple[float, float]:
 
 def format_epsilon(value: float, digits: int = 4) -> str:
     """ε as text with `digits` decimals, rounded up: a stated ε is never below the one computed."""
-    step = decimal.Decimal(1).scaleb(-digits)
-    return str(decimal.Decimal(value).quantize(step, rounding=decimal.ROUND_CEILING))
+    return _rounded(value, digits, decimal.ROUND_CEILING)
 
 
 def format_exact(value: float) -> str:
@@ -111,8 +118,15 @@ def format_exact(value: float) -> str:
 
 def format_noise(value: float, digits: int = 4) -> str:
     """σ as text with `digits` decimals, rounded down: no more noise is stated than there was."""
+    return _rounded(value, digits, decimal.ROUND_FLOOR)
+
+
+def _rounded(value: float, digits: int, rounding: str) -> str:
+    if not math.isfinite(value):
+        return str(float(value))
     step = decimal.Decimal(1).scaleb(-digits)
-    return str(decimal.Decimal(value).quantize(step, rounding=decimal.ROUND_FLOOR))
+    holds_any_float = decimal.Context(prec=400)
+    return str(decimal.Decimal(value).quantize(step, rounding, holds_any_float))
 
 
 def calibrate(
@@ -134,8 +148,9 @@ def calibrate(
         computed for the σ returned and does not exceed `epsilon`.
 
     Raises:
-        ValueError: an argument is out of range, or no σ meets the budget because what does not
-            depend on σ (the query) exceeds it alone.
+        BudgetTooSmall: no σ meets the budget, because what does not depend on σ (the query) exceeds
+            it alone.
+        ValueError: an argument is out of range.
     """
     _require('epsilon', epsilon, _is_positive(epsilon), 'finite and > 0')
     _check(delta, accountant)
@@ -150,7 +165,7 @@ def calibrate(
         factor = 1.25
         try:
             start = calibrate(make_event, epsilon, delta, 'rdp')
-        except _QueryExceedsBudget:
+        except BudgetTooSmall:
             start = _MOST_NOISE
     lower, upper = _bracket(spent, epsilon, delta, start, factor)
     sigma = dp_accounting.calibrate_dp_mechanism(
@@ -174,17 +189,19 @@ def _bracket(
     upper = start
     while (figure := spent(upper)) > budget:
         if upper >= _MOST_NOISE:
-            raise _QueryExceedsBudget(
-                f'the query alone spends ε = {figure:.4g} at δ = {delta:g}, the budget dp.epsilon '
-                f'is {budget:g} (a noise multiplier of {upper:g} for everything else is not '
-                'enough); ask fewer queries, give them more noise, or raise the budget'
+            raise BudgetTooSmall(
+                f'the query alone spends ε = {format_epsilon(figure)} at δ = {format_exact(delta)}, '
+                f'the budget dp.epsilon is {format_exact(budget)} (a noise multiplier of {upper:g} '
+                'for everything else is not enough); ask fewer queries, give them more noise '
+                '(query.noise_multiplier, or a query.epsilon_share), or raise the budget',
+                figure,
             )
         upper = min(upper * factor, _MOST_NOISE)
     lower = upper / factor
     while spent(lower) <= budget:
         if lower <= _LEAST_NOISE:
             raise ValueError(
-                f'epsilon is {budget:g}; it must be small enough to ask for a noise multiplier '
+                f'epsilon is {format_exact(budget)}; it must be small enough to ask for a noise multiplier '
                 f'above {_LEAST_NOISE:g}'
             )
         lower, upper = lower / factor, lower

@@ -42,18 +42,19 @@ def run(
     config: ConfigDict,
     workdir: workdir_lib.WorkDir,
     ledger: ledger_lib.Ledger,
+    sigma: float,
     images: np.ndarray,
     labels: np.ndarray,
     before_release: Callable[[], None] = lambda: None,
 ) -> None:
     """Ask all queries and save images, labels and a picture in release/.
 
-    `before_release` is called when the ledger holds all queries and nothing of them is in release/.
+    `sigma` is the noise multiplier of the plan that the ledger is checked against. `before_release` is called when the ledger holds all queries and nothing of them is in release/.
     """
     query = config.query
     keys = workdir.secret_keys(ledger, 'central_query', config.seed)
     small = nearest(images, query.downsample)
-    mechanism = make_mechanism(config, keys.identifier)
+    mechanism = make_mechanism(config, sigma, keys.identifier)
     sampler = poisson.PoissonSampler(len(images), query.sampling_probability, keys.sampling)
     release = mechanism.recorded(jax.jit(_make_query(config, mechanism, sampler.expected_size)))
     results = []
@@ -76,14 +77,20 @@ def run(
     )
 
 
-def make_mechanism(config: ConfigDict, randomness: str) -> GaussianMechanism:
-    """The mechanism of one query, with the sensitivity that the module's docstring derives."""
+def make_mechanism(config: ConfigDict, sigma: float, randomness: str) -> GaussianMechanism:
+    """The mechanism of one query, with the sensitivity that the module's docstring derives.
+
+    Args:
+        config: the settings of the query.
+        sigma: noise multiplier; a plan's, or of `noise_multiplier`.
+        randomness: public identifier of the keys.
+    """
     bound = _image_bound(config)
     if config.query.kind == 'mean' and config.query.class_counts == 'noisy':
         bound = float(np.hypot(bound, COUNT_WEIGHT * bound))
     return GaussianMechanism(
         name='central_query',
-        noise_multiplier=noise_multiplier(config),
+        noise_multiplier=sigma,
         sampling_probability=config.query.sampling_probability,
         sensitivity=bound,
         randomness=randomness,
@@ -91,18 +98,32 @@ def make_mechanism(config: ConfigDict, randomness: str) -> GaussianMechanism:
 
 
 def noise_multiplier(config: ConfigDict) -> float:
-    """σ of one query: as set, or such that all queries alone spend their share of ε."""
+    """σ of one query: as set, or such that all queries alone spend their share of ε.
+
+    Raises:
+        ValueError: no noise keeps them within their share.
+    """
     dp, query = config.dp, config.query
     if query.epsilon_share is None:
         return query.noise_multiplier
-    return accounting.calibrate(
-        lambda sigma: accounting.subsampled_gaussian(
-            sigma, query.sampling_probability, query.queries
-        ),
-        query.epsilon_share * dp.epsilon,
-        dp.delta,
-        dp.accountant,
-    )
+    budget = query.epsilon_share * dp.epsilon
+    try:
+        return accounting.calibrate(
+            lambda sigma: accounting.subsampled_gaussian(
+                sigma, query.sampling_probability, query.queries
+            ),
+            budget,
+            dp.delta,
+            dp.accountant,
+        )
+    except accounting.BudgetTooSmall as error:
+        least = accounting.format_epsilon(error.least)
+        raise ValueError(
+            f'config.query.epsilon_share is {query.epsilon_share:g}, which leaves the queries '
+            f'{query.epsilon_share:g} x dp.epsilon = {budget:.6g}; with any noise the accountant '
+            f"'{dp.accountant}' states at least {least} for them: it must be at least "
+            f'{error.least / dp.epsilon:.4g} at this dp.epsilon'
+        ) from error
 
 
 def _image_bound(config: ConfigDict) -> float:

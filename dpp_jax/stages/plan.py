@@ -41,7 +41,8 @@ class Plan:
     memory_bytes_per_device: int
 
 
-# What of a plan the guarantee rests on, other than the noise of fine-tuning.
+# What of a plan the guarantee rests on, other than noise that was calibrated: that is taken from the
+# plan, because another version may calibrate it differently in the last digits.
 _BINDING = (
     'private_images delta accountant epsilon_budget query_noise_multiplier '
     'query_sampling_probability query_count sampling_probability steps expected_batch_size'
@@ -49,7 +50,10 @@ _BINDING = (
 
 
 def make(
-    config: ConfigDict, model: model_lib.Model, noise_multiplier: float | None = None
+    config: ConfigDict,
+    model: model_lib.Model,
+    noise_multiplier: float | None = None,
+    query_noise_multiplier: float | None = None,
 ) -> Plan:
     """Calibrate the fine-tuning noise so that query and fine-tuning together stay within (ε, δ).
 
@@ -59,6 +63,7 @@ def make(
         config: the settings; `query.epsilon_share`, if set, decides the query's noise.
         model: whose parameters are counted.
         noise_multiplier: of fine-tuning, where it is known already.
+        query_noise_multiplier: of a query whose noise `query.epsilon_share` decides, likewise.
 
     Raises:
         ValueError: a setting is out of range, or the query alone exceeds the budget.
@@ -69,7 +74,7 @@ def make(
     batches = math.ceil(images / finetune.batch_size)
     steps = max(1, round(finetune.epochs * batches))
     asked = query.queries if config.pretrain.enabled else 0
-    query_sigma = central.noise_multiplier(config) if asked else None
+    query_sigma = _query_sigma(config, query_noise_multiplier) if asked else None
 
     def everything(sigma):
         return accounting.compose(
@@ -84,9 +89,9 @@ def make(
         if asked
         else []
     )
-    sigma = noise_multiplier or accounting.calibrate(
-        everything, dp.epsilon, dp.delta, dp.accountant
-    )
+    sigma = noise_multiplier
+    if sigma is None:
+        sigma = accounting.calibrate(everything, dp.epsilon, dp.delta, dp.accountant)
     shapes = model.shapes()
     central_count = asked * config.data.classes
     pretrain_batch = min(config.pretrain.batch_size, max(central_count, 1))
@@ -117,6 +122,8 @@ def make(
 def load(config: ConfigDict, model: model_lib.Model, workdir: workdir_lib.WorkDir) -> Plan:
     """The plan that this work directory follows, or the one that it would be given.
 
+    Of the folder's plan the noise is taken; every figure that follows from it is computed again.
+
     Raises:
         ValueError: the folder's plan is not one that this config can have: it takes other steps or
             batches, asks other queries, or does not stay within the budget.
@@ -126,7 +133,7 @@ def load(config: ConfigDict, model: model_lib.Model, workdir: workdir_lib.WorkDi
         return make(config, model)
     try:
         plan = Plan(**json.loads(path.read_text()))
-        again = make(config, model, plan.noise_multiplier)
+        again = make(config, model, plan.noise_multiplier, plan.query_noise_multiplier)
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f'{path} is not a plan ({error}); restore it') from error
     for name in _BINDING:
@@ -135,13 +142,20 @@ def load(config: ConfigDict, model: model_lib.Model, workdir: workdir_lib.WorkDi
                 f'{path} has {name} = {getattr(plan, name)}; this config gives '
                 f'{getattr(again, name)}. The plan was changed: restore it, or use another --workdir'
             )
-    if again.epsilon_total > plan.epsilon_budget:
-        raise ValueError(
-            f'{path} has noise_multiplier = {plan.noise_multiplier}, which spends ε = '
-            f'{again.epsilon_total:.6g}; it must be within the budget {plan.epsilon_budget:g}. '
-            'The plan was changed: restore it, or use another --workdir'
-        )
-    return plan
+    budget, share = config.dp.epsilon, config.query.epsilon_share
+    for_query = math.inf if share is None else share * budget
+    for name, spent, limit, allowed in (
+        ('query_noise_multiplier', again.epsilon_query, "the query's share", for_query),
+        ('noise_multiplier', again.epsilon_total, 'the budget', budget),
+    ):
+        if spent > allowed:
+            raise ValueError(
+                f'{path} has {name} = {getattr(plan, name)}, which spends ε = '
+                f'{accounting.format_epsilon(spent, 6)}; it must be within {limit}, '
+                f'{accounting.format_exact(allowed)}. The plan was changed: restore it, or use '
+                'another --workdir'
+            )
+    return again
 
 
 def save(plan: Plan, workdir: workdir_lib.WorkDir) -> None:
@@ -155,10 +169,11 @@ def entries(plan: Plan, config: ConfigDict) -> list[Entry]:
     """What the ledger will hold when everything ran."""
     randomness = 'planned' if config.seed is None else workdir_lib.seeded(config.seed)
     steps = finetune_mechanism(plan, config, randomness)
-    queries = central.make_mechanism(config, randomness)
-    return [queries.entry(n) for n in range(plan.query_count)] + [
-        steps.entry(n) for n in range(plan.steps)
-    ]
+    found = [steps.entry(n) for n in range(plan.steps)]
+    if plan.query_count:
+        query = central.make_mechanism(config, plan.query_noise_multiplier, randomness)
+        found = [query.entry(n) for n in range(plan.query_count)] + found
+    return found
 
 
 def finetune_mechanism(plan: Plan, config: ConfigDict, randomness: str) -> GaussianMechanism:
@@ -234,6 +249,13 @@ def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) ->
         todo = [name for name, is_done in done.items() if not is_done]
         lines += ['', 'would run      ' + (', '.join(todo) if todo else 'nothing: everything is done')]
     return '\n'.join(lines)
+
+
+def _query_sigma(config: ConfigDict, known: float | None) -> float:
+    """σ of the query: the setting, which nobody calibrates; or the known one; or calibrated."""
+    if config.query.epsilon_share is None or known is None:
+        return central.noise_multiplier(config)
+    return known
 
 
 def _memory(config: ConfigDict, model: model_lib.Model, shapes) -> int:
@@ -365,4 +387,4 @@ def check(config: ConfigDict) -> None:
     require('evaluate.learning_rate', positive, 'a finite number > 0')
     require('evaluate.ema_decay', share, 'in [0, 1)')
     require('evaluate.held_out', lambda s: 0 < s < 1, 'in (0, 1)')
-    central.make_mechanism(config, 'check')  # its own checks
+    central.make_mechanism(config, config.query.noise_multiplier, 'check')  # its own checks

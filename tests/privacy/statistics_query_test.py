@@ -53,18 +53,18 @@ def ask(tmp_path_factory, monkeypatch):
     def run(config, images, labels, answer=None):
         folder = workdir_lib.WorkDir(tmp_path_factory.mktemp('run'))
         ledger = Ledger(folder.release / 'ledger.jsonl')
-        totals = []
+        sigma, totals = config.query.noise_multiplier, []
 
         def privatise(self, total, key):
             totals.append(np.float64(jax.flatten_util.ravel_pytree(total)[0]))
             return answer(total)
 
         if answer is None:
-            central.run(config, folder, ledger, images, labels)
+            central.run(config, folder, ledger, sigma, images, labels)
         else:
             monkeypatch.setattr(GaussianMechanism, 'privatise', privatise)
             with jax.disable_jit():  # totals are numbers then
-                central.run(config, folder, ledger, images, labels)
+                central.run(config, folder, ledger, sigma, images, labels)
         with np.load(folder.release / 'central_images.npz') as data:
             return data['images'], totals, ledger.entries
 
@@ -134,13 +134,14 @@ def test_a_class_sum_is_divided_by_the_public_class_size(ask):
 )
 def test_queries_of_the_paper(module, sensitivity, noise_multiplier, probability):
     config = module.get_config()
-    entry = central.make_mechanism(config, 'r').entry(0)
+    sigma = config.query.noise_multiplier
+    entry = central.make_mechanism(config, sigma, 'r').entry(0)
     assert entry.sensitivity == pytest.approx(sensitivity, rel=1e-12)
     assert (entry.noise_multiplier, entry.sampling_probability) == (noise_multiplier, probability)
     config.query.pixel_center = 0.5
-    assert central.make_mechanism(config, 'r').sensitivity == pytest.approx(sensitivity / 2)
+    assert central.make_mechanism(config, sigma, 'r').sensitivity == pytest.approx(sensitivity / 2)
     config.query.kind = 'mode'  # knows no centre
-    assert central.make_mechanism(config, 'r').sensitivity == pytest.approx(sensitivity)
+    assert central.make_mechanism(config, sigma, 'r').sensitivity == pytest.approx(sensitivity)
 
 
 def small_images(value, n):
@@ -149,7 +150,7 @@ def small_images(value, n):
 
 def test_mean_query_of_mnist_has_the_noise_of_the_paper(statistics):
     """σ Δ / n_c = 5 · 14 / 600, also for an empty sample."""
-    mechanism = central.make_mechanism(mnist_28.get_config(), 'r')
+    mechanism = central.make_mechanism(mnist_28.get_config(), 5.0, 'r')
     query = functools.partial(
         central.mean_query, mechanism=mechanism, classes=10, center=0.0, class_size=600.0
     )
@@ -165,7 +166,7 @@ def test_mode_query_has_noise_of_sigma_times_sensitivity_in_every_bin(statistics
     config = mnist_28.get_config()
     config.query.update(kind='mode', noise_multiplier=1.0)
     query = functools.partial(
-        central.mode_query, mechanism=central.make_mechanism(config, 'r'), classes=3, bins=2
+        central.mode_query, mechanism=central.make_mechanism(config, 1.0, 'r'), classes=3, bins=2
     )
     images = np.concatenate([small_images(255, 20), small_images(0, 20), small_images(255, 5)])
     labels = np.repeat([1, 2, 0], [20, 20, 5]).astype(np.int32)

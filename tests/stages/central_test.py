@@ -117,10 +117,19 @@ def test_clipping_scales_long_images_to_the_norm_and_leaves_short_ones():
 @pytest.mark.parametrize('accountant', ['rdp', 'pld'])
 def test_a_share_of_epsilon_decides_the_noise_of_the_query(tiny_config, accountant):
     config = tiny_config(query__epsilon_share=0.07, dp__accountant=accountant)
-    spec = central.make_mechanism(config, 'test')
     event = accounting.subsampled_gaussian(
-        spec.noise_multiplier, spec.sampling_probability, config.query.queries
+        central.noise_multiplier(config), config.query.sampling_probability, config.query.queries
     )
     spent = accounting.epsilon(event, config.dp.delta, accountant)
     assert 0.999 * 0.7 < spent <= 0.7
-    assert central.make_mechanism(config, 'test') == spec
+
+
+def test_a_share_that_no_noise_can_meet_is_named_with_the_least_that_can_be(tiny_config):
+    config = tiny_config(query__epsilon_share=0.01, dp__epsilon=0.1, dp__delta=1e-5)
+    with pytest.raises(ValueError) as refused:
+        central.noise_multiplier(config)
+    text = str(refused.value)
+    assert 'config.query.epsilon_share is 0.01, which leaves the queries' in text
+    assert '= 0.001;' in text  # share x budget
+    config.query.epsilon_share = 1.001 * float(text.split('at least ')[-1].split(' ')[0])
+    central.noise_multiplier(config)

@@ -1,5 +1,6 @@
 """The plan: the paper's figures, and clear refusals before anything is spent."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from configs import celeba_32, camelyon_32, digits_8, fmnist_28, mnist_14, mnist_28
 from dpp_jax import pipeline
-from dpp_jax.stages import plan
+from dpp_jax.privacy import accounting
+from dpp_jax.stages import plan, workdir as workdir_lib
 
 CONFIGS = {
     'mnist_28': mnist_28,
@@ -19,6 +21,20 @@ CONFIGS = {
 REFERENCE = json.loads(
     (Path(__file__).parents[1] / 'privacy' / 'accounting_rdp_opacus.json').read_text()
 )
+
+
+class NoModel:
+    """Takes no time to be looked at."""
+
+    def shapes(self):
+        return {}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A model of no size: where only noise is of interest."""
+    monkeypatch.setattr(plan, '_memory', lambda *_: 0)
+    return NoModel()
 
 
 @pytest.mark.parametrize('row', [row for row in REFERENCE if row['name'] in CONFIGS], ids=str)
@@ -44,16 +60,28 @@ def test_mnist_has_the_size_of_the_paper():
         assert part in text
 
 
-@pytest.mark.parametrize('module', [digits_8, mnist_14])
-@pytest.mark.parametrize('epsilon', ['0.5', '3', '10'])
-def test_our_configs_are_valid_for_any_epsilon(module, epsilon):
+@pytest.mark.parametrize(
+    'module, epsilon, share',
+    [
+        (digits_8, '1.3', None),
+        (digits_8, '10', None),
+        (digits_8, '0.3', 0.1),
+        (mnist_14, '0.2', None),
+        (mnist_14, '10', None),
+        (mnist_14, '0.1', 0.2),
+    ],
+)
+def test_our_configs_use_the_whole_of_these_budgets(module, epsilon, share, small):
     config = module.get_config(epsilon)
-    try:
-        result = plan.make(config, pipeline.make_model(config))
-    except ValueError as error:
-        assert 'query' in str(error)  # too small a budget for the query is a clear refusal
-        return
-    assert result.epsilon_total <= float(epsilon)
+    config.query.epsilon_share = share
+    result = plan.make(config, small)
+    assert 0.999 * float(epsilon) < result.epsilon_total <= float(epsilon)
+
+
+@pytest.mark.parametrize('module, epsilon', [(digits_8, '1.27'), (mnist_14, '0.18')])
+def test_our_configs_refuse_a_budget_that_their_query_exceeds_alone(module, epsilon, small):
+    with pytest.raises(ValueError, match='query alone spends.*query.epsilon_share'):
+        plan.make(module.get_config(epsilon), small)
 
 
 def test_without_pretraining_the_whole_budget_goes_to_finetuning(tiny_config, tiny_model):
@@ -110,3 +138,54 @@ def test_plan_allocates_nothing_on_the_device(tiny_config, tiny_model):
     before = len(jax.live_arrays())
     plan.make(tiny_config(), tiny_model)
     assert len(jax.live_arrays()) <= before + 1
+
+
+@pytest.fixture
+def saved(tiny_config, small, tmp_path):
+    """(changes of plan.json, settings) → the plan as made, and as loaded from its edited file."""
+
+    def load(changes, **settings):
+        config, workdir = tiny_config(**settings), workdir_lib.WorkDir(tmp_path)
+        made = plan.make(config, small)
+        changes = {name: change(getattr(made, name)) for name, change in changes.items()}
+        plan.save(dataclasses.replace(made, **changes), workdir)
+        return made, plan.load(config, small, workdir)
+
+    return load
+
+
+@pytest.mark.parametrize('name', ['noise_multiplier', 'query_noise_multiplier'])
+def test_noise_that_another_version_calibrated_is_kept(saved, name):
+    """Its last digits differ; the ledger of the run names them."""
+    made, loaded = saved({name: lambda sigma: sigma * (1 + 1e-12)}, query__epsilon_share=0.2)
+    assert getattr(loaded, name) == getattr(made, name) * (1 + 1e-12) != getattr(made, name)
+
+
+@pytest.mark.parametrize(
+    'changes, settings, text',
+    [
+        ({'query_noise_multiplier': 0.99}, {'query__epsilon_share': 0.2}, "within the query's share, 2"),
+        ({'query_noise_multiplier': 1.01}, {}, 'query_noise_multiplier = 4.04; this config gives 4.0'),
+        ({'noise_multiplier': 0.99}, {'query__epsilon_share': 0.2}, 'within the budget, 10'),
+    ],
+)
+def test_noise_that_the_config_does_not_allow_is_refused(saved, changes, settings, text):
+    changes = {name: lambda sigma, factor=factor: sigma * factor for name, factor in changes.items()}
+    with pytest.raises(ValueError, match=text):
+        saved(changes, **settings)
+
+
+def test_figures_that_follow_from_the_noise_are_not_believed(saved):
+    made, loaded = saved({'epsilon_total': lambda _: 1.0, 'memory_bytes_per_device': lambda _: 1})
+    assert loaded == made
+
+
+def test_a_share_of_the_query_is_calibrated_once(tiny_config, small, monkeypatch):
+    """By the plan: whoever calibrates again may get another last digit, on another machine."""
+    config = tiny_config(query__epsilon_share=0.2)
+    made = plan.make(config, small)
+    monkeypatch.setattr(accounting, 'calibrate', None)
+    plan.check(config)
+    assert {e.noise_multiplier for e in plan.entries(made, config)} == {
+        made.query_noise_multiplier, made.noise_multiplier
+    }

@@ -1,0 +1,37 @@
+"""The picture of the budget: every point of its curve is a plan within the budget, and there is always a picture."""
+
+import io
+
+from PIL import Image
+import pytest
+
+from configs import mnist_28
+from dpp_jax.privacy import accounting
+from dpp_jax.stages import budget_curve, plan
+
+
+class NoModel:
+    """Takes no time to be looked at."""
+
+    def shapes(self):
+        return {}
+
+
+# The smallest budgets leave the query less than any noise gives: not every share can be met.
+@pytest.mark.parametrize('epsilon, share', [('1', None), ('0.1', 0.2), ('0.1', 0.9)])
+def test_every_point_spends_the_budget(epsilon, share, monkeypatch):
+    monkeypatch.setattr(plan, '_memory', lambda *_: 0)
+    config = mnist_28.get_config(epsilon)
+    config.query.epsilon_share = share
+    made = plan.make(config, NoModel())
+    points = budget_curve.points(config, made)
+    assert len(points) > 2
+    for share, query_sigma, sigma in points:
+        asked = accounting.subsampled_gaussian(query_sigma, 0.1, 5)
+        steps = accounting.subsampled_gaussian(sigma, made.sampling_probability, made.steps)
+        total = accounting.epsilon(accounting.compose([asked, steps]), 1e-5)
+        assert total == pytest.approx(float(epsilon), rel=2e-3)
+        assert accounting.epsilon(asked, 1e-5) / total == pytest.approx(share, rel=2e-3)
+    assert [p[2] for p in points] == sorted(p[2] for p in points)  # what the query takes, fine-tuning lacks
+    with Image.open(io.BytesIO(budget_curve.draw(config, made))) as picture:
+        assert picture.size[0] > 500

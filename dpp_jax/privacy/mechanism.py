@@ -7,8 +7,8 @@ multiplier σ. Whatever is done with the noisy sum afterwards (division by a pub
 averaging of weights) is post-processing.
 
 Two assumptions stand behind this. Arithmetic is float32: normal draws have its granularity and end
-(see `normal`), and the rounding of a sum of thousands may change it by up to
-1e-3 of Δ more between neighbours. And an example's own random draws (noise levels of its loss) do
+(see `normal`), and sums are rounded, which adds to their change between
+neighbours (docs/privacy.md, "Floating point"). And an example's own random draws (noise levels of its loss) do
 not depend on who else is in the batch: they must come from secret keys and the example's own number.
 """
 

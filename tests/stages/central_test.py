@@ -98,6 +98,30 @@ def test_noisy_counts_give_the_means_of_unequal_classes():
     assert np.abs(run(*arguments) - means).max() > 0.1
 
 
+@pytest.mark.parametrize('clip_norm', [None, 0.35 * 20**0.5])
+def test_a_large_class_is_summed_exactly_and_rounded_once(clip_norm):
+    """In any order the same bits; so one image more changes the sum by no more than itself and a rounding."""
+    n, center = 20_001, 0.3
+    images = np.random.default_rng(0).integers(0, 256, (n, 4, 5, 1)).astype(np.uint8)
+    images[0] = 255
+    ask = jax.jit(
+        functools.partial(
+            central.mean_query, mechanism=mechanism(1.0, 1e-12), classes=1, center=center,
+            class_size=1.0, clip_norm=clip_norm,
+        )
+    )
+
+    def total(rows, size):
+        mask = np.arange(n) < size
+        return np.float64(ask(images[rows], np.zeros(n, np.int32), mask, jax.random.key(0)))
+
+    everybody = total(np.arange(n), n)
+    np.testing.assert_array_equal(total(np.random.default_rng(1).permutation(n), n), everybody)
+    bound = 0.7 * 20**0.5 if clip_norm is None else clip_norm
+    change = np.linalg.norm(everybody - total(np.r_[1:n, 0], n - 1))
+    assert bound * (1 - 2e-3) < change < bound * (1 + n * 2**-23)
+
+
 def test_clipping_scales_long_images_to_the_norm_and_leaves_short_ones():
     images, labels = sample(2)
     images[1] = 128

@@ -121,7 +121,9 @@ def make_dp_step(
     key); the result is divided by the expected batch size, a public constant.
 
     `microbatches` (int32) is how many microbatches per device hold real rows. `key` is secret.
-    The metrics are sums and means over private examples WITHOUT noise: for private/ only.
+    The metrics are sums and means over private examples WITHOUT noise: for private/ only. The loss is NaN,
+    which stops the training, if no example's is finite in a batch of more than half of the expected size
+    (and more than one); in a smaller one, as in an empty one, it is 0 and `non_finite` tells.
     """
 
     def step(state: TrainState, batch: dict, microbatches: jax.Array, key: jax.Array):
@@ -148,7 +150,10 @@ def make_dp_step(
         gradient = jax.tree.map(lambda leaf: leaf / expected_batch_size, noisy)
         finite = sums['examples'] - sums['non_finite']
         rows = jnp.maximum(finite, 1)
-        lost = (finite == 0) & (sums['examples'] > 0)
+        # One example that is not finite counts as zero, also where it is alone in a small sample. None
+        # finite in a batch of usual size is no matter of examples any more.
+        usual = jnp.maximum(1, expected_batch_size / 2)
+        lost = (finite == 0) & (sums['examples'] > usual)
         metrics = {
             'loss': jnp.where(lost, jnp.nan, sums['loss'] / rows),
             'gradient_norm': sums['norm'] / rows,

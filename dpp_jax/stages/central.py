@@ -123,7 +123,7 @@ def noise_multiplier(config: ConfigDict) -> float:
             f'config.query.epsilon_share is {query.epsilon_share:g}, which leaves the queries '
             f'{query.epsilon_share:g} x dp.epsilon = {budget:.6g}; with any noise the accountant '
             f"'{dp.accountant}' states at least {least} for them: it must be at least "
-            f'{error.least / dp.epsilon:.4g} at this dp.epsilon'
+            f'{accounting.format_epsilon(error.least / dp.epsilon)} at this dp.epsilon'
         ) from error
 
 

@@ -3,11 +3,16 @@
     python scripts/chaos.py --kills=50 --workdir=runs/chaos
 
 Every process works on the digits with a small network, compiled as users' programs are (XLA's default
-level), and without a seed: the run left alone draws its keys, and the others are given a copy before
-they start. A run that lost its keys would draw others, and end with other results. Each process is
-killed by SIGKILL at a random moment of a random stage, and started again, until the run is complete; then
-the next run begins, until there were enough kills. Weights, images, ledger, scores and keys of every run
-must be those of the run that was left alone, bit for bit.
+level), and without a seed. Each process is killed by SIGKILL, and started again, until the run is
+complete; then the next run begins, until there were enough kills. There are two kinds, in turns:
+
+  - with keys: the run left alone draws its keys, and this one is given a copy before it starts. It is killed
+    at random moments of all stages. If it lost its keys, it would draw others.
+  - without: it draws its own, and is killed as soon as each of them is there. A key, once drawn, must
+    never change or disappear. Afterwards a run that is given these keys is left alone.
+
+Weights, images, ledger, scores and keys of every run must be those of the run that was left alone with the
+same keys, bit for bit, and the ledger must name one randomness per mechanism.
 """
 
 import argparse
@@ -48,12 +53,17 @@ SETTINGS = {
     'evaluate.classifiers': '("logistic", "mlp")',
     'loop.checkpoint_every_seconds': 0.2,
 }
+_PARTS = 7  # that draw keys: query, pre-training, fine-tuning, images, features, two classifiers
+
+
+NEW_KEY = 'new key'  # an event like the begin of a stage
 
 
 class Process:
     """The program on one work directory, and the stage that it is in."""
 
     def __init__(self, workdir: Path, settings: dict, environment: dict[str, str]):
+        self._workdir, self._keys_before = workdir, keys_of(workdir)
         command = [sys.executable, '-u', '-m', 'dpp_jax.main', '--config=configs/digits_8.py:10']
         command += [f'--workdir={workdir}', '--stage=all']
         command += [f'--config.{name}={value}' for name, value in settings.items()]
@@ -83,6 +93,12 @@ class Process:
         names = [name.strip() for name in todo[0].removeprefix('would run').split(',')]
         return next((name for name in names if name not in done), None)
 
+    def met(self, event: str) -> bool:
+        """Whether the stage `event` began or is over, or, for NEW_KEY, this process drew a key."""
+        if event == NEW_KEY:
+            return keys_of(self._workdir).keys() > self._keys_before.keys()
+        return self.stage() in STAGES[STAGES.index(event) :]
+
     def running(self) -> bool:
         return self._process.poll() is None
 
@@ -109,13 +125,45 @@ def give_keys(source: Path, workdir: Path) -> None:
     shutil.copy(source / 'private' / 'keys.json', workdir / 'private')
 
 
-def kill_in_stage(process: Process, stage: str, seconds: float) -> str | None:
-    """Kill `process` `seconds` after it began `stage`, or a later stage that it is in by then.
+def keys_of(workdir: Path) -> dict[str, dict]:
+    """Part → its keys, as far as they are drawn."""
+    path = workdir / 'private' / 'keys.json'
+    parts = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        part: {name: keys[name] for name in ('identifier', 'sampling', 'noise')}
+        for part, keys in parts.items() if part != '_note'
+    }
+
+
+def randomness_of(workdir: Path) -> dict[str, set[str]]:
+    """Mechanism → the names of the keys that the ledger's releases were made with."""
+    found: dict[str, set[str]] = {}
+    for line in (workdir / 'release' / 'ledger.jsonl').read_text().splitlines():
+        entry = json.loads(line)
+        found.setdefault(entry['mechanism'], set()).add(entry['randomness'])
+    return found
+
+
+def wrong_keys(workdir: Path, seen: list[dict[str, dict]]) -> list[str]:
+    """What is wrong with the keys of a run, of which those in `seen` were there after its kills."""
+    last = keys_of(workdir)
+    wrong = [
+        f'keys of {part} changed or were lost'
+        for keys in seen for part in keys if last.get(part) != keys[part]
+    ]
+    for mechanism, names in randomness_of(workdir).items():
+        if names != {last.get(mechanism, {}).get('identifier')}:
+            wrong.append(f'the ledger names {sorted(names)} for {mechanism}')
+    return sorted(set(wrong))
+
+
+def kill_after(process: Process, event: str, seconds: float) -> str | None:
+    """Kill `process` `seconds` after `event`, see `Process.met`.
 
     Returns:
         the stage in which it died, 'start' before the first, or None if it ended by itself.
     """
-    while process.running() and process.stage() not in STAGES[STAGES.index(stage) :]:
+    while process.running() and not process.met(event):
         time.sleep(0.005)
     time.sleep(seconds)
     if not process.running():
@@ -165,8 +213,9 @@ def survive(
     choose: Callable[[], tuple[str, float] | None],
     settings: dict,
     environment: dict[str, str],
+    after_kill: Callable[[], None] = lambda: None,
 ) -> Counter:
-    """Run to the end through the kills that `choose` asks for: (stage, seconds), None for no more."""
+    """Run to the end through the kills that `choose` asks for: (event, seconds), None for no more."""
     deaths: Counter = Counter()
     while True:
         kill = choose()
@@ -174,12 +223,39 @@ def survive(
             run_to_the_end(workdir, settings, environment)
             return deaths
         process = Process(workdir, settings, environment)
-        died_in = kill_in_stage(process, *kill)
+        died_in = kill_after(process, *kill)
         if died_in is None:
             if code := process.end():
                 raise RuntimeError(f'the program ended with {code}:\n{process.output()}')
             return deaths
         deaths[died_in] += 1
+        after_kill()
+
+
+def killed_with_keys(
+    root: Path, reference: Path, chance: random.Random, environment: dict[str, str]
+) -> tuple[Counter, list[str]]:
+    """A run with the keys of `reference`: its deaths, and what is not as in the reference."""
+    kills = iter(_moments(chance))
+    give_keys(reference, root)
+    deaths = survive(root, lambda: next(kills, None), SETTINGS, environment)
+    wrong = wrong_keys(root, [keys_of(reference)])
+    return deaths, wrong + differences(final_state(root), final_state(reference))
+
+
+def killed_without_keys(
+    root: Path, chance: random.Random, environment: dict[str, str]
+) -> tuple[Counter, list[str]]:
+    """A run that draws its keys: its deaths, and what is wrong with it or not as in a run left alone."""
+    again, seen = root.with_name(root.name + '_left_alone'), []
+    # A process gets beyond what killed the last one: its key is there.
+    kills = iter([(NEW_KEY, chance.uniform(0, 0.05)) for _ in range(_PARTS)])
+    deaths = survive(
+        root, lambda: next(kills, None), SETTINGS, environment, lambda: seen.append(keys_of(root))
+    )
+    give_keys(root, again)
+    run_to_the_end(again, SETTINGS, environment)
+    return deaths, wrong_keys(root, seen) + differences(final_state(root), final_state(again))
 
 
 def main() -> None:
@@ -196,24 +272,27 @@ def main() -> None:
     reference = arguments.workdir.absolute() / 'left_alone'
     start = time.monotonic()
     run_to_the_end(reference, SETTINGS, environment)
-    expected = final_state(reference)
     print(f'A run left alone took {time.monotonic() - start:.0f} s.', flush=True)
     deaths: Counter = Counter()
     wrong: list[str] = []
     runs = 0
-    while deaths.total() < arguments.kills:
+    while deaths.total() < arguments.kills or runs < 2:  # both kinds
         runs += 1
-        kills = iter(_moments(chance))
         workdir = arguments.workdir.absolute() / f'killed_{runs}'
-        give_keys(reference, workdir)
-        deaths += survive(workdir, lambda: next(kills, None), SETTINGS, environment)
-        found = differences(final_state(workdir), expected)
+        if runs % 2:
+            died, found = killed_without_keys(workdir, chance, environment)
+        else:
+            died, found = killed_with_keys(workdir, reference, chance, environment)
+        deaths += died
         wrong += [f'run {runs}: {name}' for name in found]
         print(
             f'run {runs}: {deaths.total()} kills so far, {len(found)} differences, '
             f'{time.monotonic() - start:.0f} s', flush=True,
         )
-    result = {'kills': deaths.total(), 'runs': runs, 'by_stage': dict(deaths), 'wrong': wrong}
+    result = {
+        'kills': deaths.total(), 'runs': runs, 'without_keys': (runs + 1) // 2,
+        'by_stage': dict(deaths), 'wrong': wrong,
+    }
     print(json.dumps(result, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + '\n')

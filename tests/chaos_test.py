@@ -85,3 +85,22 @@ def test_the_comparison_sees_that_keys_were_drawn_again(chaos, settings, left_al
     chaos.run_to_the_end(root, settings, ENVIRONMENT)
     found = chaos.differences(chaos.final_state(root), chaos.final_state(left_alone))
     assert {'images.npz/images', 'keys.json'} <= set(found)
+
+
+def test_keys_that_changed_or_were_lost_are_seen(chaos, left_alone, tmp_path):
+    """Of a run that drew its own, which no other run can be compared with."""
+    keys = chaos.keys_of(left_alone)
+    assert set(keys) >= {'dp_sgd', 'generate/images', 'evaluate/logistic'}
+    fewer = {'dp_sgd': keys['dp_sgd']}
+    assert chaos.wrong_keys(left_alone, [{}, fewer, keys]) == []
+    changed = fewer | {'generate/images': keys['dp_sgd'], 'pretrain': keys['dp_sgd']}
+    lost = [f'keys of {part} changed or were lost' for part in ('generate/images', 'pretrain')]
+    assert chaos.wrong_keys(left_alone, [keys, changed]) == lost
+
+    shutil.copytree(left_alone, tmp_path / 'run')
+    ledger = tmp_path / 'run' / 'release' / 'ledger.jsonl'
+    name = keys['dp_sgd']['identifier']
+    ledger.write_text(ledger.read_text().replace(name, 'another', 1))
+    assert chaos.wrong_keys(tmp_path / 'run', [keys]) == [
+        f'the ledger names {sorted([name, "another"])} for dp_sgd'
+    ]

@@ -15,6 +15,9 @@ import orbax.checkpoint as ocp
 
 PyTree = Any
 _logger = logging.getLogger(__name__)
+# Orbax waits for the disk by the wall clock, 20 minutes at most: a clock that is set forward in the middle of
+# a save would end the run. Folders are waited for by a limit of their own, unless they are made at once.
+_PATIENT = ocp.AsyncOptions(timeout_secs=10**8, create_directories_asynchronously=False)
 
 
 class SaveFailed(OSError):
@@ -46,7 +49,7 @@ class TrainingStore:
         self._manager = ocp.CheckpointManager(
             epath.Path(self.folder.absolute()),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+                max_to_keep=keep, create=True, cleanup_tmp_directories=True, async_options=_PATIENT
             ),
         )
 
@@ -59,38 +62,47 @@ class TrainingStore:
     def restore(self, template: PyTree) -> PyTree | None:
         """The newest state, in the form of `template`; None if there is none.
 
-        A checkpoint that cannot be read, as a power failure may leave it, is put aside under the name
-        `damaged_<step>`, and the one before it is taken: the steps after it are repeated, with the
-        same batches and the same noise.
+        Of checkpoints that cannot be read, as a power failure may leave them, the one before is taken: the
+        steps after it are repeated, with the same batches and the same noise. They are put aside under
+        the name `damaged_<step>`, but only when another was read: an error that passes, as of too many
+        open files, must not take all checkpoints away.
 
         Raises:
-            ValueError: the checkpoint belongs to another network, or none can be read.
+            ValueError: the checkpoint belongs to another network, or there are some and none can be read.
         """
-        damaged = []
-        while (step := self._manager.latest_step()) is not None:
+        unreadable = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self.folder / str(step)
             try:
                 saved = self._manager.restore(step, args=ocp.args.StandardRestore(_like(template)))
             except Exception as error:  # whatever orbax makes of bytes that it does not know
                 _compare_readable(folder / 'default', template)
-                aside = folder.with_name(f'damaged_{step}')
-                _logger.warning(
-                    'The checkpoint %s cannot be read (%s); it is kept as %s',
-                    folder, str(error).splitlines()[0], aside.name,
-                )  # fmt: skip
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                damaged.append(aside)
-                self._manager.reload()
+                unreadable[folder] = str(error).splitlines()[0]
                 continue
+            self._put_aside(unreadable)
             return _fit(saved, template, folder)
-        if damaged:
+        damaged = sorted(path.name for path in self.folder.glob('damaged_*'))
+        if unreadable or damaged:
+            cause = next(iter(unreadable.values()), 'they were put aside before')
             raise ValueError(
-                f'no checkpoint in {self.folder} can be read ({len(damaged)} are damaged: '
-                f'{damaged[0].name}, ...). Restore the folder; or delete it: the same command then starts '
-                'this training again, with the same batches and the same noise'
+                f'no checkpoint in {self.folder} can be read: '
+                f'{", ".join([path.name for path in unreadable] + damaged)} ({cause}). If that may pass, '
+                'try again. Else restore the folder; or delete it: the same command then starts this '
+                'training again, with the same batches and the same noise'
             )
         return None
+
+    def _put_aside(self, unreadable: dict[Path, str]) -> None:
+        """Rename checkpoints, folder → cause, so that nobody takes them for the newest."""
+        for folder, cause in unreadable.items():
+            aside = folder.with_name(f'damaged_{folder.name}')
+            _logger.warning(
+                'The checkpoint %s cannot be read (%s); it is kept as %s', folder, cause, aside.name
+            )
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if unreadable:
+            self._manager.reload()
 
     def latest_step(self) -> int | None:
         """Of the newest complete checkpoint; waits for one that is being written."""
@@ -112,7 +124,7 @@ class TrainingStore:
 
 def save_model(folder: Path, model: PyTree) -> None:
     """Write `model` (a pytree of arrays); the folder appears when it is complete."""
-    with _saving(folder), ocp.StandardCheckpointer() as checkpointer:
+    with _saving(folder), ocp.StandardCheckpointer(async_options=_PATIENT) as checkpointer:
         checkpointer.save(Path(folder).absolute(), _to_dict(model), force=True)
 
 
@@ -167,9 +179,15 @@ def load_model(folder: Path, template: PyTree) -> PyTree:
         except Exception as error:  # whatever orbax makes of bytes that it does not know
             raise ValueError(
                 f'the checkpoint {folder} cannot be read ({str(error).splitlines()[0]}). Restore it; or '
-                'delete it: the same command then writes it again from private/resume'
+                'delete it: the stage that made it then writes it again from private/resume'
             ) from error
     return _fit(saved, template, folder)
+
+
+def load_tree(folder: Path) -> PyTree:
+    """Whatever a checkpoint holds, as nested dicts of arrays."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(Path(folder).absolute())
 
 
 def _to_dict(tree: PyTree) -> PyTree:

@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 import subprocess
 import sys
@@ -136,8 +137,34 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tmp_path,
         assert store.restore(state).step == 2
     for step in (1, 2):
         damage(tmp_path / str(step), how)
+    before = {path.name for path in tmp_path.iterdir()}
     with checkpoint.TrainingStore(tmp_path) as store, pytest.raises(ValueError, match='delete it'):
         store.restore(state)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_an_error_that_passes_takes_no_checkpoint_away(tmp_path, monkeypatch):
+    state = jax.tree.map(np.asarray, make_state())
+    with checkpoint.TrainingStore(tmp_path) as store:
+        for step in (1, 2):
+            store.save(step, state.replace(step=np.int32(step)))
+
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, 'Too many open files')
+
+    with monkeypatch.context() as patch, checkpoint.TrainingStore(tmp_path) as store:
+        patch.setattr(store._manager, 'restore', fail)
+        with pytest.raises(ValueError, match='can be read: 2, 1 .*Too many open files.* try again'):
+            store.restore(state)
+    with checkpoint.TrainingStore(tmp_path) as store:
+        assert store.restore(state).step == 2
+
+
+def test_a_training_whose_checkpoints_were_all_put_aside_does_not_begin_again_without_a_word(tmp_path):
+    (tmp_path / 'damaged_7').mkdir()
+    with checkpoint.TrainingStore(tmp_path) as store:
+        with pytest.raises(ValueError, match='can be read: damaged_7 .they were put aside before.*delete it'):
+            store.restore(make_state())
 
 
 @pytest.mark.parametrize('how', ['cut', 'zeros'])

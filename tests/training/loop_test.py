@@ -1,7 +1,10 @@
 """The loop: resume equals the uninterrupted run bit for bit, and stop requests lose nothing."""
 
+import itertools
 import os
 import signal
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +78,22 @@ def test_checkpoints_at_every_step_change_nothing(uninterrupted, device_step, tm
     final = train(tmp_path, device_step, seconds=0.0)
     jax.tree.map(np.testing.assert_array_equal, final, uninterrupted)
     assert len([p for p in tmp_path.iterdir() if p.name.isdigit()]) == 2
+
+
+@pytest.mark.parametrize('seconds, kept', [(5.0, [6, 9]), (1000.0, [9])])
+def test_a_clock_that_jumps_changes_neither_the_result_nor_the_checkpoints(
+    uninterrupted, device_step, tmp_path, monkeypatch, seconds, kept
+):
+    """The wall clock, which people and time servers set; the loop's own shows two seconds a step."""
+    jumps, ticks = itertools.cycle([1e6, -1e6, 0.0]), itertools.count()
+    real_time, clock = time.time, types.SimpleNamespace(**vars(time))
+    clock.monotonic = lambda: 2.0 * next(ticks)
+    monkeypatch.setattr(time, 'time', lambda: real_time() + next(jumps))
+    monkeypatch.setattr(loop, 'time', clock)
+    clock.time = time.time
+    final = train(tmp_path, device_step, seconds=seconds)
+    jax.tree.map(np.testing.assert_array_equal, final, uninterrupted)
+    assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == kept
 
 
 @pytest.mark.parametrize('seconds, good', [(0.0, 'that of step 5 in'), (1000.0, 'no checkpoint')])

@@ -3,10 +3,12 @@
 python -m dpp_jax.main --config=configs/mnist_28.py:1 --workdir=runs/mnist --stage=all
 """
 
+import logging as standard_logging
 import os
 from pathlib import Path
 import signal
 import sys
+import threading
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -29,7 +31,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unknown arguments {argv[1:]}; settings are written --config.name=value')
     if not flags.FLAGS['verbosity'].present:
-        logging.set_verbosity(logging.WARNING)  # orbax is talkative; --verbosity=0 shows it
+        _quieten()
     try:
         config = _CONFIG.value
         config.dp  # a config file that could not be loaded says so here
@@ -56,11 +58,23 @@ def main(argv):
         _exit(1)
 
 
+def _quieten():
+    """Keep what libraries say of their own failures off the screen; --verbosity shows it.
+
+    Whatever stops a run reaches `main` as an exception, and is told in a line. A save that fails on a
+    full disk is told by orbax's threads as well, in hundreds of lines of tracebacks.
+    """
+    logging.set_verbosity(logging.WARNING)
+    for name in ('absl', 'asyncio'):  # absl: orbax's
+        standard_logging.getLogger(name).setLevel(standard_logging.CRITICAL)
+    threading.excepthook = sys.unraisablehook = lambda _: None
+
+
 def _exit(code):
     """End the process at once; all files are closed by now.
 
-    Not sys.exit: threads of a failed save would write their tracebacks below the last line, and a
-    compilation that was interrupted crashes when Python takes JAX apart.
+    Not sys.exit: threads of a failed save would wait for each other, and a compilation that was
+    interrupted crashes when Python takes JAX apart.
     """
     sys.stdout.flush()
     sys.stderr.flush()

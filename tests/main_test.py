@@ -1,4 +1,4 @@
-"""Stop requests to a real process while it starts and while it compiles."""
+"""The command line: what a real process answers to mistakes, to disks and to stop requests."""
 
 import os
 from pathlib import Path
@@ -79,3 +79,90 @@ def test_sigterm_between_two_stages_exits_with_0_soon(tmp_path):
     assert 'goes on from there' in output
     assert time.monotonic() - asked < 30
     assert (tmp_path / 'release' / 'central_images.npz').exists()
+
+
+def program(*arguments, before=()):
+    """Run the command line in a process of its own, on one device; after the words of `before`."""
+    flags = '--xla_backend_optimization_level=0'
+    environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+    return subprocess.run(
+        [*before, sys.executable, '-m', 'dpp_jax.main', *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )
+
+
+def test_command_line_plans_without_touching_a_work_directory(tmp_path):
+    result = program(
+        '--config=configs/mnist_28.py:1', f'--workdir={tmp_path}/run', '--stage=plan',
+        '--config.finetune.epochs=20',
+    )
+    assert result.returncode == 0, result.stderr
+    assert '300 steps' in result.stdout and 'ε = 1,' in result.stdout
+    assert {p.name for p in (tmp_path / 'run').iterdir()} == {'plan.png'}
+    assert '(ε = 1.0000, δ = 1e-05)**-differentially private' in result.stdout
+
+
+@pytest.mark.parametrize(
+    'arguments, text',
+    [
+        (['--config=configs/digits_8.py:10', '--config.finetune.epochz=3'], 'Did you mean "epochs"'),
+        (['--config=configs/digits_8.py:zero'], "ε after the colon of --config is 'zero'"),
+        (['--config=configs/digit_8.py:1'], 'configs/digit_8.py'),
+        (['--config=configs/digits_8.py:-1'], 'config.dp.epsilon is -1.0'),
+        (['--config=configs/digits_8.py:10', '--stage=training'], 'finetune'),
+    ],
+)
+def test_command_line_errors_name_the_problem_in_a_line(tmp_path, arguments, text):
+    result = program(f'--workdir={tmp_path}/run', *arguments)
+    assert result.returncode != 0
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith('dpp-jax: ') and text in line
+    assert not (tmp_path / 'run').exists()
+
+
+def on_a_file_system(folder, mounting, *arguments):
+    """Run the program where `mounting`, a shell command, was done; skipped where nobody may mount."""
+    folder.mkdir(exist_ok=True)
+    shell = ['unshare', '--map-root-user', '--mount', 'sh', '-c', f'{mounting} && exec "$@"', 'sh']
+    try:
+        subprocess.run([*shell, 'true'], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f'this user may not mount a file system here ({error})')
+    return program(*arguments, before=shell)
+
+
+def last_line(result):
+    """Of what the program told of an error, which must be all that it told."""
+    lines = [line for line in result.stderr.split('\n') if line and 'it/s' not in line]
+    told = [line for line in lines if not line.startswith(('central ', 'pretrain ', 'finetune '))]
+    assert len(told) == 1 and told[0].startswith('dpp-jax: '), result.stderr
+    return told[0]
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path):
+    """It is full when pre-training saves: orbax's threads fail in the background."""
+    folder = tmp_path / 'small'
+    result = on_a_file_system(
+        folder, f'mount -t tmpfs -o size=600k tmpfs {folder}',
+        '--config=configs/digits_8.py:10', f'--workdir={folder}/run', '--config.model.width=8',
+        '--config.query.queries=2', '--config.pretrain.epochs=1', '--config.pretrain.draws=1',
+        '--config.pretrain.augmentation=none', '--config.loop.images_at_once=4',
+    )
+    assert result.returncode == 1, result.stderr
+    assert 'central: done' in result.stdout and 'pretrain: done' not in result.stdout
+    line = last_line(result)
+    assert f'{folder}/run/private/resume/pretrain (no space left on the device)' in line
+    assert 'the same command goes on from there' in line
+
+
+@pytest.mark.parametrize('stage', ['plan', 'all'])
+def test_a_folder_that_can_only_be_read_is_planned_and_else_refused(tmp_path, stage):
+    folder = tmp_path / 'run'
+    result = on_a_file_system(
+        folder, f'mount -t tmpfs -o ro tmpfs {folder}',
+        '--config=configs/digits_8.py:10', f'--workdir={folder}', f'--stage={stage}',
+    )
+    assert result.returncode == (0 if stage == 'plan' else 1), result.stderr
+    assert ('The statement of such a run' in result.stdout) == (stage == 'plan')
+    expected = 'plan.png was not drawn' if stage == 'plan' else f'--workdir={folder} cannot be written'
+    assert expected in last_line(result)

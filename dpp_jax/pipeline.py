@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 from pathlib import Path
 import shutil
+import sys
 import time
 
 from clu import parameter_overview
@@ -49,6 +50,8 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
         make_sampler(settings, config.data.classes)
     workdir = workdir_lib.WorkDir(root)
     workdir.check(config)
+    if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
+        generate.check(config, workdir)
     if stage == 'plan':
         show_plan(config, workdir, model)
         return
@@ -71,8 +74,12 @@ def show_plan(config: ConfigDict, workdir: workdir_lib.WorkDir, model: Model) ->
         from dpp_jax.stages import budget_curve  # imports matplotlib, which nothing else needs
 
         path = workdir.root / 'plan.png'
-        workdir_lib.write_bytes(path, budget_curve.draw(config, planned))
-        print(f"Fine-tuning's noise against the query's share of ε: {path}")
+        picture = budget_curve.draw(config, planned)
+        try:
+            workdir_lib.write_bytes(path, picture)
+            print(f"Fine-tuning's noise against the query's share of ε: {path}")
+        except OSError as error:  # all that matters was printed
+            print(f'dpp-jax: {path} was not drawn ({error}); --workdir cannot be written', file=sys.stderr)
 
 
 def done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, bool]:
@@ -84,7 +91,7 @@ def done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, bool]:
         'finetune': finetune.is_done(workdir),
         'generate': generate.is_done(config, workdir),
         'evaluate': evaluate.is_done(config, workdir),
-        'report': report.is_done(workdir),
+        'report': report.is_done(config, workdir),
     }
 
 
@@ -103,12 +110,18 @@ def check_ledger(
     }
     ledger = ledger_lib.Ledger(workdir.release / 'ledger.jsonl', read_only=True)
     plan.check_ledger(planned, config, ledger, made)
-    if not finished['finetune'] and steps < planned.steps == statement.stated(workdir, 'dp_sgd'):
-        raise ValueError(
-            f'{workdir.release / "model" / "finetune"} was released, as the privacy statement says, and '
-            'is not there any more. Trained again, on other devices or with other versions, it would be '
-            'a second model under the same noise. Restore it, or use another --workdir'
-        )
+    for stage, mechanism, count in (
+        ('central', 'central_query', planned.query_count),
+        ('finetune', 'dp_sgd', planned.steps),
+    ):
+        is_stated = count > 0 and statement.stated(workdir, mechanism) == count
+        if not finished[stage] and is_stated and not workdir.may_repeat(mechanism):
+            raise ValueError(
+                f'what --stage={stage} writes to {workdir.release} was released, or was about to be, as '
+                'the privacy statement says, and is not there. private/keys.json does not tell what it '
+                'was: made again, on other devices or with other versions, it could be a second release '
+                'under the same noise. Restore it, or use another --workdir'
+            )
 
 
 class Run:
@@ -176,12 +189,20 @@ class Run:
                 f'--stage=clean would delete what {self.workdir.root} needs to go on: its keys and '
                 'checkpoints. Finish with --stage=finetune first, or delete the whole folder'
             )
+        try:
+            generate.load_weights(self.workdir, self.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f'--stage=clean deleted nothing, because {self.workdir.private} holds what a whole model '
+                f'can be made from, and {error}'
+            ) from error
         self._check_ledger(done(self.config, self.workdir))
         statement.write(self.workdir, self._statement())
         shutil.rmtree(self.workdir.private)
         print(
-            f'{self.workdir.private} is deleted: keys, checkpoints, scores, reports. --stage=generate '
-            'still samples from the released model.'
+            f'{self.workdir.private} is deleted: keys, checkpoints, scores, reports. The released model can '
+            f'still be sampled from: move {self.workdir.release / "synthetic"} away, and --stage=generate '
+            'makes other images, with any --config.generate settings.'
         )
 
     def _check(self, todo: list[str], finished: dict[str, bool]) -> None:

@@ -1,5 +1,9 @@
 """Eight simulated devices for the whole suite, set before anything imports JAX."""
 
+import contextlib
+import fcntl
+import io
+import logging
 import os
 import shutil
 import tempfile
@@ -54,6 +58,52 @@ def make_tiny_config(**changes):
 def tiny_config():
     """A function that returns a fresh tiny config; settings change by `finetune__epochs=2`."""
     return make_tiny_config
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory):
+    """A whole tiny run with every kind of output: its config, its work directory, and all that it told.
+
+    Made once, and copied for every process of the suite.
+    """
+    from dpp_jax.stages import workdir as workdir_lib
+
+    config = make_tiny_config(generate__png_tree=True, generate__separate_classifier_images=True)
+    config.generate.classifier_sampler.update(name='ddim', steps=3)
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own
+    told = shared / 'finished_run.txt'
+    with open(shared / 'finished_run.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            text = _run_and_listen(config, shared / 'finished_run')
+            told.write_text(text)
+    root = tmp_path_factory.mktemp('run')
+    shutil.copytree(shared / 'finished_run', root, dirs_exist_ok=True)
+    return config, workdir_lib.WorkDir(root), told.read_text()
+
+
+def _run_and_listen(config, root):
+    """Run all stages; what appeared on the screen and in logs."""
+    from dpp_jax import pipeline
+
+    told = io.StringIO()
+    handler = logging.StreamHandler(told)
+    logging.getLogger().addHandler(handler)
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        pipeline.run(config, root, 'all')
+    logging.getLogger().removeHandler(handler)
+    return told.getvalue()
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    """Config and work directory of a copy of the finished run, to be tampered with."""
+    from dpp_jax.stages import workdir as workdir_lib
+
+    config, reference, _ = finished_run
+    shutil.copytree(reference.root, tmp_path, dirs_exist_ok=True)
+    return config, workdir_lib.WorkDir(tmp_path)
 
 
 @pytest.fixture(scope='session')

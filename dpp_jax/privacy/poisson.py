@@ -24,7 +24,7 @@ class PoissonSampler:
 
     size: int
     probability: float
-    key: int
+    key: int = dataclasses.field(repr=False)
 
     def __post_init__(self):
         if self.size < 1:

@@ -71,10 +71,21 @@ def run(
     central = to_images(np.concatenate(results), (size, size), post_process=query.post_process)
     central_labels = np.tile(np.arange(config.data.classes, dtype=np.int32), query.queries)
     picture = pictures.rows_by_class(central, central_labels, config.data.classes, query.queries)
+    workdir.bind_release('central_query', [central, central_labels])
     before_release()
-    workdir_lib.write_bytes(workdir.release / 'central_images.png', pictures.png(picture))
+    # First what counts as the release: without it the picture would be one that no command knows of.
     workdir_lib.write_npz(
         workdir.release / 'central_images.npz', images=central, labels=central_labels
+    )
+    workdir_lib.write_bytes(workdir.release / 'central_images.png', pictures.png(picture))
+
+
+def load(workdir: workdir_lib.WorkDir) -> dict[str, np.ndarray]:
+    """The released `images` (n, H, W, C) uint8 and `labels` (n,); n = queries x classes."""
+    return workdir_lib.load_npz(
+        workdir.release / 'central_images.npz',
+        'Restore it; or delete it: --stage=central then makes the same images again, with the keys in '
+        'private/',
     )
 
 

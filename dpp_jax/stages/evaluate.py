@@ -1,9 +1,6 @@
 """Stage `evaluate`: synthetic images against real ones. No guarantee: results stay in private/."""
 
-import json
-
 from ml_collections import ConfigDict
-import numpy as np
 
 from dpp_jax.data.sources import Images
 from dpp_jax.evaluation import classifiers, features
@@ -12,16 +9,29 @@ from dpp_jax.training import progress
 
 
 def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
-    results = load(workdir)
+    results = load(config, workdir)
     return (not config.evaluate.fid or 'fid' in results) and all(
         name in results.get('accuracy', {}) for name in config.evaluate.classifiers
     )
 
 
-def load(workdir: workdir_lib.WorkDir) -> dict:
-    """The results so far."""
+def load(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict:
+    """The results so far; nothing if they are of other images, or by other settings, than now."""
     path = workdir.private / 'evaluation.json'
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    results = workdir_lib.read_json(path, 'Delete it: --stage=evaluate computes it again')
+    return results if results.get('of') == _subject(config, workdir) else {}
+
+
+def _subject(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict:
+    """What results are of: the images, and the settings that change a result."""
+    settings = workdir_lib.flatten({'evaluate': config.evaluate})
+    chosen = ('evaluate.fid', 'evaluate.classifiers')  # which results there are
+    return {
+        'images': generate.identity(config, workdir),
+        'settings': {name: value for name, value in settings.items() if name not in chosen},
+    }
 
 
 def run(
@@ -32,8 +42,9 @@ def run(
     Results are written as they come, and what is there already is not computed again.
     """
     settings = config.evaluate
-    results = load(workdir) or {
+    results = load(config, workdir) or {
         '_note': 'Computed from private images without a guarantee. Do not publish.',
+        'of': _subject(config, workdir),
         'accuracy': {},
     }
 
@@ -42,16 +53,15 @@ def run(
 
     paths = generate.files(config, workdir)
     if settings.fid and 'fid' not in results:
-        with np.load(paths['images']) as data:
-            synthetic = data['images']
+        synthetic = generate.load(paths['images'])['images']
         network = _feature_network(config, workdir, train)
         results['fid'] = features.fid(network, train.images, synthetic)
         # What a perfect generator would score: real images that training did not see.
         results['fid_of_real_test_images'] = features.fid(network, train.images, test.images)
         results['fid_features'] = network.name
         save()
-    with np.load(paths.get('classifier_images', paths['images'])) as data:
-        images, labels = data['images'], data['labels']
+    data = generate.load(paths.get('classifier_images', paths['images']))
+    images, labels = data['images'], data['labels']
     for kind in settings.classifiers:
         if kind in results['accuracy']:
             continue
@@ -78,8 +88,8 @@ def run(
 def _feature_network(
     config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images
 ) -> features.FeatureNetwork:
-    """The network whose features FID compares, trained once per work directory."""
-    path = workdir.private / 'feature_network.npz'
+    """The network whose features FID compares, trained once per work directory and number of epochs."""
+    path = workdir.private / f'feature_network_{config.evaluate.feature_epochs}.npz'
     if path.exists():
         return features.FeatureNetwork.load(path)
     with progress.bar(config.evaluate.feature_epochs, 'fid features', 'step') as bar:

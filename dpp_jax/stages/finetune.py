@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 import optax
@@ -76,11 +77,10 @@ def run(
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
         )
+    released = {'params': final.params, 'ema_params': final.ema_params}
+    workdir.bind_release('dp_sgd', jax.tree.leaves(released))
     before_release()
-    checkpoint.save_model(
-        workdir.release / 'model' / 'finetune',
-        {'params': final.params, 'ema_params': final.ema_params},
-    )
+    checkpoint.save_model(workdir.release / 'model' / 'finetune', released)
 
 
 def _initial_params(config: ConfigDict, workdir: workdir_lib.WorkDir, model: Model):

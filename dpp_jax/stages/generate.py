@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 import shutil
 import zipfile
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,8 @@ from dpp_jax.training import checkpoint, devices, parts as parts_lib, progress
 from dpp_jax.training.model import Model
 
 PICTURE_COLUMNS = 12
+_SETTINGS = 'settings.json'
+_MOVE = 'move {folder} away: the same command then makes new images from the released model'
 _IN_FLIGHT = 2  # batches: the devices go on while the older one is written to the disk
 
 
@@ -29,6 +30,44 @@ def files(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, Path]:
     return {name: folder / f'{name}.npz' for name in names}
 
 
+def check(config: ConfigDict, workdir: workdir_lib.WorkDir) -> None:
+    """Raise a ValueError if the images that are there, or begun, were made with other settings."""
+    folder = workdir.release / 'synthetic'
+    path = folder / _SETTINGS
+    if not path.exists():
+        return
+    recorded = workdir_lib.read_json(path, f'Restore it; or {_MOVE.format(folder=folder)}')
+    found = workdir_lib.differences(recorded, _settings(config), workdir_lib.FREE_SETTINGS)
+    if found:
+        raise ValueError(
+            f'{files(config, workdir)["images"]} was made, or begun, with other settings:\n  '
+            + '\n  '.join(found)
+            + f'\nUse those settings; or {_MOVE.format(folder=folder)}.'
+        )
+
+
+def _settings(config: ConfigDict) -> dict:
+    """The settings of a set of images, by their full names."""
+    return workdir_lib.flatten({'generate': config.generate})
+
+
+def identity(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, list[int]] | None:
+    """Name of every file → checksums of its arrays; None if it cannot be read. Takes no time."""
+    found = {}
+    for name, path in files(config, workdir).items():
+        try:
+            with zipfile.ZipFile(path) as file:
+                found[name] = [member.CRC for member in file.infolist()]
+        except workdir_lib.DAMAGE:
+            return None
+    return found
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """`images` (n, H, W, C) uint8 and `labels` (n,) of one of `files`."""
+    return workdir_lib.load_npz(path, 'Run --stage=generate: it makes a damaged file again')
+
+
 def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
     png_tree = workdir.release / 'synthetic' / 'png'
     if config.generate.png_tree and not png_tree.exists():
@@ -37,14 +76,19 @@ def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether `path` is there with its last bytes. The same keys make a damaged file again.
+    """Whether all of `path` is there, by its checksums. The same keys make a damaged file again.
 
     Files appear when they are complete, but not every file system keeps that order when power fails.
     """
-    if zipfile.is_zipfile(path):
-        return True
-    if path.exists():
-        print(f'{path} is damaged; it is made again', flush=True)
+    if not path.exists():
+        return False
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is None:
+                return True
+    except (*workdir_lib.DAMAGE, NotImplementedError):  # of a compression that zipfile does not know
+        pass
+    print(f'{path} is damaged; --stage=generate makes it again', flush=True)
     return False
 
 
@@ -58,11 +102,8 @@ def run(
 
     `samplers` maps 'images' (and 'classifier_images') to (denoise, z, label, noise) → images.
     """
-    shapes = model.shapes()
-    saved = checkpoint.load_model(
-        workdir.release / 'model' / 'finetune', {'params': shapes, 'ema_params': shapes}
-    )
-    params = devices.replicate(saved['ema_params'])
+    params = devices.replicate(load_weights(workdir, model)['ema_params'])
+    _record(config, workdir)
     settings = {'images': config.generate.sampler, 'classifier_images': config.generate.classifier_sampler}
     for name, path in files(config, workdir).items():
         if _is_whole(path):
@@ -85,8 +126,24 @@ def run(
         workdir_lib.write_npz(path, images=images, labels=labels)
         shutil.rmtree(path.parent / f'.parts_{name}', ignore_errors=True)
     if config.generate.png_tree:
-        with np.load(files(config, workdir)['images']) as data:
-            write_png_tree(workdir.release / 'synthetic' / 'png', data['images'], data['labels'])
+        write_png_tree(
+            workdir.release / 'synthetic' / 'png', **load(files(config, workdir)['images'])
+        )
+
+
+def _record(config: ConfigDict, workdir: workdir_lib.WorkDir) -> None:
+    """Bind the images to the settings that make them, before the first one is there."""
+    path = workdir.release / 'synthetic' / _SETTINGS
+    if not path.exists():
+        workdir_lib.write_json(path, _settings(config))
+
+
+def load_weights(workdir: workdir_lib.WorkDir, model: Model) -> dict:
+    """`params` and `ema_params` of the fine-tuned model; errors as of `checkpoint.load_model`."""
+    shapes = model.shapes()
+    return checkpoint.load_model(
+        workdir.release / 'model' / 'finetune', {'params': shapes, 'ema_params': shapes}
+    )
 
 
 def images_at_once(config: ConfigDict, sampler: ConfigDict) -> int:
@@ -178,7 +235,7 @@ def _read_parts(folder: Path) -> list[np.ndarray]:
         try:
             with np.load(path) as data:
                 parts.append(data['images'])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        except workdir_lib.DAMAGE:
             print(f'{path} is damaged; it is made again', flush=True)
             break
         expected += len(parts[-1])

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from dpp_jax.stages import metrics, sizes, workdir as workdir_lib
+from dpp_jax.stages import central, metrics, sizes, workdir as workdir_lib
 from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
 from dpp_jax.training.model import Model
 
@@ -24,8 +24,8 @@ def run(
 ) -> None:
     """Train from scratch and save weights and averaged weights in release/."""
     settings = config.pretrain
-    with np.load(workdir.release / 'central_images.npz') as saved:
-        images, labels = saved['images'], saved['labels']
+    saved = central.load(workdir)
+    images, labels = saved['images'], saved['labels']
     keys = workdir.keys('pretrain', config.seed)
     batch_size = min(settings.batch_size, len(images))
     capacity = math.ceil(batch_size / devices.count()) * devices.count()

@@ -2,30 +2,34 @@
 
 import base64
 import html
-import json
 
 from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax.privacy import accounting
-from dpp_jax.stages import evaluate, generate, pictures, statement, workdir as workdir_lib
+from dpp_jax.stages import central, evaluate, generate, pictures, statement
+from dpp_jax.stages import workdir as workdir_lib
 
 _CLASSIFIERS = {'logistic': 'logistic regression', 'mlp': 'MLP', 'cnn': "CNN (the paper's)"}
 
 
-def is_done(workdir: workdir_lib.WorkDir) -> bool:
+def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
     path = workdir.private / 'report.json'
     if not path.exists() or not (workdir.private / 'report.html').exists():
         return False
-    reported = json.loads(path.read_text())
-    return statement.exists(workdir) and all(
-        reported.get(name) == value for name, value in evaluate.load(workdir).items()
-    )
+    reported = workdir_lib.read_json(path, 'Delete it: --stage=report writes it again')
+    reported.pop('privacy', None)
+    return statement.exists(workdir) and reported == _shown(config, workdir)
+
+
+def _shown(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict:
+    """What a report shows, other than the privacy statement."""
+    return {'images': generate.identity(config, workdir), **evaluate.load(config, workdir)}
 
 
 def run(config: ConfigDict, workdir: workdir_lib.WorkDir, privacy: dict) -> None:
     """Write private/report.txt, .json and .html from the privacy statement and the evaluation."""
-    results = evaluate.load(workdir)
+    results = _shown(config, workdir)
     show, exact = accounting.format_epsilon, accounting.format_exact
     accountant = privacy['accountant']
     rows = [
@@ -103,15 +107,12 @@ def _page(config: ConfigDict, workdir: workdir_lib.WorkDir, rows, note: str) -> 
         else ''
     )
     figures = []
-    with np.load(generate.files(config, workdir)['images']) as data:
-        grid = pictures.rows_by_class(data['images'], data['labels'], config.data.classes, 12)
+    data = generate.load(generate.files(config, workdir)['images'])
+    grid = pictures.rows_by_class(data['images'], data['labels'], config.data.classes, 12)
     figures.append(_figure(grid, 'Synthetic images, one class per row'))
     if config.pretrain.enabled:
-        with np.load(workdir.release / 'central_images.npz') as data:
-            columns = min(config.query.queries, 12)
-            grid = pictures.rows_by_class(
-                data['images'], data['labels'], config.data.classes, columns
-            )
+        data, columns = central.load(workdir), min(config.query.queries, 12)
+        grid = pictures.rows_by_class(data['images'], data['labels'], config.data.classes, columns)
         figures.append(_figure(grid, 'Central images, one query per column'))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

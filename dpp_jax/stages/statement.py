@@ -6,7 +6,6 @@ that nobody types what ran.
 
 from collections.abc import Iterable
 import importlib.metadata
-import json
 from pathlib import Path
 import subprocess
 from typing import Any
@@ -119,7 +118,9 @@ def stated(workdir: workdir_lib.WorkDir, mechanism: str) -> int:
     path = workdir.release / 'privacy_statement.json'
     if not path.exists():
         return 0
-    rows = json.loads(path.read_text())['mechanisms']
+    rows = workdir_lib.read_json(
+        path, 'Restore it; or delete it: --stage=all writes it again from ledger.jsonl'
+    )['mechanisms']
     return sum(row['count'] for row in rows if row['mechanism'] == mechanism)
 
 
@@ -187,7 +188,11 @@ def record_code(workdir: workdir_lib.WorkDir, stage: str) -> None:
 def codes(workdir: workdir_lib.WorkDir) -> dict[str, list[dict[str, str]]]:
     """Stage → versions of the code that ran it."""
     path = workdir.release / 'code.json'
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return workdir_lib.read_json(
+        path, 'Restore it; or delete it: only the statement names the versions in it'
+    )
 
 
 def code_version() -> dict[str, str]:

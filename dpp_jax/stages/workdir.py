@@ -3,7 +3,7 @@
 Every file appears under its name only when it is complete, so a crash leaves the old file or none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
 import fcntl
@@ -15,6 +15,8 @@ import secrets
 import shutil
 import tempfile
 from typing import Any, BinaryIO
+import zipfile
+import zlib
 
 import jax
 from ml_collections import ConfigDict
@@ -31,6 +33,11 @@ FREE_SETTINGS = (
     'generate.batch_size',
     'generate.png_tree',
 )
+# Settings of what is made from the released model. They bind the images and the scores that they made
+# (`generate.check`, `evaluate.load`), not the folder.
+_LATER_SETTINGS = ('generate.', 'evaluate.')
+# What NumPy and zipfile raise for files that lost their end, or have zeros where data was.
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 _UNFINISHED = '.new_'  # how names of what is not complete begin
 _PRIVATE_NOTE = (
     'Computed from the private images WITHOUT a privacy guarantee, or secret keys on which the '
@@ -53,8 +60,8 @@ class Keys:
     """
 
     identifier: str
-    sampling: int
-    noise: jax.Array
+    sampling: int = dataclasses.field(repr=False)
+    noise: jax.Array = dataclasses.field(repr=False)
 
 
 class WorkDir:
@@ -94,24 +101,34 @@ class WorkDir:
                     f'--workdir={self.root} is in use by another process; wait for it, stop it, or '
                     'use another --workdir'
                 ) from error
-            for name in (f'{_UNFINISHED}*', '*.orbax-checkpoint-tmp*'):  # of a process that was killed
-                for litter in list(self.root.glob(f'*/**/{name}')):
-                    if litter.is_dir():
-                        shutil.rmtree(litter)
-                    else:
-                        litter.unlink(missing_ok=True)
+            self._remove_litter()
             yield
+
+    def _remove_litter(self) -> None:
+        """What a killed process left unfinished; folders that are not the run's are not looked into."""
+        found = [path for path in self.root.glob(f'{_UNFINISHED}*') if not path.is_dir()]
+        for folder in (self.release, self.private):
+            for name in (f'{_UNFINISHED}*', '*.orbax-checkpoint-tmp*'):
+                found += folder.rglob(name)
+        for litter in found:
+            if litter.is_dir() and not litter.is_symlink():
+                shutil.rmtree(litter)
+            else:
+                litter.unlink(missing_ok=True)
 
     def check(self, config: ConfigDict) -> None:
         """Raise a ValueError that lists the differences if another config was recorded here."""
         path = self.release / 'config.json'
         if not path.exists():
             return
-        differences = _differences(json.loads(path.read_text()), flatten(config))
-        if differences:
+        recorded = read_json(
+            path, 'Restore it; or delete it, and give the settings of this run: they are written again'
+        )
+        found = differences(recorded, flatten(config), FREE_SETTINGS + _LATER_SETTINGS)
+        if found:
             raise ValueError(
                 f'--workdir={self.root} was made with another config:\n  '
-                + '\n  '.join(differences)
+                + '\n  '.join(found)
                 + '\nUse those settings, or another --workdir.'
             )
 
@@ -131,13 +148,13 @@ class WorkDir:
 
         Half a run on one set and half on another would not be the mechanism that was accounted for.
         """
-        digest = hashlib.sha256()
-        for array in (images, labels):
-            digest.update(f'{array.dtype} {array.shape} '.encode())
-            digest.update(np.ascontiguousarray(array))
-        found = {'count': len(images), 'sha256': digest.hexdigest()}
+        found = {'count': len(images), 'sha256': _digest([images, labels])}
         path = self.private / 'data.json'
-        known = json.loads(path.read_text()) if path.exists() else {'_note': _PRIVATE_NOTE.strip()}
+        known = {'_note': _PRIVATE_NOTE.strip()}
+        if path.exists():
+            known = read_json(
+                path, 'Restore it; or delete it if the private images are those of before: it is made again'
+            )
         if name not in known:
             write_json(path, {**known, name: found}, mode=0o600)
         elif known[name] != found:
@@ -168,8 +185,7 @@ class WorkDir:
 
         They come from the operating system's entropy, or from `seed` in tests.
         """
-        path = self.private / 'keys.json'
-        known = json.loads(path.read_text()) if path.exists() else {'_note': _PRIVATE_NOTE.strip()}
+        path, known = self._keys_file, self._known_keys()
         if part in known:
             found = known[part]['identifier']
             if is_seeded(found) != (seed is not None) or seed is not None and found != seeded(seed):
@@ -183,6 +199,44 @@ class WorkDir:
         identifier, sampling, noise = (known[part][k] for k in ('identifier', 'sampling', 'noise'))
         words = np.array([int(noise[:8], 16), int(noise[8:], 16)], np.uint32)
         return Keys(identifier, int(sampling, 16), jax.random.wrap_key_data(words, impl='threefry2x32'))
+
+    def bind_release(self, part: str, arrays: Iterable[np.ndarray]) -> None:
+        """Note beside the keys of `part` what is about to be released with them.
+
+        A release that was lost may be made again if it is the same, bit for bit. The same noise on
+        something else, as another device rounds it, would be a second release.
+
+        Raises:
+            ValueError: something else was released with these keys, or was about to be.
+        """
+        known, digest = self._known_keys(), _digest(arrays)
+        before = known[part].setdefault('released', digest)
+        if before != digest:
+            raise ValueError(
+                f'{part}, made again, is not what was released from {self.root} with the same noise '
+                f'(SHA-256 {digest[:12]} now, {before[:12]} in {self._keys_file}), and is not '
+                'released. Restore what was released; or make it again with the devices and versions '
+                'of release/code.json; or use another --workdir'
+            )
+        write_json(self._keys_file, known, mode=0o600)
+
+    def may_repeat(self, part: str) -> bool:
+        """Whether `bind_release` can tell if what `part` makes is what was released with its keys."""
+        known = self._known_keys()
+        return part not in known or 'released' in known[part]
+
+    @property
+    def _keys_file(self) -> Path:
+        return self.private / 'keys.json'
+
+    def _known_keys(self) -> dict[str, Any]:
+        if not self._keys_file.exists():
+            return {'_note': _PRIVATE_NOTE.strip()}
+        return read_json(
+            self._keys_file,
+            'Restore it: without these keys no private image can be asked again. If release/model/finetune '
+            'is there, nothing else needs them: delete it, and images are drawn with new keys',
+        )
 
 
 def _fresh_secrets(part: str, seed: int | None) -> dict[str, str]:
@@ -226,13 +280,22 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line per setting that differs and matters."""
+def differences(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> list[str]:
+    """One line per setting that differs and whose name does not begin with one in `free`."""
     return [
         f'config.{name}: {old.get(name, "not set")} there, {new.get(name, "not set")} now'
         for name in sorted(set(old) | set(new))
-        if old.get(name, '') != new.get(name, '') and name not in FREE_SETTINGS
+        if old.get(name, '') != new.get(name, '') and not name.startswith(free)
     ]
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of types, shapes and bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        digest.update(f'{array.dtype} {array.shape} '.encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -272,6 +335,33 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """A compressed .npz, whole or not at all."""
     with whole_file(path) as file:
         np.savez_compressed(file, **arrays)
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in `path`, which must be there.
+
+    Raises:
+        ValueError: there is something else, as a power failure or an editor may leave it. The message
+            names the file and ends with `advice`: what to do then.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError('it holds no JSON object')
+    except (OSError, ValueError) as error:  # ValueError: of UTF-8 and of JSON alike
+        raise ValueError(f'{path} cannot be read ({error}). {advice}') from error
+    return value
+
+
+def load_npz(path: Path, advice: str) -> dict[str, np.ndarray]:
+    """All arrays in `path`, which must be there; raises a ValueError as `read_json` does."""
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except DAMAGE as error:
+        raise ValueError(f'{path} cannot be read ({error}). {advice}') from error
 
 
 def unfinished(path: Path) -> Path:

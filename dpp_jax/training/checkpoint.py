@@ -184,12 +184,6 @@ def load_model(folder: Path, template: PyTree) -> PyTree:
     return _fit(saved, template, folder)
 
 
-def load_tree(folder: Path) -> PyTree:
-    """Whatever a checkpoint holds, as nested dicts of arrays."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(Path(folder).absolute())
-
-
 def _to_dict(tree: PyTree) -> PyTree:
     """Nested dicts with string keys: a form that does not depend on Python classes."""
     return flax.serialization.to_state_dict(tree)

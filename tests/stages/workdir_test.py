@@ -1,11 +1,14 @@
+import errno
 import json
 import os
 import stat
+import tempfile
 
 import jax
 import numpy as np
 import pytest
 
+from dpp_jax.privacy import poisson
 from dpp_jax.stages import workdir as workdir_lib
 
 
@@ -36,9 +39,10 @@ def test_another_config_is_refused_with_the_differences(tiny_config, tmp_path):
     assert 'query' not in str(error.value)
 
 
-def test_settings_that_change_no_result_may_change(tiny_config, tmp_path):
+def test_settings_that_change_no_result_or_only_what_follows_the_model_may_change(tiny_config, tmp_path):
     record(tmp_path, tiny_config())
     record(tmp_path, tiny_config(finetune__microbatch=2, loop__log_every_steps=7))
+    record(tmp_path, tiny_config(generate__sampler__steps=2, evaluate__epochs=3))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -46,6 +50,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     blocked.write_text('')
     with pytest.raises(PermissionError, match='--workdir=.*file/run cannot be written'):
         with workdir_lib.WorkDir(blocked / 'run').opened():
+            pass
+
+
+def test_a_file_system_that_can_only_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    monkeypatch.setattr(tempfile, 'TemporaryFile', refuse)
+    with pytest.raises(PermissionError, match='cannot be written .*Read-only file system'):
+        with workdir_lib.WorkDir(tmp_path).opened():
             pass
 
 
@@ -69,6 +83,61 @@ def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
     with workdir.opened():
         left = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*')}
     assert left == {'.lock', 'release', 'private', 'release/a', 'release/a/file.npz'}
+
+
+def test_nothing_is_removed_from_folders_that_are_not_of_the_run(tmp_path):
+    theirs = [tmp_path / 'theirs' / '.new_file', tmp_path / '.new_folder' / 'file']
+    for path in theirs:
+        path.parent.mkdir()
+        path.write_text('')
+    ours = tmp_path / '.new_plan'  # as a plan's picture begins
+    ours.write_text('')
+    with workdir_lib.WorkDir(tmp_path).opened():
+        pass
+    assert all(path.exists() for path in theirs) and not ours.exists()
+
+
+@pytest.mark.parametrize('damage', [lambda text: text[:-9], lambda text: '\0' * len(text), lambda text: '[]'])
+@pytest.mark.parametrize('name', ['config.json', 'data.json', 'keys.json'])
+def test_a_damaged_record_is_named_with_what_to_do(tiny_config, tmp_path, name, damage):
+    workdir = record(tmp_path, tiny_config())
+    images, labels = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2)
+    read = {
+        'config.json': lambda: workdir.check(tiny_config()),
+        'data.json': lambda: workdir.check_fingerprint('train', images, labels),
+        'keys.json': lambda: workdir.keys('dp_sgd', None),
+    }[name]
+    read()
+    (path,) = tmp_path.rglob(name)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=f'{name} cannot be read .*Restore it.*delete it'):
+        read()
+
+
+def test_keys_are_not_shown(tmp_path):
+    keys = workdir_lib.WorkDir(tmp_path).keys('dp_sgd', None)
+    words = np.asarray(jax.random.key_data(keys.noise))
+    shown = f'{keys} {poisson.PoissonSampler(5, 0.5, keys.sampling)}'
+    assert keys.identifier in shown and str(keys.sampling) not in shown
+    assert not any(str(word) in shown for word in words)
+
+
+def test_what_was_released_with_a_key_is_not_replaced_by_anything_else(tmp_path):
+    workdir = workdir_lib.WorkDir(tmp_path)
+    arrays = [np.arange(3.0), np.zeros((2, 2), np.uint8)]
+    for part in ('dp_sgd', 'central_query'):
+        workdir.keys(part, None)
+    assert not workdir.may_repeat('dp_sgd') and workdir.may_repeat('pretrain')
+    workdir.bind_release('dp_sgd', arrays)
+    workdir.bind_release('dp_sgd', [array.copy() for array in arrays])
+    assert workdir.may_repeat('dp_sgd') and not workdir.may_repeat('central_query')
+    other = [np.nextafter(arrays[0], 9), arrays[1]]
+    with pytest.raises(ValueError, match='dp_sgd, made again, is not what was released'):
+        workdir.bind_release('dp_sgd', other)
+    workdir.bind_release('central_query', other)
+    workdir.keys('generate', None)
+    with pytest.raises(ValueError, match='is not what was released'):
+        workdir.bind_release('central_query', arrays)
 
 
 @pytest.mark.parametrize('change', ['pixel', 'label', 'order', 'fewer', 'shape'])

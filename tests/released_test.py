@@ -1,0 +1,264 @@
+"""What a finished run leaves: what may be made again from it, and what must not be lost or told."""
+
+import copy
+import json
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dpp_jax import pipeline
+from dpp_jax.stages import central, evaluate, generate, plan, report, workdir as workdir_lib
+
+
+def cut(path):
+    """What a power failure may leave of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else [each for each in path.rglob('*') if each.is_file()]
+    assert files
+    for each in files:
+        each.write_bytes(each.read_bytes()[: each.stat().st_size // 2])
+
+
+def weights(workdir, model):
+    return jax.tree.leaves(generate.load_weights(workdir, model))
+
+
+def images_of(workdir):
+    return generate.load(workdir.release / 'synthetic' / 'images.npz')['images']
+
+
+def test_a_lost_model_is_made_again_as_the_same_bits(copied_run, tiny_model):
+    """From the last checkpoint; where that is torn, no later start may take it for a beginning."""
+    config, workdir = copied_run
+    released = weights(workdir, tiny_model)
+    resume = workdir.private / 'resume' / 'finetune'
+    shutil.copytree(resume, workdir.root / 'whole')
+    shutil.rmtree(workdir.release / 'model' / 'finetune')
+    (last,) = [path for path in resume.iterdir() if path.name.isdigit()]
+    cut(last)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f'no checkpoint in .* can be read: {last.name} '):
+            pipeline.run(config, workdir.root, 'finetune')
+    shutil.rmtree(resume)
+    planned = plan.load(config, tiny_model, workdir)
+    # It may be trained again: what it must be is known.
+    pipeline.check_ledger(config, workdir, planned, pipeline.done(config, workdir))
+    (workdir.root / 'whole').rename(resume)
+    pipeline.run(config, workdir.root, 'finetune')
+    jax.tree.map(np.testing.assert_array_equal, weights(workdir, tiny_model), released)
+
+
+def change_keys(workdir, change):
+    path = workdir.private / 'keys.json'
+    keys = json.loads(path.read_text())
+    change(keys)
+    path.write_text(json.dumps(keys))
+
+
+def test_another_model_under_the_same_noise_is_not_released(copied_run):
+    config, workdir = copied_run
+    shutil.rmtree(workdir.release / 'model' / 'finetune')
+    change_keys(workdir, lambda keys: keys['dp_sgd'].update(released='of another device'))
+    with pytest.raises(ValueError, match='dp_sgd, made again, is not what was released'):
+        pipeline.run(config, workdir.root, 'finetune')
+    assert not (workdir.release / 'model' / 'finetune').exists()
+
+
+@pytest.mark.parametrize(
+    'stage, mechanism, place',
+    [('central', 'central_query', 'central_images.npz'), ('finetune', 'dp_sgd', 'model/finetune')],
+)
+def test_a_release_of_which_nothing_is_known_is_not_made_again(copied_run, stage, mechanism, place):
+    """The statement says that it was made, and the keys do not say what it was."""
+    config, workdir = copied_run
+    path = workdir.release / place
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    change_keys(workdir, lambda keys: keys[mechanism].pop('released'))
+    for command in ('plan', stage, 'all'):
+        with pytest.raises(ValueError, match=f'what --stage={stage} writes to .* was released, or was'):
+            pipeline.run(config, workdir.root, command)
+    assert not path.exists()
+
+
+def test_other_central_images_under_the_same_noise_are_not_released(copied_run, monkeypatch):
+    config, workdir = copied_run
+    path = workdir.release / 'central_images.npz'
+    released = central.load(workdir)['images']
+    path.unlink()
+    picture = path.with_suffix('.png')
+    picture.unlink()
+    monkeypatch.setattr(central, 'to_images', lambda *_, **__: released ^ 1)
+    with pytest.raises(ValueError, match='central_query, made again, is not what was released'):
+        pipeline.run(config, workdir.root, 'central')
+    assert not path.exists() and not picture.exists()
+
+
+def test_no_central_image_appears_before_the_file_that_counts(copied_run, monkeypatch):
+    config, workdir = copied_run
+    (workdir.release / 'central_images.npz').unlink()
+    (workdir.release / 'central_images.png').unlink()
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workdir_lib, 'write_npz', die)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, workdir.root, 'central')
+    assert not list(workdir.release.glob('central_images*'))
+
+
+def test_clean_deletes_private_and_leaves_a_run_that_can_be_sampled(copied_run, capsys):
+    config, workdir = copied_run
+    before = {p.name for p in workdir.release.iterdir()}
+    pipeline.run(config, workdir.root, 'clean')
+    assert not workdir.private.exists()
+    assert 'move' in capsys.readouterr().out
+    statement = json.loads((workdir.release / 'privacy_statement.json').read_text())
+    assert [row['count'] for row in statement['mechanisms']] == [config.query.queries, 23]
+    assert {p.name for p in workdir.release.iterdir()} == before
+    old = images_of(workdir)
+    (workdir.release / 'synthetic').rename(workdir.release / 'first')
+    more = with_settings(config, generate__images=80)
+    pipeline.run(more, workdir.root, 'generate')
+    assert images_of(workdir).shape == (80, 8, 8, 1) and images_of(workdir).std() > 1
+    np.testing.assert_array_equal(generate.load(workdir.release / 'first' / 'images.npz')['images'], old)
+
+
+def test_clean_is_refused_while_private_is_needed(tiny_config, tmp_path):
+    pipeline.run(tiny_config(), tmp_path, 'central')
+    with pytest.raises(ValueError, match='Finish with --stage=finetune first'):
+        pipeline.run(tiny_config(), tmp_path, 'clean')
+    assert (tmp_path / 'private' / 'keys.json').exists()
+
+
+def test_clean_keeps_private_where_the_model_cannot_be_read(copied_run):
+    config, workdir = copied_run
+    cut(workdir.release / 'model' / 'finetune')
+    before = {path for path in workdir.private.rglob('*')}
+    with pytest.raises(ValueError, match='deleted nothing.*model/finetune cannot be read'):
+        pipeline.run(config, workdir.root, 'clean')
+    assert {path for path in workdir.private.rglob('*')} == before
+
+
+def with_settings(config, **changes):
+    changed = copy.deepcopy(config)
+    changed.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
+    return changed
+
+
+def test_images_by_other_settings_never_take_the_place_of_those_there(copied_run):
+    config, workdir = copied_run
+    old, other = images_of(workdir), with_settings(config, generate__images=80)
+    for stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
+        with pytest.raises(ValueError) as refused:
+            pipeline.run(other, workdir.root, stage)
+        assert 'config.generate.images: 40 there, 80 now' in str(refused.value)
+        assert f'move {workdir.release / "synthetic"} away' in str(refused.value)
+    np.testing.assert_array_equal(images_of(workdir), old)
+    pipeline.run(with_settings(config, generate__batch_size=7), workdir.root, 'generate')
+
+
+def test_scores_and_report_are_of_the_images_that_are_there(copied_run):
+    config, workdir = copied_run
+    synthetic = workdir.release / 'synthetic'
+    more = with_settings(config, generate__images=80, generate__png_tree=False)
+    synthetic.rename(workdir.release / 'first')
+    generate._record(more, workdir)
+    for path in generate.files(more, workdir).values():
+        workdir_lib.write_npz(path, images=np.zeros((80, 8, 8, 1), np.uint8), labels=np.arange(80) % 10)
+    finished = pipeline.done(more, workdir)
+    assert not finished['evaluate'] and not finished['report']
+    pipeline.run(more, workdir.root, 'report')
+    text = (workdir.private / 'report.txt').read_text()
+    assert '80 synthetic images' in text and 'FID' not in text and 'accuracy' not in text
+    assert report.is_done(more, workdir)
+    synthetic.rename(workdir.release / 'second')
+    (workdir.release / 'first').rename(synthetic)
+    finished = pipeline.done(config, workdir)
+    assert finished['evaluate'] and not finished['report']
+
+
+def test_scores_by_other_settings_do_not_count(finished_run):
+    config, workdir, _ = finished_run
+    assert evaluate.is_done(config, workdir)
+    assert not evaluate.is_done(with_settings(config, evaluate__epochs=3), workdir)
+    assert evaluate.is_done(with_settings(config, evaluate__classifiers=('mlp',)), workdir)
+
+
+@pytest.mark.parametrize(
+    'name, stage, advice',
+    [
+        ('release/config.json', 'plan', 'written again'),
+        ('release/synthetic/settings.json', 'plan', 'move .*synthetic away'),
+        ('release/code.json', 'generate', 'delete it'),
+        ('private/keys.json', 'generate', 'Restore it.*images are drawn with new keys'),
+        ('private/evaluation.json', 'plan', 'Delete it: --stage=evaluate'),
+        ('private/report.json', 'plan', 'Delete it: --stage=report'),
+        ('release/privacy_statement.json', 'finetune', 'delete it.*again from ledger'),
+        ('release/central_images.npz', 'pretrain', 'delete it: --stage=central then makes the same'),
+    ],
+)
+def test_a_torn_file_is_named_with_what_to_do(copied_run, name, stage, advice):
+    config, workdir = copied_run
+    again = {'generate': 'synthetic', 'pretrain': 'model/pretrain', 'finetune': 'model/finetune'}
+    if stage in again:  # so that there is something to do
+        shutil.rmtree(workdir.release / again[stage])
+    cut(workdir.root / name)
+    with pytest.raises(ValueError, match=f'{name} cannot be read .*{advice}'):
+        pipeline.run(config, workdir.root, stage)
+
+
+def forms(number, size):
+    """How `number` of `size` bytes may stand in a text or in a file."""
+    big, little = number.to_bytes(size, 'big'), number.to_bytes(size, 'little')
+    text = f'{number:0{2 * size}x}'
+    words = np.frombuffer(big, '>u4').astype('<u4').tobytes()  # as JAX keeps a key
+    return [text.encode(), text.upper().encode(), str(number).encode(), big, little, words]
+
+
+def contents(folder):
+    """Every file of `folder`, and what is packed in it."""
+    for path in sorted(path for path in folder.rglob('*') if path.is_file()):
+        yield path, path.read_bytes()
+        if path.suffix == '.npz':
+            yield from ((path, array.tobytes()) for array in workdir_lib.load_npz(path, '').values())
+    for path in (folder / 'model').iterdir():
+        with ocp.StandardCheckpointer() as checkpointer:
+            leaves = jax.tree.leaves(checkpointer.restore(path.absolute()))
+        yield from ((path, np.asarray(leaf).tobytes()) for leaf in leaves)
+
+
+def leaks(workdir, told):
+    """Where the secrets of keys.json are seen."""
+    keys = json.loads((workdir.private / 'keys.json').read_text())
+    secrets = [
+        (f'{part}/{kind}', form)
+        for part in keys.keys() - {'_note'}
+        for kind, size in (('sampling', 16), ('noise', 8))
+        for form in forms(int(keys[part][kind], 16), size)
+    ]
+    assert len(secrets) > 50
+    seen = [*contents(workdir.release), ('output', told.encode())]
+    return {(str(where), name) for where, data in seen for name, form in secrets if form in data}
+
+
+def test_no_key_is_told_or_released(finished_run):
+    _, workdir, told = finished_run
+    assert 'finetune: done' in told
+    assert leaks(workdir, told) == set()
+
+
+def test_a_key_that_is_told_or_released_is_seen(copied_run):
+    """Otherwise the test above could not fail."""
+    _, workdir = copied_run
+    keys = workdir.keys('dp_sgd', 1)
+    np.savez_compressed(workdir.release / 'a.npz', key=jax.random.key_data(keys.noise))
+    (workdir.release / 'b.txt').write_text(f'the key is {keys.sampling}')
+    found = leaks(workdir, f'{keys.sampling:x}')
+    assert found == {
+        (str(workdir.release / 'a.npz'), 'dp_sgd/noise'),
+        (str(workdir.release / 'b.txt'), 'dp_sgd/sampling'),
+        ('output', 'dp_sgd/sampling'),
+    }

@@ -50,7 +50,8 @@ def run(
 ) -> None:
     """Ask all queries and save images, labels and a picture in release/.
 
-    `sigma` is the noise multiplier of the plan that the ledger is checked against. `before_release` is called when the ledger holds all queries and nothing of them is in release/.
+    `sigma` is the noise multiplier of the plan that the ledger is checked against. `before_release` is
+    called when the ledger holds all queries and nothing of them is in release/.
     """
     query = config.query
     keys = workdir.secret_keys(ledger, 'central_query', config.seed)

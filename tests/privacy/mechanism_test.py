@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from dpp_jax.privacy import mechanism as mechanism_lib
 from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum, clipped_sum

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from scipy import stats
 
 from dpp_jax.privacy import poisson
 

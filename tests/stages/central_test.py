@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from scipy import stats
 
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.mechanism import GaussianMechanism

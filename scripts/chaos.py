@@ -37,6 +37,8 @@ STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
 # Small, so that fifty restarts take minutes; checkpoints as often as the loop can.
 SETTINGS = {
     'model.width': 8,
+    'model.multipliers': '(1,)',
+    'model.attention_resolutions': '(8,)',
     'query.queries': 2,
     'pretrain.epochs': 60,
     'pretrain.draws': 1,

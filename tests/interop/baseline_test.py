@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpp_jax import pipeline
 from dpp_jax.privacy import mechanism
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,8 +70,10 @@ class Twins:
 
 
 @pytest.fixture(scope='module')
-def twins(tiny_model):
-    return Twins(tiny_model)
+def twins(tiny_config):
+    """With a second level: halving and doubling, and attention at the smaller size."""
+    config = tiny_config(model__multipliers=(2, 2), model__attention_resolutions=(4,))
+    return Twins(pipeline.make_model(config))
 
 
 def test_network_has_the_same_parameters_and_output(twins):

@@ -114,8 +114,14 @@ def test_without_pretraining_the_whole_budget_goes_to_finetuning(tiny_config, ti
         ({'evaluate__held_out': 1.0}, r'evaluate.held_out is 1.0; it must be in \(0, 1\)'),
         ({'evaluate__learning_rate': 0.0}, 'evaluate.learning_rate is 0.0'),
         ({'query__kind': 'median'}, "query.kind is 'median'; it must be 'mean' or 'mode'"),
-        ({'data__image_size': 7}, r'data.image_size is 7; it must be divisible by 2'),
-        ({'model__attention_resolutions': (5,)}, r'attention_resolutions is \(5,\).*\[8, 4\]'),
+        (
+            {'model__multipliers': (1, 2), 'data__image_size': 7},
+            r'data.image_size is 7; it must be divisible by 2',
+        ),
+        (
+            {'model__multipliers': (1, 2), 'model__attention_resolutions': (5,)},
+            r'attention_resolutions is \(5,\).*\[8, 4\]',
+        ),
         ({'model__denoiser': 'edn'}, "model.denoiser is 'edn'"),
         ({'finetune__clip_norm': 0.0}, 'finetune.clip_norm is 0.0'),
         ({'finetune__batch_size': 5000}, 'finetune.batch_size is 5000; it must be at most'),

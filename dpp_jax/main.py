@@ -38,6 +38,8 @@ def main(argv):
     except OSError as error:
         sys.exit('dpp-jax: ' + ' '.join(str(error).split()))
     # Imported late: a typing error on the command line is answered at once.
+    import jax
+
     from dpp_jax import pipeline
     from dpp_jax.training import devices, loop
 
@@ -51,6 +53,15 @@ def main(argv):
     except KeyboardInterrupt:
         print('\nInterrupted. The same command goes on from what is saved.', file=sys.stderr)
         _exit(130)
+    except jax.errors.JaxRuntimeError as error:
+        if flags.FLAGS['verbosity'].present or 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        print(
+            "dpp-jax: the device's memory does not hold what is in work at once. The same command goes on with "
+            'a smaller --config.loop.images_at_once or --config.finetune.microbatch (--stage=plan shows them)',
+            file=sys.stderr,
+        )
+        _exit(1)
     except (ValueError, OSError, loop.Diverged) as error:
         if flags.FLAGS['verbosity'].present:
             raise  # with the traceback

@@ -160,16 +160,8 @@ class Run:
             self.workdir.record(self.config)
             plan.save(self.plan, self.workdir)
             self._write_parameters()
-            noised_images = {
-                'pretrain': self.plan.pretrain_noised_images,
-                'finetune': self.plan.finetune_noised_images,
-            }
-            self.config = sizes.settle(
-                self.config,
-                self.model,
-                self.workdir,
-                sum(noised_images.get(stage, 0) for stage in todo),
-            )
+            if {'pretrain', 'finetune', 'generate'} & set(todo):
+                self._settle_sizes(finished)
         else:
             self._check_ledger(finished)
         for stage in todo:
@@ -181,6 +173,15 @@ class Run:
             print(f'Everything is done in {self.workdir.root}: {", ".join(stages)}.')
         if stages[-1] == 'report':
             print('\n' + (self.workdir.private / 'report.txt').read_text())
+
+    def _settle_sizes(self, finished: dict[str, bool]) -> None:
+        """For all that is to come, also where stages are run one by one."""
+        noised_images = {
+            'pretrain': self.plan.pretrain_noised_images,
+            'finetune': self.plan.finetune_noised_images,
+        }
+        left = sum(number for stage, number in noised_images.items() if not finished[stage])
+        self.config = sizes.settle(self.config, self.model, self.workdir, left)
 
     def clean(self) -> None:
         """Delete private/; what is in release/ can be sampled from and published."""

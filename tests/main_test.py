@@ -76,7 +76,7 @@ def test_sigterm_between_two_stages_exits_with_0_soon(tmp_path):
     asked = time.monotonic()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert 'goes on from there' in output
+    assert 'goes on from' in output  # where it was; on a busy machine, where it last saved
     assert time.monotonic() - asked < 30
     assert (tmp_path / 'release' / 'central_images.npz').exists()
 
@@ -166,3 +166,22 @@ def test_a_folder_that_can_only_be_read_is_planned_and_else_refused(tmp_path, st
     assert ('The statement of such a run' in result.stdout) == (stage == 'plan')
     expected = 'plan.png was not drawn' if stage == 'plan' else f'--workdir={folder} cannot be written'
     assert expected in last_line(result)
+
+
+TOO_LITTLE_MEMORY = """
+import jax
+from dpp_jax import main, pipeline
+
+def run(*arguments):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes')
+
+pipeline.run = run
+main.entry_point()
+"""
+
+
+def test_too_little_memory_is_told_with_the_setting_that_helps(tmp_path):
+    process = start(['-c', TOO_LITTLE_MEMORY], tmp_path / 'run')
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert '--config.loop.images_at_once' in output.splitlines()[-1] and 'Traceback' not in output

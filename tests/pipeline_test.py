@@ -345,3 +345,9 @@ def test_bad_data_is_refused_before_any_privacy_is_spent(
         pipeline.run(config, tmp_path, 'all')
     ledger = tmp_path / 'release' / 'ledger.jsonl'
     assert not ledger.exists() or not ledger.read_text()
+
+
+def test_what_is_at_once_is_settled_by_a_training_and_not_before(tiny_config, tmp_path):
+    """The query alone says nothing about how long the trainings are that follow."""
+    pipeline.run(tiny_config(), tmp_path, 'central')
+    assert not (tmp_path / 'private' / 'images_at_once.json').exists()

@@ -197,7 +197,7 @@ def test_scores_by_other_settings_do_not_count(finished_run):
         ('private/evaluation.json', 'plan', 'Delete it: --stage=evaluate'),
         ('private/report.json', 'plan', 'Delete it: --stage=report'),
         ('release/privacy_statement.json', 'finetune', 'delete it.*again from ledger'),
-        ('release/central_images.npz', 'pretrain', 'delete it: --stage=central then makes the same'),
+        ('release/central_images.npz', 'pretrain', 'move it away, .*: --stage=central then makes the same'),
     ],
 )
 def test_a_torn_file_is_named_with_what_to_do(copied_run, name, stage, advice):

@@ -85,8 +85,8 @@ def load(workdir: workdir_lib.WorkDir) -> dict[str, np.ndarray]:
     """The released `images` (n, H, W, C) uint8 and `labels` (n,); n = queries x classes."""
     return workdir_lib.load_npz(
         workdir.release / 'central_images.npz',
-        'Restore it; or delete it: --stage=central then makes the same images again, with the keys in '
-        'private/',
+        'Restore it; or move it away, if private/ is whole: --stage=central then makes the same images '
+        'again, with the keys in there',
     )
 
 

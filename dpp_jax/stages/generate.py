@@ -18,7 +18,7 @@ from dpp_jax.training.model import Model
 PICTURE_COLUMNS = 12
 _SETTINGS = 'settings.json'
 _MOVE = 'move {folder} away: the same command then makes new images from the released model'
-_IN_FLIGHT = 2  # batches: the devices go on while the older one is written to the disk
+_IN_FLIGHT = 2  # batches: an accelerator goes on while the older one is written to the disk
 
 
 def files(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, Path]:
@@ -108,6 +108,8 @@ def run(
     for name, path in files(config, workdir).items():
         if _is_whole(path):
             continue
+        if name == 'images':  # they may come from other keys than those in the tree
+            shutil.rmtree(workdir.release / 'synthetic' / 'png', ignore_errors=True)
         key = workdir.keys(f'generate/{name}', config.seed).noise
         at_once = images_at_once(config, settings[name])
         images = _sample_all(
@@ -206,7 +208,8 @@ def _sample_all(
     batch = devices.count() * groups * -(-per_device // groups)  # groups of equal size
     done = _read_parts(parts)
     start = sum(len(part) for part in done)
-    in_flight = collections.deque()
+    # A CPU gains nothing by a second batch, and whoever kills the process would lose two.
+    in_flight, at_most = collections.deque(), 1 if jax.default_backend() == 'cpu' else _IN_FLIGHT
 
     def keep_oldest():
         first, rows = in_flight.popleft()
@@ -219,7 +222,7 @@ def _sample_all(
         for first in range(start, total, batch):
             index = np.arange(first, first + batch, dtype=np.int32)
             in_flight.append((first, sample(params, devices.deal(index), key)))
-            if len(in_flight) == _IN_FLIGHT:
+            if len(in_flight) == at_most:
                 keep_oldest()
         while in_flight:
             keep_oldest()

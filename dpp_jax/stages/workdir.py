@@ -213,7 +213,7 @@ class WorkDir:
         before = known[part].setdefault('released', digest)
         if before != digest:
             raise ValueError(
-                f'{part}, made again, is not what was released from {self.root} with the same noise '
+                f'{part}, made again, is not what was released, or was about to be, from {self.root} with the same noise '
                 f'(SHA-256 {digest[:12]} now, {before[:12]} in {self._keys_file}), and is not '
                 'released. Restore what was released; or make it again with the devices and versions '
                 'of release/code.json; or use another --workdir'

@@ -179,7 +179,7 @@ def load_model(folder: Path, template: PyTree) -> PyTree:
         except Exception as error:  # whatever orbax makes of bytes that it does not know
             raise ValueError(
                 f'the checkpoint {folder} cannot be read ({str(error).splitlines()[0]}). Restore it; or '
-                'delete it: the stage that made it then writes it again from private/resume'
+                'move it away, if private/ is whole: the stage that made it writes it again from there'
             ) from error
     return _fit(saved, template, folder)
 

@@ -172,5 +172,5 @@ def test_a_damaged_model_is_named(tmp_path, how):
     params = make_state().params
     checkpoint.save_model(tmp_path / 'model', params)
     damage(tmp_path / 'model', how)
-    with pytest.raises(ValueError, match='model cannot be read .*delete it'):
+    with pytest.raises(ValueError, match='model cannot be read .*move it away'):
         checkpoint.load_model(tmp_path / 'model', params)

@@ -43,6 +43,7 @@ def main(argv):
     from dpp_jax import pipeline
     from dpp_jax.training import devices, loop
 
+    devices.one_per_core()
     devices.keep_compiled_programs()
     stopping.stop_on_sigterm()
     try:

@@ -82,32 +82,31 @@ def contenders(config, model, sizes, count: int) -> list[timing.Contender]:
     in_parts = model.example_loss(
         draws=settings.draws, label_dropout=settings.label_dropout, draws_at_once=sizes.draws
     )
-    with devices.limited_to(1):
-        state = devices.replicate(state_lib.create(params, optimizer))
-        batch = lambda size: devices.deal(steps.make_batch(images, labels, np.arange(count), size))
-        plain = steps.make_pretrain_step(
-            model.drawing(draws=settings.draws, label_dropout=settings.label_dropout),
-            model.errors,
-            optimizer,
-            augment=augment.make_augmentation('none'),
-            ema_decay=settings.ema_decay,
-            images_at_once=sizes.microbatch * sizes.draws,
-        )
-        private = steps.make_dp_step(
-            in_parts,
-            optimizer,
-            GaussianMechanism('dp_sgd', 1.0, 0.1, settings.clip_norm, 'benchmark'),
-            expected_batch_size=float(count),
-            microbatch=sizes.microbatch,
-            ema_decay=settings.ema_decay,
-        )
-        used = steps.used_microbatches(count, sizes.microbatch)
-        found = [
-            timing.donating(PLAIN, plain, state, batch(count), key),
-            timing.donating(PRIVATE, private, state, batch(capacity(config, sizes)), used, key),
-        ]
-        for step in found:
-            step.amount = noised
+    state = devices.replicate(state_lib.create(params, optimizer))
+    batch = lambda size: devices.deal(steps.make_batch(images, labels, np.arange(count), size))
+    plain = steps.make_pretrain_step(
+        model.drawing(draws=settings.draws, label_dropout=settings.label_dropout),
+        model.errors,
+        optimizer,
+        augment=augment.make_augmentation('none'),
+        ema_decay=settings.ema_decay,
+        images_at_once=sizes.microbatch * sizes.draws,
+    )
+    private = steps.make_dp_step(
+        in_parts,
+        optimizer,
+        GaussianMechanism('dp_sgd', 1.0, 0.1, settings.clip_norm, 'benchmark'),
+        expected_batch_size=float(count),
+        microbatch=sizes.microbatch,
+        ema_decay=settings.ema_decay,
+    )
+    used = steps.used_microbatches(count, sizes.microbatch)
+    found = [
+        timing.donating(PLAIN, plain, state, batch(count), key),
+        timing.donating(PRIVATE, private, state, batch(capacity(config, sizes)), used, key),
+    ]
+    for step in found:
+        step.amount = noised
     examples = {
         'image': images.astype(np.float32) / 127.5 - 1,
         'label': labels,
@@ -153,7 +152,7 @@ def capacity(config, sizes) -> int:
     """Rows of a padded batch of the config, as the stage would have them."""
     data, batch_size = config.data, config.finetune.batch_size
     sampler = poisson.PoissonSampler(data.train_images, batch_size / data.train_images, key=0)
-    return sampler.capacity(sizes.microbatch)
+    return sampler.capacity(sizes.microbatch * devices.count())
 
 
 def pytorch_contenders(settings, model, params, images, labels) -> list[timing.Contender]:
@@ -340,6 +339,15 @@ def main(argv):
     for flag in (_EXAMPLES, _REPEATS):
         if flag.value is not None and flag.value < 1:
             raise app.UsageError(f'--{flag.name} is {flag.value}; it must be at least 1')
+    devices.one_per_core()
+    # All of a CPU, as the program has it; one accelerator.
+    number = jax.local_device_count() if jax.default_backend() == 'cpu' else 1
+    with devices.limited_to(number):
+        benchmark(config)
+
+
+def benchmark(config) -> None:
+    """Measure, print and write, on the devices in use."""
     model = pipeline.make_model(config)
     if not config.loop.images_at_once:  # as for a long training
         config.loop.images_at_once = sizes_lib.measured(config, model)
@@ -348,7 +356,8 @@ def main(argv):
     flops = flops_per_noised_image(model)
     # Padding takes time and is not counted: as in a real batch, there is hardly any.
     wanted = _EXAMPLES.value or (4 if jax.default_backend() == 'cpu' else 16 * sizes.microbatch)
-    examples = -(-wanted // sizes.microbatch) * sizes.microbatch
+    at_a_time = sizes.microbatch * devices.count()
+    examples = -(-wanted // at_a_time) * at_a_time
     found = contenders(config, model, sizes, examples)
     timing.measure([reference, *found], _REPEATS.value)
 

@@ -67,18 +67,17 @@ def measure(config, model, *, noised_per_second: float, repeats: int, starts: in
     """
     batch = math.ceil(_STEP_SECONDS * noised_per_second / config.finetune.draws)
     batch = min(config.finetune.batch_size, max(4, batch))
-    with devices.limited_to(1):
-        params = model.init(jax.random.key(0))
-        works = {
-            'query': central_query(config),
-            'pretrain': pretraining(config, model, params),
-            'augment': augmentation(config),
-            'generate': generation(config, model, params),
-            'forward': forward_pass(config, model, params),
-            'classifier': classifier_epoch(config),
-        }
-        timing.measure([work.contender for work in works.values()], repeats)
-        in_loop = TrainingLoop(config, model, params, batch).measure(repeats)
+    params = model.init(jax.random.key(0))
+    works = {
+        'query': central_query(config),
+        'pretrain': pretraining(config, model, params),
+        'augment': augmentation(config),
+        'generate': generation(config, model, params),
+        'forward': forward_pass(config, model, params),
+        'classifier': classifier_epoch(config),
+    }
+    timing.measure([work.contender for work in works.values()], repeats)
+    in_loop = TrainingLoop(config, model, params, batch).measure(repeats)
     cost = lambda name: works[name].contender.median / works[name].amount
     per_image = config.pretrain.draws * cost('pretrain')
     report = {
@@ -165,7 +164,8 @@ def pretraining(config, model, params) -> Work:
         images_at_once=sizes_lib.choose(config).images,
     )
     state = devices.replicate(state_lib.create(params, optimizer))
-    batch = devices.deal(steps.make_batch(*random_images(config, size), np.arange(size), size))
+    capacity = math.ceil(size / devices.count()) * devices.count()
+    batch = devices.deal(steps.make_batch(*random_images(config, size), np.arange(size), capacity))
     contender = timing.donating('pre-training step', step, state, batch, jax.random.key(1))
     return Work(contender, size * settings.draws, 'noised images')
 
@@ -185,15 +185,16 @@ def generation(config, model, params) -> Work:
     settings = config.generate.sampler.copy_and_resolve_references()
     settings.steps = _SAMPLER_STEPS
     at_once = generate.images_at_once(config, settings)
+    images = at_once * devices.count()
     sampler = pipeline.make_sampler(settings, config.data.classes)
     contender = timing.compiled(
         f'generation ({settings.name})',
         generate.sample_function(model, sampler, at_once),
         devices.replicate(params),
-        devices.deal(np.arange(at_once, dtype=np.int32)),
+        devices.deal(np.arange(images, dtype=np.int32)),
         jax.random.key(1),
     )
-    return Work(contender, _evaluations(settings) * at_once, 'images x network evaluations')
+    return Work(contender, _evaluations(settings) * images, 'images x network evaluations')
 
 
 def _evaluations(settings) -> int:
@@ -207,20 +208,27 @@ def forward_pass(config, model, params) -> Work:
     settings = config.generate.sampler
     at_once = generate.images_at_once(config, settings)
     rows = at_once * (2 if settings.guidance else 1)
-    denoise = jax.jit(lambda params, x, sigma, label: model.denoiser(params)(x, sigma, label))
-    x = jax.random.normal(jax.random.key(1), (rows,) + model.image_shape)
-    sigma, label = jnp.full(rows, 0.1), jnp.zeros(rows, jnp.int32)
-    program = denoise.lower(params, x, sigma, label).compile()
+    on_every_device = (len(devices.local()), rows)
+
+    def denoise(params, x):
+        return model.denoiser(params)(x, jnp.full(rows, 0.1), jnp.zeros(rows, jnp.int32))
+
+    params = devices.replicate(params)
+    x = np.random.default_rng(1).standard_normal(on_every_device + model.image_shape, np.float32)
+    program = devices.parallel(denoise, in_axes=(0, 0))
+    x = program(params, x)  # compiles; from now on it lies where it is needed
     # As many evaluations as generation makes, so that both are timed over the same span.
     evaluations = _evaluations(settings) * at_once // rows
 
     def call():
         image = x
         for _ in range(evaluations):  # each waits for the last, as in a sampler
-            image = program(params, image, sigma, label)
+            image = program(params, image)
         return image
 
-    return Work(timing.Contender('forward pass', call), evaluations * rows, 'images')
+    return Work(
+        timing.Contender('forward pass', call), evaluations * rows * devices.count(), 'images'
+    )
 
 
 def classifier_epoch(config) -> Work:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpp_jax.training import devices
+
 
 @dataclasses.dataclass
 class Contender:
@@ -55,6 +57,8 @@ def donating(title: str, step: Callable, state, *arguments) -> Contender:
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    if jax.default_backend() == 'cpu':  # where all devices have the same memory
+        needed *= devices.count()
     current = jax.tree.map(jnp.array, state)
 
     def call():

@@ -1,4 +1,4 @@
-"""3x3 convolution whose every pass is a matrix product on a CPU, and whose kernel gradient always is.
+"""3x3 convolution whose every pass is made of matrix products on a CPU, and whose kernel gradient always is.
 
 DP-SGD needs the gradient of every example's kernel. Under vmap the kernel gradient of `lax.conv` becomes
 a grouped convolution (13 GFLOP/s against 34 as a batched matrix product, on a 2-core CPU), and a CPU's
@@ -8,21 +8,17 @@ shifted columns with the three shifted rows of the output's gradient, because it
 not for arithmetic. What follows is for a CPU.
 
 The usual form, "im2col", multiplies the nine shifted views of the input with the kernel: nine copies of
-the input, as costly on a CPU as the product itself. Here rows and columns of the kernel are apart. Of the
-rows i,
+the input, as costly on a CPU as the product itself. It is used where there are few channels. Otherwise this is
+Winograd's F(m×m, 3×3) (Lavin & Gray 2016, arXiv 1509.09308): along each axis m neighbouring outputs take
+m + 2 products instead of 3 m,
 
-    y[h] = Σ_i z_i[h + i],   z_i[h, w] = Σ_j x[h, w + j] K[i, j],
+    y = A ((G K) ∘ (B d)),
 
-so one product with all three rows side by side gives three parts, which are added shifted. Along the
-columns m outputs in a row take m + 2 products instead of 3 m (Winograd's F(m, 3); Lavin & Gray 2016,
-arXiv 1509.09308): with d the m + 2 inputs under them,
-
-    (z[w], ..., z[w + m - 1]) = A ((G K) ∘ (B d)).
-
-m is 4 where the width allows it, otherwise 2: half, or two thirds, of the multiplications, and much fewer
-bytes than im2col's. Transposed, the same steps are the backward pass, and both gradients share what was made
-of the output's gradient. The entries of A, B and G are at most 8, 5 and 1, and rounding in float32 is that of the plain sum
-for m = 2 and three times that for m = 4: below 1e-6.
+with d the m + 2 inputs under them; along both axes there are (m + 2)² products over the channels, each with
+1 / m² of the pixels. m is 4, or 2 where 4 needs more padding (14 pixels): a quarter, or 4 / 9, of the
+multiplications, and 36 / 16, or 4, copies of the input instead of nine. Transposed, the same steps are the
+backward pass, and both gradients share what was made of the output's gradient. The entries of A, B and G are small
+numbers; in float32 the rounding of a pass is 2e-6 to 3e-6 of its norm for m = 4 (a plain sum: 2e-7).
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +35,7 @@ _ROWS, _COLUMNS = 1, 2  # axes of (n, H, W, C)
 
 @dataclasses.dataclass(frozen=True)
 class _Winograd:
-    """F(m, 3): the matrices of the module's text, with n = m + 2.
+    """F(m, 3) along one axis: the matrices of the module's text, with n = m + 2.
 
     Attributes:
         outputs: A, (m, n).
@@ -102,7 +98,7 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if not _prefers_products():
         return _library(x, kernel.astype(x.dtype))
-    return _winograd(x, kernel)
+    return _im2col(x, kernel) if _is_small(kernel) else _winograd(x, kernel)
 
 
 def _forward(x, kernel):
@@ -112,6 +108,8 @@ def _forward(x, kernel):
 def _backward(kept, g):
     x, kernel = kept
     if _prefers_products():
+        if _is_small(kernel):
+            return jax.vjp(_im2col, x, kernel)[1](g)
         return _winograd_backward(x, kernel, g)
     x_gradient = _library(g, jnp.swapaxes(kernel.astype(x.dtype)[::-1, ::-1], 2, 3))
     # Columns of the input with rows of the output's gradient: one product is all nine.
@@ -128,6 +126,21 @@ conv3x3.defvjp(_forward, _backward)
 def _prefers_products() -> bool:
     """Whether the backend is slow at convolutions."""
     return jax.default_backend() == 'cpu'
+
+
+def _is_small(kernel) -> bool:
+    """Whether there is so little to multiply that one product is as fast as many, and sooner compiled."""
+    channels, features = kernel.shape[2:]
+    return channels <= 16 and channels * features <= 128
+
+
+def _im2col(x, kernel):
+    """The convolution as one product with the nine shifted views of x."""
+    height, width = x.shape[_ROWS], x.shape[_COLUMNS]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    views = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    matrix = kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
+    return jnp.concatenate(views, axis=-1) @ matrix
 
 
 def _over_pixels(x, g, dtype):
@@ -150,7 +163,8 @@ def _library(x, kernel):
 def _separate(function: Callable) -> Callable:
     """`function` (of arrays), which the compiler neither fuses with its surroundings nor repeats.
 
-    XLA:CPU would compute what is before a transform once for each of its terms.
+    XLA:CPU computes what precedes a transform (normalisation and SiLU, say) again in each of the transform's parts:
+    a seventh of the training step. Barriers for optimisation are gone before it fuses; calls stay.
     """
     compiled = jax.jit(function)
 
@@ -163,54 +177,104 @@ def _separate(function: Callable) -> Callable:
 
 
 @_separate
+def _kept(arrays):
+    """Computed once, however many read them."""
+    return arrays
+
+
+@_separate
 def _winograd(x, kernel):
-    rows, columns = _forms(x)
-    products = [
-        part @ matrix
-        for part, matrix in zip(_inputs(rows, columns, x), _matrices(rows, columns, kernel, x.dtype))
-    ]
-    y = [_outputs_1d(rows, some, _ROWS) for some in _groups(products, columns)]
-    return _crop(_outputs_1d(columns, _kept(y), _COLUMNS), x)
+    form = _forms(x)
+    parts, matrices = _inputs(form, x), _matrices(form, kernel, x.dtype)
+    products = [part @ matrix for part, matrix in zip(parts, matrices)]
+    halfway = [_outputs_along(_ROWS, form.rows, some) for some in form.groups(products)]
+    return _crop(_outputs_along(_COLUMNS, form.columns, _kept(halfway)), x)
 
 
 @_separate
 def _winograd_backward(x, kernel, g):
-    rows, columns = _forms(x)
-    halfway = _kept(_combine(columns.outputs.T, _split(g, columns.size, _COLUMNS)))
-    gradients = [
-        part for some in halfway for part in _combine(rows.outputs.T, _split(some, rows.size, _ROWS))
-    ]
-    matrices = _matrices(rows, columns, kernel, x.dtype)
-    of_inputs = [part @ m.T for part, m in zip(gradients, matrices)]
+    form = _forms(x)
+    gradients = _outputs_transposed(form, g)
+    of_inputs = [part @ m.T for part, m in zip(gradients, _matrices(form, kernel, x.dtype))]
     of_matrices = [
         _over_pixels(part, gradient, kernel.dtype)
-        for part, gradient in zip(_inputs(rows, columns, x), gradients)
+        for part, gradient in zip(_inputs(form, x), gradients)
     ]
-    halfway = [_inputs_1d_transposed(rows, some, _ROWS) for some in _groups(of_inputs, columns)]
-    x_gradient = _inputs_1d_transposed(columns, _kept(halfway), _COLUMNS)
-    return _crop(x_gradient, x), _matrices_transposed(rows, columns, of_matrices)
+    halfway = [_inputs_along_transposed(_ROWS, form.rows, some) for some in form.groups(of_inputs)]
+    x_gradient = _inputs_along_transposed(_COLUMNS, form.columns, _kept(halfway))
+    return _crop(x_gradient, x), _matrices_transposed(form, of_matrices)
 
 
-@_separate
-def _kept(arrays):
-    return arrays
+@dataclasses.dataclass(frozen=True)
+class _Forms:
+    """For both axes. Lists of parts have those of the first term of `columns` first, in order of `rows`."""
+
+    rows: _Winograd
+    columns: _Winograd
+
+    def groups(self, parts: list) -> list[list]:
+        """The parts of each term of `columns`."""
+        size = self.rows.size + 2
+        return [parts[i : i + size] for i in range(0, len(parts), size)]
 
 
-def _forms(x) -> tuple[_Winograd, _Winograd]:
-    """For rows and columns: the larger one, unless it needs more padding or more digits than x has."""
+def _forms(x) -> _Forms:
+    """The larger one, unless it needs more padding or more digits than x has."""
 
     def along(axis):
         size = x.shape[axis]
         fits = -size % _FOUR.size == -size % _TWO.size
         return _FOUR if fits and x.dtype.itemsize >= 4 else _TWO
 
-    return along(_ROWS), along(_COLUMNS)
+    return _Forms(along(_ROWS), along(_COLUMNS))
 
 
-def _groups(parts, columns) -> list:
-    """The parts of each column form's term."""
-    size = len(parts) // (columns.size + 2)
-    return [parts[i : i + size] for i in range(0, len(parts), size)]
+def _inputs(form: _Forms, x):
+    """B d along both axes: (n, H, W, C) → list of (n, H / m, W / m', C)."""
+    halfway = _kept(_inputs_along(_COLUMNS, form.columns, x))
+    return [part for some in halfway for part in _inputs_along(_ROWS, form.rows, some)]
+
+
+def _outputs_transposed(form: _Forms, g):
+    """Aᵀ along both axes: (n, H, W, D) → list of (n, H / m, W / m', D)."""
+    halfway = _kept(_combine(form.columns.outputs.T, _split(g, form.columns.size, _COLUMNS)))
+    split = lambda some: _split(some, form.rows.size, _ROWS)
+    return [part for some in halfway for part in _combine(form.rows.outputs.T, split(some))]
+
+
+def _matrices(form: _Forms, kernel, dtype):
+    """G K along both axes: (3, 3, C, D) → list of (C, D)."""
+    halfway = _combine(form.columns.kernel, [kernel[:, j] for j in range(3)])
+    return [
+        part.astype(dtype)
+        for some in halfway
+        for part in _combine(form.rows.kernel, [some[i] for i in range(3)])
+    ]
+
+
+def _matrices_transposed(form: _Forms, gradients):
+    """The transpose: list of (C, D) → (3, 3, C, D)."""
+    halfway = [jnp.stack(_combine(form.rows.kernel.T, some)) for some in form.groups(gradients)]
+    return jnp.stack(_combine(form.columns.kernel.T, halfway), axis=1)
+
+
+def _inputs_along(axis: int, form: _Winograd, x):
+    """B d for every m pixels of an axis: an array → m + 2 of them, with 1 / m of the axis."""
+    inside = _split(x, form.size, axis)
+    before, after = _shift(inside[-1], -1, axis), _shift(inside[0], 1, axis)
+    return _combine(form.inputs, [before, *inside, after])
+
+
+def _inputs_along_transposed(axis: int, form: _Winograd, parts):
+    before, *inside, after = _combine(form.inputs.T, parts)
+    inside[-1] += _shift(before, 1, axis)
+    inside[0] += _shift(after, -1, axis)
+    return _join(inside, axis)
+
+
+def _outputs_along(axis: int, form: _Winograd, parts):
+    """A: m + 2 arrays → one, with m times the axis."""
+    return _join(_combine(form.outputs, parts), axis)
 
 
 def _combine(matrix: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]:
@@ -227,61 +291,24 @@ def _combine(matrix: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]:
     return [row(factors) for factors in matrix]
 
 
-def _inputs(rows, columns, x):
-    halfway = _kept(_inputs_1d(columns, x, _COLUMNS))
-    return [part for some in halfway for part in _inputs_1d(rows, some, _ROWS)]
-
-
-def _inputs_1d(form, x, axis):
-    """B d for every m columns: (n, H, W, C) → m + 2 of (n, H, W / m, C)."""
-    columns = _split(x, form.size, axis)
-    before, after = _shift(columns[-1], -1, axis), _shift(columns[0], 1, axis)
-    return _combine(form.inputs, [before, *columns, after])
-
-
-def _inputs_1d_transposed(form, parts, axis):
-    """The transpose: m + 2 of (n, H, W / m, C) → (n, H, W, C), W a multiple of m."""
-    before, *columns, after = _combine(form.inputs.T, parts)
-    columns[-1] += _shift(before, 1, axis)
-    columns[0] += _shift(after, -1, axis)
-    return _join(columns, axis)
-
-
-def _outputs_1d(form, parts, axis):
-    return _join(_combine(form.outputs, parts), axis)
-
-
-def _matrices(rows, columns, kernel, dtype):
-    """G K, with the kernel's rows side by side: (3, 3, C, D) → m + 2 of (C, 3 D)."""
-    halfway = _combine(columns.kernel, [kernel[:, j] for j in range(3)])
-    return [
-        part.astype(dtype) for some in halfway for part in _combine(rows.kernel, [some[i] for i in range(3)])
-    ]
-
-
-def _matrices_transposed(rows, columns, gradients):
-    """The transpose: m + 2 of (C, 3 D) → (3, 3, C, D)."""
-    halfway = [jnp.stack(_combine(rows.kernel.T, some)) for some in _groups(gradients, columns)]
-    return jnp.stack(_combine(columns.kernel.T, halfway), axis=1)
-
-
 def _split(x, size: int, axis: int):
-    """Columns 0, size, 2 size, ..., then columns 1, size + 1, ...; zeros beyond the last."""
+    """Pixels 0, size, 2 size, ... of an axis, then 1, size + 1, ...; zeros beyond the last."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % size)
     x = jnp.pad(x, widths)
-    shape = x.shape[:axis] + (-1, size) + x.shape[axis + 1 :]
-    return [jax.lax.index_in_dim(x.reshape(shape), j, axis + 1, keepdims=False) for j in range(size)]
+    groups = x.reshape(x.shape[:axis] + (-1, size) + x.shape[axis + 1 :])
+    return [jax.lax.index_in_dim(groups, j, axis + 1, keepdims=False) for j in range(size)]
 
 
-def _join(columns, axis: int):
-    """The inverse of `_split`."""
-    shape = columns[0].shape
-    together = jnp.stack(columns, axis=axis + 1)
+def _join(parts, axis: int):
+    """The inverse of `_split`, padding included."""
+    shape = parts[0].shape
+    together = jnp.stack(parts, axis=axis + 1)
     return together.reshape(shape[:axis] + (-1,) + shape[axis + 1 :])
 
 
 def _crop(y, x):
+    """y without the padding that x did not have."""
     return y[:, : x.shape[_ROWS], : x.shape[_COLUMNS]]
 
 

@@ -29,8 +29,8 @@ _CACHE_BYTES_PER_CORE = 0.85e6
 _LAYERS = 125
 _MOST_ON_ACCELERATORS = 512
 _SHARE_OF_MEMORY = 0.4
-# A training of more operations than these (about half an hour) is worth minutes of trying.
-_LONG = {'cpu': 2e14}
+# A training of more operations per device than these (about half an hour) is worth minutes of trying.
+_LONG = {'cpu': 1.5e14}
 _LONG_ON_ACCELERATORS = 5e16
 _OPERATIONS = 3.0  # per parameter and pixel, gradient included: 3.46e9 for the 28x28 network
 # What is tried, in units of what the rule says, and how much faster it must be to be taken.
@@ -135,15 +135,15 @@ def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[
     loss = model.example_loss(
         draws=settings.draws, label_dropout=settings.label_dropout, draws_at_once=at_once.draws
     )
-    n = 2 * at_once.microbatch
+    n = 2 * at_once.microbatch  # on each device: they share caches and memory
+    all_of_them = (len(devices.local()), n)
     arguments = (
         model.init(jax.random.key(0)),
-        jax.random.uniform(jax.random.key(1), (n,) + model.image_shape, minval=-1.0),
-        jnp.zeros(n, jnp.int32),
-        jax.random.split(jax.random.key(2), n),
+        jax.random.uniform(jax.random.key(1), all_of_them + model.image_shape, minval=-1.0),
+        jnp.zeros(all_of_them, jnp.int32),
+        jax.random.split(jax.random.key(2), all_of_them),
     )
 
-    @jax.jit
     def clipped_sum(params, *examples):
         return clipped_gradient_sum(
             lambda params, example: loss(params, *example),
@@ -151,9 +151,11 @@ def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[
             clip_norm=settings.clip_norm, microbatch=at_once.microbatch, microbatches=2,
         )  # fmt: skip
 
+    program = devices.parallel(clipped_sum, in_axes=(None, 0, 0, 0))
+
     def call():
-        jax.block_until_ready(clipped_sum(*arguments))
-        return n * settings.draws
+        jax.block_until_ready(program(*arguments))
+        return all_of_them[0] * n * settings.draws
 
     try:
         call()
@@ -173,7 +175,7 @@ def _by_rule(config: ConfigDict) -> int:
     layer = config.model.width * config.model.multipliers[0] * config.data.image_size**2
     layer *= jnp.dtype(config.model.dtype).itemsize
     if jax.default_backend() == 'cpu':
-        fitting = devices.cores() * _CACHE_BYTES_PER_CORE / layer
+        fitting = max(1, devices.cores() / len(devices.local())) * _CACHE_BYTES_PER_CORE / layer
     else:
         limit = (devices.local()[0].memory_stats() or {}).get('bytes_limit', math.inf)
         fitting = min(_MOST_ON_ACCELERATORS, _SHARE_OF_MEMORY * limit / (_LAYERS * layer))

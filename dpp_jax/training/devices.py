@@ -15,6 +15,7 @@ import numpy as np
 
 PyTree = Any
 AXIS = 'devices'
+_MOST_OF_A_CPU = 16  # devices: each holds the weights, their average and the optimizer's state
 _limit: int | None = None
 
 
@@ -76,6 +77,17 @@ def keep_compiled_programs() -> None:
         jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'programs'))
 
 
+def one_per_core() -> None:
+    """Make a device of each CPU core, before JAX starts; not where the user says how many there are.
+
+    A core that works on images of its own waits for no other, and keeps them in its cache: 1.1 times
+    as fast with two cores as both on every operation. It means nothing to a GPU or a TPU.
+    """
+    chosen = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+    if not chosen and jax.config.jax_num_cpu_devices < 0:
+        jax.config.update('jax_num_cpu_devices', min(cores(), _MOST_OF_A_CPU))
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -84,8 +96,9 @@ def cores() -> int:
 def kind() -> str:
     """What runs the programs, by name: another kind has other speeds and another rounding."""
     name = local()[0].device_kind
-    number = f', {cores()} cores' if jax.default_backend() == 'cpu' else ''
-    return f'{name}{number}, jax {jax.__version__}'
+    if jax.default_backend() == 'cpu':
+        name += f', {cores()} cores in {len(local())} devices'
+    return f'{name}, jax {jax.__version__}'
 
 
 def replicate(tree: PyTree) -> PyTree:

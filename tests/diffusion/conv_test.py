@@ -8,10 +8,11 @@ import pytest
 from dpp_jax.diffusion import conv
 
 
-@pytest.fixture(params=['products', 'library'])
+@pytest.fixture(params=['winograd', 'im2col', 'library'])
 def form(request, monkeypatch):
-    """As a CPU runs it, and as a GPU or a TPU does."""
-    monkeypatch.setattr(conv, '_prefers_products', lambda: request.param == 'products')
+    """As a CPU runs it, with many channels and with few, and as a GPU or a TPU does."""
+    monkeypatch.setattr(conv, '_prefers_products', lambda: request.param != 'library')
+    monkeypatch.setattr(conv, '_is_small', lambda kernel: request.param == 'im2col')
     return request.param
 
 

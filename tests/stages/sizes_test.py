@@ -32,16 +32,19 @@ def test_a_trial_does_two_microbatches(tiny_config):
         finetune__microbatch=None, model__multipliers=(1,), model__attention_resolutions=()
     )
     trial = sizes._trial(config, pipeline.make_model(config), 4)
-    assert trial() == 2 * 2 * config.finetune.draws
+    assert trial() == jax.local_device_count() * 2 * 2 * config.finetune.draws
 
 
 def test_small_images_go_in_greater_numbers(monkeypatch):
+    monkeypatch.setattr(devices, 'local', lambda: jax.local_devices()[:1])
     monkeypatch.setattr(devices, 'cores', lambda: 2)
     small, large = (sizes.choose(c.get_config('1')) for c in (digits_8, mnist_28))
     assert (large.microbatch, large.draws) == (1, 8)
     assert small.images > 10 * large.images
     monkeypatch.setattr(devices, 'cores', lambda: 8)
     assert sizes.choose(mnist_28.get_config('1')).images == 4 * large.images
+    monkeypatch.setattr(devices, 'local', lambda: jax.local_devices()[:8])
+    assert sizes.choose(mnist_28.get_config('1')).images == large.images // 2, 'one core for each'
 
 
 @pytest.mark.parametrize(('gigabytes', 'images'), [(None, 512), (80, 512), (12, 128)])

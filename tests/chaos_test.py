@@ -12,7 +12,7 @@ import pytest
 from dpp_jax.training import checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'scripts' / 'chaos.py'
-ENVIRONMENT = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # one device
+ENVIRONMENT = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # compiles sooner
 
 
 @pytest.fixture(scope='module')

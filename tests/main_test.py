@@ -82,7 +82,7 @@ def test_sigterm_between_two_stages_exits_with_0_soon(tmp_path):
 
 
 def program(*arguments, before=()):
-    """Run the command line in a process of its own, on one device; after the words of `before`."""
+    """Run the command line in a process of its own; after the words of `before`."""
     flags = '--xla_backend_optimization_level=0'
     environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
     return subprocess.run(

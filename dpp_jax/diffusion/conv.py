@@ -108,9 +108,7 @@ def _forward(x, kernel):
 def _backward(kept, g):
     x, kernel = kept
     if _prefers_products():
-        if _is_small(kernel):
-            return jax.vjp(_im2col, x, kernel)[1](g)
-        return _winograd_backward(x, kernel, g)
+        return (_im2col_backward if _is_small(kernel) else _winograd_backward)(x, kernel, g)
     x_gradient = _library(g, jnp.swapaxes(kernel.astype(x.dtype)[::-1, ::-1], 2, 3))
     # Columns of the input with rows of the output's gradient: one product is all nine.
     columns = jnp.concatenate([_shift(x, -1, _COLUMNS), x, _shift(x, 1, _COLUMNS)], axis=-1)
@@ -135,12 +133,20 @@ def _is_small(kernel) -> bool:
 
 
 def _im2col(x, kernel):
-    """The convolution as one product with the nine shifted views of x."""
-    height, width = x.shape[_ROWS], x.shape[_COLUMNS]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    views = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    matrix = kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
-    return jnp.concatenate(views, axis=-1) @ matrix
+    return _views(x) @ kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
+
+
+def _im2col_backward(x, kernel, g):
+    of_input = _im2col(g, jnp.swapaxes(kernel[::-1, ::-1], 2, 3))
+    return of_input, _over_pixels(_views(x), g, kernel.dtype).reshape(kernel.shape)
+
+
+def _views(x):
+    """(n, H, W, C) → (n, H, W, 9 C): every pixel's 3x3 neighbours, zeros from outside."""
+    in_rows = [_shift(x, by, _ROWS) for by in (-1, 0, 1)]
+    return jnp.concatenate(
+        [_shift(row, by, _COLUMNS) for row in in_rows for by in (-1, 0, 1)], axis=-1
+    )
 
 
 def _over_pixels(x, g, dtype):
@@ -293,9 +299,7 @@ def _combine(matrix: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _split(x, size: int, axis: int):
     """Pixels 0, size, 2 size, ... of an axis, then 1, size + 1, ...; zeros beyond the last."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % size)
-    x = jnp.pad(x, widths)
+    x = _pad(x, 0, -x.shape[axis] % size, axis)
     groups = x.reshape(x.shape[:axis] + (-1, size) + x.shape[axis + 1 :])
     return [jax.lax.index_in_dim(groups, j, axis + 1, keepdims=False) for j in range(size)]
 
@@ -316,6 +320,11 @@ def _shift(x, by: int, axis: int):
     """y[p] = x[p + by] along an axis, zeros from outside."""
     size = x.shape[axis]
     inside = jax.lax.slice_in_dim(x, max(by, 0), size + min(by, 0), axis=axis)
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (max(-by, 0), max(by, 0))
-    return jnp.pad(inside, widths)
+    return _pad(inside, max(-by, 0), max(by, 0), axis)
+
+
+def _pad(x, before: int, after: int, axis: int):
+    """Zeros around an axis. Not `jnp.pad`, a jitted function: `_separate` would separate it, too."""
+    widths = [(0, 0, 0)] * x.ndim
+    widths[axis] = (before, after, 0)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), widths)

@@ -17,7 +17,9 @@ m + 2 products instead of 3 m,
 with d the m + 2 inputs under them; along both axes there are (m + 2)² products over the channels, each with
 1 / m² of the pixels. m is 4, or 2 where 4 needs more padding (14 pixels): a quarter, or 4 / 9, of the
 multiplications, and 36 / 16, or 4, copies of the input instead of nine. Transposed, the same steps are the
-backward pass, and both gradients share what was made of the output's gradient. The entries of A, B and G are small
+backward pass, and both gradients share what was made of the output's gradient. Products that stand in one row of
+terms are one batched product, which a core's cache still holds; all of them as one do not fit, and each
+by itself makes a program of ten times as many operations, slow to compile. The entries of A, B and G are small
 numbers; in float32 the rounding of a pass is 2e-6 to 3e-6 of its norm for m = 4 (a plain sum: 2e-7).
 """
 
@@ -30,7 +32,7 @@ from jax.experimental import xla_metadata
 import jax.numpy as jnp
 import numpy as np
 
-_ROWS, _COLUMNS = 1, 2  # axes of (n, H, W, C)
+_ROWS, _COLUMNS = -3, -2  # axes of (..., H, W, C)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if not _prefers_products():
         return _library(x, kernel.astype(x.dtype))
-    return _im2col(x, kernel) if _is_small(kernel) else _winograd(x, kernel)
+    return _im2col(x, kernel) if _is_small(kernel) else _winograd(kernel, x[None])[0]
 
 
 def _forward(x, kernel):
@@ -108,7 +110,10 @@ def _forward(x, kernel):
 def _backward(kept, g):
     x, kernel = kept
     if _prefers_products():
-        return (_im2col_backward if _is_small(kernel) else _winograd_backward)(x, kernel, g)
+        if _is_small(kernel):
+            return _im2col_backward(x, kernel, g)
+        x_gradient, kernel_gradient = _winograd_backward(kernel, x[None], g[None])
+        return x_gradient[0], kernel_gradient[0]
     x_gradient = _library(g, jnp.swapaxes(kernel.astype(x.dtype)[::-1, ::-1], 2, 3))
     # Columns of the input with rows of the output's gradient: one product is all nine.
     columns = jnp.concatenate([_shift(x, -1, _COLUMNS), x, _shift(x, 1, _COLUMNS)], axis=-1)
@@ -188,40 +193,70 @@ def _kept(arrays):
     return arrays
 
 
+def _of_groups(function: Callable) -> Callable:
+    """`function(kernel, *images)`, of arrays (groups, n, H, W, channels), whose vmap is a call with more groups.
+
+    JAX would put the new axis first everywhere, and XLA then bring together, by copies, the pixels of one product.
+    """
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def of_batch(size, is_batched, kernel, *images):
+        if is_batched[0]:  # nothing in common
+            axes = [0 if batched else None for batched in is_batched]
+            results = jax.vmap(function, axes)(kernel, *images)
+        else:
+            together = [
+                (x if batched else jnp.broadcast_to(x, (size,) + x.shape)).reshape((-1,) + x.shape[-4:])
+                for x, batched in zip(images, is_batched[1:])
+            ]
+            split = lambda result: result.reshape((size, -1) + result.shape[1:])
+            results = jax.tree.map(split, call(kernel, *together))
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call
+
+
+@_of_groups
 @_separate
-def _winograd(x, kernel):
+def _winograd(kernel, x):
+    """→ (groups, n, H, W, D)."""
     form = _forms(x)
-    parts, matrices = _inputs(form, x), _matrices(form, kernel, x.dtype)
-    products = [part @ matrix for part, matrix in zip(parts, matrices)]
-    halfway = [_outputs_along(_ROWS, form.rows, some) for some in form.groups(products)]
-    return _crop(_outputs_along(_COLUMNS, form.columns, _kept(halfway)), x)
+    pairs = zip(_inputs(form, x), _matrices(form, kernel, x.dtype))
+    return _outputs(form, [part @ matrices for part, matrices in pairs], x)
 
 
+@_of_groups
 @_separate
-def _winograd_backward(x, kernel, g):
+def _winograd_backward(kernel, x, g):
+    """→ gradients of x and, for each group, of the kernel: (groups, 3, 3, C, D)."""
     form = _forms(x)
     gradients = _outputs_transposed(form, g)
-    of_inputs = [part @ m.T for part, m in zip(gradients, _matrices(form, kernel, x.dtype))]
+    pairs = zip(gradients, _matrices(form, kernel, x.dtype))
+    of_inputs = [part @ jnp.swapaxes(matrices, 1, 2) for part, matrices in pairs]
     of_matrices = [
-        _over_pixels(part, gradient, kernel.dtype)
+        _over_pixels_of_groups(part, gradient, len(x), kernel.dtype)
         for part, gradient in zip(_inputs(form, x), gradients)
     ]
-    halfway = [_inputs_along_transposed(_ROWS, form.rows, some) for some in form.groups(of_inputs)]
-    x_gradient = _inputs_along_transposed(_COLUMNS, form.columns, _kept(halfway))
-    return _crop(x_gradient, x), _matrices_transposed(form, of_matrices)
+    return _inputs_transposed(form, of_inputs, x), _matrices_transposed(form, of_matrices)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Forms:
-    """For both axes. Lists of parts have those of the first term of `columns` first, in order of `rows`."""
+    """For both axes."""
 
     rows: _Winograd
     columns: _Winograd
 
-    def groups(self, parts: list) -> list[list]:
-        """The parts of each term of `columns`."""
-        size = self.rows.size + 2
-        return [parts[i : i + size] for i in range(0, len(parts), size)]
+    @property
+    def terms(self) -> tuple[int, int]:
+        """Products along each axis: (i, j)."""
+        return len(self.rows.inputs), len(self.columns.inputs)
+
+    @property
+    def kernel(self) -> np.ndarray:
+        """G along both axes: (i j, 9)."""
+        return np.kron(self.rows.kernel, self.columns.kernel)
 
 
 def _forms(x) -> _Forms:
@@ -236,35 +271,61 @@ def _forms(x) -> _Forms:
 
 
 def _inputs(form: _Forms, x):
-    """B d along both axes: (n, H, W, C) → list of (n, H / m, W / m', C)."""
-    halfway = _kept(_inputs_along(_COLUMNS, form.columns, x))
-    return [part for some in halfway for part in _inputs_along(_ROWS, form.rows, some)]
+    """B d along both axes: (..., H, W, C) → list over i of (j, pixels, C)."""
+    halfway = _kept(jnp.stack(_inputs_along(_COLUMNS, form.columns, x)))
+    return [_flat(part) for part in _inputs_along(_ROWS, form.rows, halfway)]
 
 
 def _outputs_transposed(form: _Forms, g):
-    """Aᵀ along both axes: (n, H, W, D) → list of (n, H / m, W / m', D)."""
-    halfway = _kept(_combine(form.columns.outputs.T, _split(g, form.columns.size, _COLUMNS)))
-    split = lambda some: _split(some, form.rows.size, _ROWS)
-    return [part for some in halfway for part in _combine(form.rows.outputs.T, split(some))]
+    """Aᵀ along both axes: (..., H, W, D) → list over i of (j, pixels, D)."""
+    along = lambda axis, form, x: _combine(form.outputs.T, _split(x, form.size, axis))
+    halfway = _kept(jnp.stack(along(_COLUMNS, form.columns, g)))
+    return [_flat(part) for part in along(_ROWS, form.rows, halfway)]
+
+
+def _outputs(form: _Forms, products, x):
+    """A along both axes: list over i of (j, pixels, D) → (..., H, W, D) with x's other axes."""
+    halfway = _kept(_outputs_along(_ROWS, form.rows, _unflat(form, products, x)))
+    return _crop(_outputs_along(_COLUMNS, form.columns, list(halfway)), x)
+
+
+def _inputs_transposed(form: _Forms, gradients, x):
+    """Bᵀ along both axes: list over i of (j, pixels, C) → (..., H, W, C) with x's other axes."""
+    halfway = _kept(_inputs_along_transposed(_ROWS, form.rows, _unflat(form, gradients, x)))
+    return _crop(_inputs_along_transposed(_COLUMNS, form.columns, list(halfway)), x)
+
+
+def _flat(part):
+    """(j, ..., C) → (j, pixels, C)."""
+    return part.reshape(len(part), -1, part.shape[-1])
+
+
+def _unflat(form: _Forms, parts, x):
+    """Of each part: (j, pixels, C) → (j, groups, n, H / m, W / m', C)."""
+    tiles = (-(-x.shape[_ROWS] // form.rows.size), -(-x.shape[_COLUMNS] // form.columns.size))
+    return [part.reshape(part.shape[:1] + x.shape[:_ROWS] + tiles + part.shape[-1:]) for part in parts]
+
+
+def _over_pixels_of_groups(x, g, groups: int, dtype):
+    """Σ x gᵀ over the pixels of every group: (j, pixels, C), (j, pixels, D) → (j, groups, C, D)."""
+    grouped = lambda part: part.reshape(len(part), groups, -1, part.shape[-1])
+    return jnp.einsum('jbpc,jbpd->jbcd', grouped(x), grouped(g), preferred_element_type=dtype)
 
 
 def _matrices(form: _Forms, kernel, dtype):
-    """G K along both axes: (3, 3, C, D) → list of (C, D)."""
-    halfway = _combine(form.columns.kernel, [kernel[:, j] for j in range(3)])
-    return [
-        part.astype(dtype)
-        for some in halfway
-        for part in _combine(form.rows.kernel, [some[i] for i in range(3)])
-    ]
+    """G K along both axes: (3, 3, C, D) → (i, j, C, D)."""
+    matrices = form.kernel.astype(kernel.dtype) @ kernel.reshape(9, -1)
+    return matrices.reshape(form.terms + kernel.shape[2:]).astype(dtype)
 
 
 def _matrices_transposed(form: _Forms, gradients):
-    """The transpose: list of (C, D) → (3, 3, C, D)."""
-    halfway = [jnp.stack(_combine(form.rows.kernel.T, some)) for some in form.groups(gradients)]
-    return jnp.stack(_combine(form.columns.kernel.T, halfway), axis=1)
+    """The transpose: list over i of (j, groups, C, D) → (groups, 3, 3, C, D)."""
+    halfway = jnp.stack(_combine(form.rows.kernel.T, gradients))
+    kernels = _combine(form.columns.kernel.T, list(jnp.moveaxis(halfway, 1, 0)))
+    return jnp.moveaxis(jnp.stack(kernels, axis=1), 2, 0)
 
 
-def _inputs_along(axis: int, form: _Winograd, x):
+def _inputs_along(axis: int, form: _Winograd, x) -> list[jax.Array]:
     """B d for every m pixels of an axis: an array → m + 2 of them, with 1 / m of the axis."""
     inside = _split(x, form.size, axis)
     before, after = _shift(inside[-1], -1, axis), _shift(inside[0], 1, axis)
@@ -272,6 +333,7 @@ def _inputs_along(axis: int, form: _Winograd, x):
 
 
 def _inputs_along_transposed(axis: int, form: _Winograd, parts):
+    """m + 2 arrays → one, with m times the axis."""
     before, *inside, after = _combine(form.inputs.T, parts)
     inside[-1] += _shift(before, 1, axis)
     inside[0] += _shift(after, -1, axis)
@@ -299,6 +361,7 @@ def _combine(matrix: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _split(x, size: int, axis: int):
     """Pixels 0, size, 2 size, ... of an axis, then 1, size + 1, ...; zeros beyond the last."""
+    axis %= x.ndim
     x = _pad(x, 0, -x.shape[axis] % size, axis)
     groups = x.reshape(x.shape[:axis] + (-1, size) + x.shape[axis + 1 :])
     return [jax.lax.index_in_dim(groups, j, axis + 1, keepdims=False) for j in range(size)]
@@ -307,13 +370,14 @@ def _split(x, size: int, axis: int):
 def _join(parts, axis: int):
     """The inverse of `_split`, padding included."""
     shape = parts[0].shape
+    axis %= len(shape)
     together = jnp.stack(parts, axis=axis + 1)
     return together.reshape(shape[:axis] + (-1,) + shape[axis + 1 :])
 
 
 def _crop(y, x):
     """y without the padding that x did not have."""
-    return y[:, : x.shape[_ROWS], : x.shape[_COLUMNS]]
+    return y[..., : x.shape[_ROWS], : x.shape[_COLUMNS], :]
 
 
 def _shift(x, by: int, axis: int):

@@ -49,7 +49,10 @@ def assert_close(got, expected, tolerance=1e-6):
     assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize('shape, features', [((2, 8, 8, 3), 5), ((1, 7, 5, 4), 1), ((3, 1, 1, 2), 2)])
+@pytest.mark.parametrize(
+    'shape, features',
+    [((2, 8, 8, 3), 5), ((1, 7, 5, 4), 1), ((3, 1, 1, 2), 2), ((1, 14, 28, 2), 3)],
+)
 def test_value_and_gradients(form, shape, features):
     arguments = data(shape, features)
     assert_close(jax.jit(conv.conv3x3)(*arguments[:2]), exactly(reference, *arguments[:2]))
@@ -85,3 +88,27 @@ def test_bfloat16_products_give_a_float32_kernel_gradient(form):
     expected = exactly(gradients(reference), x, kernel, target)
     assert_close(np.float32(x_gradient), expected[0], 1e-2)
     assert_close(kernel_gradient, expected[1], 1e-2)
+
+
+@pytest.mark.parametrize(
+    'axes', [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0), (0, None, 0)]
+)
+def test_vmap_over_any_of_the_arguments(form, axes):
+    x, kernel, target = data((3, 2, 6, 4, 3), 5)
+    kernels = np.stack([kernel, 2 * kernel, -kernel])
+    all_of_them = (x, kernels, target)
+    arguments = [a if axis == 0 else a[0] for a, axis in zip(all_of_them, axes)]
+    got = jax.jit(jax.vmap(gradients(conv.conv3x3), axes))(*arguments)
+    for i in range(3):
+        one = [a[i] if axis == 0 else a for a, axis in zip(arguments, axes)]
+        for result, expected in zip(got, exactly(gradients(reference), *one)):
+            assert_close(result[i], expected, 5e-6)
+
+
+def test_vmap_within_vmap(form):
+    x, kernel, target = data((2, 3, 1, 4, 4, 3), 5)
+    inner = jax.vmap(gradients(conv.conv3x3), (0, None, 0))
+    got = jax.jit(jax.vmap(inner, (0, None, 0)))(x, kernel, target)
+    for i, j in np.ndindex(2, 3):
+        for result, expected in zip(got, exactly(gradients(reference), x[i, j], kernel, target[i, j])):
+            assert_close(result[i, j], expected, 5e-6)

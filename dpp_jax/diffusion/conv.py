@@ -16,11 +16,15 @@ m + 2 products instead of 3 m,
 
 with d the m + 2 inputs under them; along both axes there are (m + 2)² products over the channels, each with
 1 / m² of the pixels. m is 4, or 2 where 4 needs more padding (14 pixels): a quarter, or 4 / 9, of the
-multiplications, and 36 / 16, or 4, copies of the input instead of nine. Transposed, the same steps are the
-backward pass, and both gradients share what was made of the output's gradient. Products that stand in one row of
-terms are one batched product, which a core's cache still holds; all of them as one do not fit, and each
-by itself makes a program of ten times as many operations, slow to compile. The entries of A, B and G are small
-numbers; in float32 the rounding of a pass is 2e-6 to 3e-6 of its norm for m = 4 (a plain sum: 2e-7).
+multiplications, and 36 / 16, or 4, copies of the input instead of nine. They are made as m + 2 batched products,
+one for each term along the rows: operands of a few images then fit in a core's cache. One batch of all
+of them does not fit; a product for each makes four to five times as many operations to compile. Transposed, the
+same steps are the backward pass, and both gradients share what was made of the output's gradient. The entries of
+A, B and G are small numbers; in float32 the rounding of a pass is 2e-6 to 3e-6 of its norm for m = 4 (a plain
+sum: 2e-7).
+
+In the shapes below (i, j) number the terms along rows and columns, and a group is the images whose kernel
+gradient is summed: under DP-SGD one example's noised copies.
 """
 
 from collections.abc import Callable, Sequence
@@ -89,7 +93,7 @@ _FOUR = _Winograd(
 
 @jax.custom_vjp
 def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """'Same' convolution with stride 1.
+    """'Same' convolution with stride 1. It can be differentiated once, in reverse mode, and mapped (vmap).
 
     Args:
         x: (n, H, W, C), of any float dtype; it is that of the products.
@@ -194,15 +198,16 @@ def _kept(arrays):
 
 
 def _of_groups(function: Callable) -> Callable:
-    """`function(kernel, *images)`, of arrays (groups, n, H, W, channels), whose vmap is a call with more groups.
+    """`function(kernel, *images)`, images (groups, n, H, W, channels): its vmap is one call with more groups.
 
-    JAX would put the new axis first everywhere, and XLA then bring together, by copies, the pixels of one product.
+    JAX's own rule would put the new axis before the terms. A batched product needs the terms first, so that XLA
+    would transpose, that is copy, every operand.
     """
     call = jax.custom_batching.custom_vmap(function)
 
     @call.def_vmap
     def of_batch(size, is_batched, kernel, *images):
-        if is_batched[0]:  # nothing in common
+        if is_batched[0]:  # each has its own kernel: no product to share
             axes = [0 if batched else None for batched in is_batched]
             results = jax.vmap(function, axes)(kernel, *images)
         else:
@@ -220,7 +225,7 @@ def _of_groups(function: Callable) -> Callable:
 @_of_groups
 @_separate
 def _winograd(kernel, x):
-    """→ (groups, n, H, W, D)."""
+    """(3, 3, C, D), (groups, n, H, W, C) → (groups, n, H, W, D)."""
     form = _forms(x)
     pairs = zip(_inputs(form, x), _matrices(form, kernel, x.dtype))
     return _outputs(form, [part @ matrices for part, matrices in pairs], x)
@@ -229,13 +234,16 @@ def _winograd(kernel, x):
 @_of_groups
 @_separate
 def _winograd_backward(kernel, x, g):
-    """→ gradients of x and, for each group, of the kernel: (groups, 3, 3, C, D)."""
+    """Gradients of x and, for each group, of the kernel.
+
+    (3, 3, C, D), (groups, n, H, W, C), (groups, n, H, W, D) → (groups, n, H, W, C), (groups, 3, 3, C, D).
+    """
     form = _forms(x)
     gradients = _outputs_transposed(form, g)
     pairs = zip(gradients, _matrices(form, kernel, x.dtype))
     of_inputs = [part @ jnp.swapaxes(matrices, 1, 2) for part, matrices in pairs]
     of_matrices = [
-        _over_pixels_of_groups(part, gradient, len(x), kernel.dtype)
+        _over_pixels_of_groups(part, gradient, groups=len(x), dtype=kernel.dtype)
         for part, gradient in zip(_inputs(form, x), gradients)
     ]
     return _inputs_transposed(form, of_inputs, x), _matrices_transposed(form, of_matrices)
@@ -243,7 +251,7 @@ def _winograd_backward(kernel, x, g):
 
 @dataclasses.dataclass(frozen=True)
 class _Forms:
-    """For both axes."""
+    """The transform along each axis."""
 
     rows: _Winograd
     columns: _Winograd
@@ -254,7 +262,7 @@ class _Forms:
         return len(self.rows.inputs), len(self.columns.inputs)
 
     @property
-    def kernel(self) -> np.ndarray:
+    def kernel_transform(self) -> np.ndarray:
         """G along both axes: (i j, 9)."""
         return np.kron(self.rows.kernel, self.columns.kernel)
 
@@ -278,7 +286,7 @@ def _inputs(form: _Forms, x):
 
 def _outputs_transposed(form: _Forms, g):
     """Aᵀ along both axes: (..., H, W, D) → list over i of (j, pixels, D)."""
-    along = lambda axis, form, x: _combine(form.outputs.T, _split(x, form.size, axis))
+    along = lambda axis, one, x: _combine(one.outputs.T, _split(x, one.size, axis))
     halfway = _kept(jnp.stack(along(_COLUMNS, form.columns, g)))
     return [_flat(part) for part in along(_ROWS, form.rows, halfway)]
 
@@ -306,23 +314,24 @@ def _unflat(form: _Forms, parts, x):
     return [part.reshape(part.shape[:1] + x.shape[:_ROWS] + tiles + part.shape[-1:]) for part in parts]
 
 
-def _over_pixels_of_groups(x, g, groups: int, dtype):
-    """Σ x gᵀ over the pixels of every group: (j, pixels, C), (j, pixels, D) → (j, groups, C, D)."""
-    grouped = lambda part: part.reshape(len(part), groups, -1, part.shape[-1])
-    return jnp.einsum('jbpc,jbpd->jbcd', grouped(x), grouped(g), preferred_element_type=dtype)
+def _over_pixels_of_groups(part, gradient, *, groups: int, dtype):
+    """Σ over the pixels of every group: (j, pixels, C), (j, pixels, D) → (j, groups, C, D)."""
+    grouped = lambda x: x.reshape(len(x), groups, -1, x.shape[-1])
+    return jnp.einsum(
+        'jgpc,jgpd->jgcd', grouped(part), grouped(gradient), preferred_element_type=dtype
+    )
 
 
 def _matrices(form: _Forms, kernel, dtype):
     """G K along both axes: (3, 3, C, D) → (i, j, C, D)."""
-    matrices = form.kernel.astype(kernel.dtype) @ kernel.reshape(9, -1)
+    matrices = form.kernel_transform.astype(kernel.dtype) @ kernel.reshape(9, -1)
     return matrices.reshape(form.terms + kernel.shape[2:]).astype(dtype)
 
 
 def _matrices_transposed(form: _Forms, gradients):
     """The transpose: list over i of (j, groups, C, D) → (groups, 3, 3, C, D)."""
-    halfway = jnp.stack(_combine(form.rows.kernel.T, gradients))
-    kernels = _combine(form.columns.kernel.T, list(jnp.moveaxis(halfway, 1, 0)))
-    return jnp.moveaxis(jnp.stack(kernels, axis=1), 2, 0)
+    halfway = jnp.stack(_combine(form.rows.kernel.T, gradients), axis=2)
+    return jnp.stack(_combine(form.columns.kernel.T, list(halfway)), axis=2)
 
 
 def _inputs_along(axis: int, form: _Winograd, x) -> list[jax.Array]:

@@ -9,6 +9,7 @@ batch), mask (n,) bool (False: padding).
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -91,8 +92,7 @@ def make_pretrain_step(
             losses = errors(params, part['image'], part['drawn'])
             return jnp.sum(jnp.where(part['mask'], losses, 0))
 
-        size = rows['mask'].size
-        number = parts.count(size, images_at_once or size)
+        rows, number = _in_equal_parts(rows, images_at_once)
         mean_of_parts = jax.value_and_grad(parts.mean(part_loss, number))
         total, gradient = jax.tree.map(
             lambda leaf: leaf * number, mean_of_parts(state.params, None, rows)
@@ -103,6 +103,21 @@ def make_pretrain_step(
         return apply_gradient(state, gradient, optimizer, ema_decay), {'loss': total / rows}
 
     return devices.parallel(step, in_axes=(0, 0, None), donate=(0,))
+
+
+def _in_equal_parts(rows: dict, at_once: int | None) -> tuple[dict, int]:
+    """Rows that can be cut into as few equal parts of at most `at_once` (None: all) as there can be, and how many.
+
+    The last row is repeated, without its mask, where that takes more rows: 25 rows of which 4 go at once
+    would otherwise be 5 parts of 5, or 25 of one, and every part adds up a gradient of all weights.
+    """
+    size = rows['mask'].size
+    number = math.ceil(size / (at_once or size))
+    take = np.minimum(np.arange(number * math.ceil(size / number)), size - 1)
+    if len(take) == size:
+        return rows, number
+    rows = jax.tree.map(lambda leaf: leaf[take], rows)
+    return rows | {'mask': rows['mask'] & (np.arange(len(take)) < size)}, number
 
 
 def make_dp_step(

@@ -39,14 +39,26 @@ def data(shape, features, seed=0):
     return x, kernel, target
 
 
-def gradients(function):
-    return jax.grad(lambda x, k, target: jnp.sum(function(x, k) * target), argnums=(0, 1))
+def passes(function):
+    """x, kernel, gradient of the output → output, and the gradients of x and of the kernel."""
+
+    def call(x, kernel, target):
+        y, backward = jax.vjp(function, x, kernel)
+        return (y, *backward(target.astype(y.dtype)))
+
+    return call
 
 
-def assert_close(got, expected, tolerance=1e-6):
+def assert_close(got, expected, tolerance=3e-6):
     """In the norm: relative to the whole array, which is what an update sees."""
     assert got.shape == expected.shape
     assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def assert_all_close(got, arguments, index=...):
+    """What `passes` gave, or its part at `index`, against the reference's."""
+    for one, expected in zip(got, exactly(passes(reference), *arguments), strict=True):
+        assert_close(one[index], expected)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +67,15 @@ def assert_close(got, expected, tolerance=1e-6):
 )
 def test_value_and_gradients(form, shape, features):
     arguments = data(shape, features)
-    assert_close(jax.jit(conv.conv3x3)(*arguments[:2]), exactly(reference, *arguments[:2]))
-    got = jax.jit(gradients(conv.conv3x3))(*arguments)
-    for one, expected in zip(got, exactly(gradients(reference), *arguments)):
-        assert_close(one, expected)
+    assert_all_close(jax.jit(passes(conv.conv3x3))(*arguments), arguments)
+
+
+def test_float64(form):
+    arguments = data((2, 8, 6, 3), 5)
+    for got, expected in zip(
+        exactly(jax.jit(passes(conv.conv3x3)), *arguments), exactly(passes(reference), *arguments)
+    ):
+        assert_close(got, expected, 1e-13)
 
 
 def test_per_example_kernel_gradients_in_a_loop(form):
@@ -67,27 +84,14 @@ def test_per_example_kernel_gradients_in_a_loop(form):
 
     @jax.jit
     def scanned(x, kernel, target):
-        per_example = jax.vmap(gradients(conv.conv3x3), in_axes=(0, None, 0))
+        per_example = jax.vmap(passes(conv.conv3x3), in_axes=(0, None, 0))
         chunks = (x.reshape((3, 2) + x.shape[1:]), target.reshape((3, 2) + target.shape[1:]))
         _, out = jax.lax.scan(lambda c, ab: (c, per_example(ab[0], kernel, ab[1])), 0, chunks)
         return out
 
-    x_gradients, kernel_gradients = scanned(x, kernel, target)
+    got = scanned(x, kernel, target)
     for i in range(6):
-        expected = exactly(gradients(reference), x[i], kernel, target[i])
-        assert_close(x_gradients[i // 2, i % 2], expected[0])
-        assert_close(kernel_gradients[i // 2, i % 2], expected[1])
-
-
-def test_bfloat16_products_give_a_float32_kernel_gradient(form):
-    x, kernel, target = data((4, 8, 8, 16), 16)
-    narrow = jnp.asarray(x, jnp.bfloat16)
-    assert conv.conv3x3(narrow, kernel).dtype == jnp.bfloat16
-    x_gradient, kernel_gradient = jax.jit(gradients(conv.conv3x3))(narrow, kernel, target)
-    assert (x_gradient.dtype, kernel_gradient.dtype) == (jnp.bfloat16, jnp.float32)
-    expected = exactly(gradients(reference), x, kernel, target)
-    assert_close(np.float32(x_gradient), expected[0], 1e-2)
-    assert_close(kernel_gradient, expected[1], 1e-2)
+        assert_all_close(got, (x[i], kernel, target[i]), (i // 2, i % 2))
 
 
 @pytest.mark.parametrize(
@@ -95,20 +99,64 @@ def test_bfloat16_products_give_a_float32_kernel_gradient(form):
 )
 def test_vmap_over_any_of_the_arguments(form, axes):
     x, kernel, target = data((3, 2, 6, 4, 3), 5)
-    kernels = np.stack([kernel, 2 * kernel, -kernel])
-    all_of_them = (x, kernels, target)
+    all_of_them = (x, np.stack([kernel, 2 * kernel, -kernel]), target)
     arguments = [a if axis == 0 else a[0] for a, axis in zip(all_of_them, axes)]
-    got = jax.jit(jax.vmap(gradients(conv.conv3x3), axes))(*arguments)
+    got = jax.jit(jax.vmap(passes(conv.conv3x3), axes))(*arguments)
     for i in range(3):
-        one = [a[i] if axis == 0 else a for a, axis in zip(arguments, axes)]
-        for result, expected in zip(got, exactly(gradients(reference), *one)):
-            assert_close(result[i], expected, 5e-6)
+        assert_all_close(got, [a[i] if axis == 0 else a for a, axis in zip(arguments, axes)], i)
 
 
-def test_vmap_within_vmap(form):
+@pytest.mark.parametrize('is_with_kernels', [False, True])
+def test_vmap_within_vmap(form, is_with_kernels):
     x, kernel, target = data((2, 3, 1, 4, 4, 3), 5)
-    inner = jax.vmap(gradients(conv.conv3x3), (0, None, 0))
-    got = jax.jit(jax.vmap(inner, (0, None, 0)))(x, kernel, target)
+    kernels = np.stack([kernel, -2 * kernel]) if is_with_kernels else kernel
+    inner = jax.vmap(passes(conv.conv3x3), (0, None, 0))
+    outer = jax.vmap(inner, (0, 0 if is_with_kernels else None, 0))
+    got = jax.jit(outer)(x, kernels, target)
     for i, j in np.ndindex(2, 3):
-        for result, expected in zip(got, exactly(gradients(reference), x[i, j], kernel, target[i, j])):
-            assert_close(result[i, j], expected, 5e-6)
+        one = kernels[i] if is_with_kernels else kernel
+        assert_all_close(got, (x[i, j], one, target[i, j]), (i, j))
+
+
+def test_what_is_not_finite_in_one_example_stays_there(form):
+    """Images of several examples go through the same products; DP-SGD drops the bad one alone."""
+    x, kernel, target = data((4, 2, 8, 8, 3), 5)
+    x[1, 0, 3, 3, 1], x[2, 1, 5, 0, 0] = np.nan, np.inf
+    got = jax.jit(jax.vmap(passes(conv.conv3x3), (0, None, 0)))(x, kernel, target)
+    for i in (0, 3):
+        assert_all_close(got, (x[i], kernel, target[i]), i)
+    for i in (1, 2):
+        assert not np.isfinite(got[2][i]).all()
+
+
+def test_vmap_within_a_gradient(form):
+    """A mean over mapped images, then its gradient: sums of those of all images."""
+    x, kernel, target = data((3, 1, 4, 4, 3), 5)
+
+    @jax.jit
+    def gradient(kernel, x, target):
+        mapped = lambda kernel: jax.vmap(conv.conv3x3, (0, None))(x, kernel)
+        return jax.grad(lambda kernel: jnp.sum(mapped(kernel) * target))(kernel)
+
+    expected = exactly(passes(reference), x[:, 0], kernel, target[:, 0])[2]
+    assert_close(gradient(kernel, x, target), expected)
+
+
+@pytest.mark.parametrize('is_mapped', [False, True])
+def test_bfloat16_products_give_a_float32_kernel_gradient(form, is_mapped):
+    x, kernel, target = data((4, 8, 8, 16), 16)
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    if is_mapped:
+        mapped = jax.vmap(passes(conv.conv3x3), (0, None, 0))
+        y, x_gradient, kernel_gradient = jax.jit(mapped)(narrow[:, None], kernel, target[:, None])
+        y, x_gradient = y[:, 0], x_gradient[:, 0]
+        assert kernel_gradient.shape == (4,) + kernel.shape
+        kernel_gradient = kernel_gradient.sum(0)
+    else:
+        y, x_gradient, kernel_gradient = jax.jit(passes(conv.conv3x3))(narrow, kernel, target)
+    assert (y.dtype, x_gradient.dtype, kernel_gradient.dtype) == (
+        jnp.bfloat16, jnp.bfloat16, jnp.float32,
+    )  # fmt: skip
+    expected = exactly(passes(reference), x, kernel, target)
+    for got, one in zip((y, x_gradient, kernel_gradient), expected):
+        assert_close(np.float32(got), one, 1e-2)

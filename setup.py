@@ -51,7 +51,7 @@ setup(
             'jax-privacy>=2',  # independent clipping to compare with
             'opacus>=1.5',  # independent accounting to compare with
             'pytest>=8',
-            'pytest-xdist>=3.7',
+            'pytest-xdist',
             'torch>=2.6',
         ],
     },

@@ -10,5 +10,4 @@ elif ! python -c 'import dpp_jax, hypothesis, jax_privacy, opacus, pytest, torch
     "Run: pip install -c constraints.txt -e '.[test]', or deactivate it: then one is made." >&2
   exit 1
 fi
-# Files in their own order: by the number of their tests, as xdist would have it, the longest come last, and run alone.
-exec python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --numprocesses=auto --dist=loadfile "$@"

@@ -108,8 +108,8 @@ def make_pretrain_step(
 def _in_equal_parts(rows: dict, at_once: int | None) -> tuple[dict, int]:
     """Rows that can be cut into as few equal parts of at most `at_once` (None: all) as there can be, and how many.
 
-    The last row is repeated, without its mask, where that takes more rows: 25 rows of which 4 go at once
-    would otherwise be 5 parts of 5, or 25 of one, and every part adds up a gradient of all weights.
+    The last row is repeated, without its mask, where that takes more rows: 25 rows of which 4 go at once would
+    otherwise be 25 parts of one, and every part adds up a gradient of all weights.
     """
     size = rows['mask'].size
     number = math.ceil(size / (at_once or size))

@@ -12,7 +12,8 @@ import pytest
 from dpp_jax.training import checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'scripts' / 'chaos.py'
-ENVIRONMENT = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # compiles sooner
+# Compiles sooner, as in conftest.py; the devices are those of a user.
+ENVIRONMENT = {'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'}
 
 
 @pytest.fixture(scope='module')

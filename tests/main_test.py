@@ -83,7 +83,7 @@ def test_sigterm_between_two_stages_exits_with_0_soon(tmp_path):
 
 def program(*arguments, before=()):
     """Run the command line in a process of its own; after the words of `before`."""
-    flags = '--xla_backend_optimization_level=0'
+    flags = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'  # compiles sooner
     environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
     return subprocess.run(
         [*before, sys.executable, '-m', 'dpp_jax.main', *arguments],
@@ -143,8 +143,9 @@ def test_a_full_disk_is_told_in_a_line(tmp_path):
     """It is full when pre-training saves: orbax's threads fail in the background."""
     folder = tmp_path / 'small'
     result = on_a_file_system(
-        folder, f'mount -t tmpfs -o size=600k tmpfs {folder}',
+        folder, f'mount -t tmpfs -o size=300k tmpfs {folder}',
         '--config=configs/digits_8.py:10', f'--workdir={folder}/run', '--config.model.width=8',
+        '--config.model.multipliers=(1,)', '--config.model.attention_resolutions=(8,)',
         '--config.query.queries=2', '--config.pretrain.epochs=1', '--config.pretrain.draws=1',
         '--config.pretrain.augmentation=none', '--config.loop.images_at_once=4',
     )

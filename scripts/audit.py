@@ -271,12 +271,12 @@ def make_training(mechanism: GaussianMechanism, code: Code) -> Callable:
             )
             rows = jax.tree.map(lambda leaf: leaf[None], {**batch, 'mask': mask})
             state, _ = step(state, rows, 1, key)
-            return state, state.params['bias'][0, 1, 0]
+            return state, state.params.tree()['bias'][0, 1, 0]
 
         start = state_lib.create(jax.tree.map(jnp.asarray, init_params()), optimizer)
         start = jax.tree.map(lambda leaf: leaf[None], start)
         _, biases = jax.lax.scan(one_step, start, masks)
-        return jnp.append(start.params['bias'][0, 1, 0], biases)
+        return jnp.append(start.params.tree()['bias'][0, 1, 0], biases)
 
     return run
 

@@ -77,7 +77,7 @@ def run(
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
         )
-    released = {'params': final.params, 'ema_params': final.ema_params}
+    released = final.weights()
     workdir.bind_release('dp_sgd', jax.tree.leaves(released))
     before_release()
     checkpoint.save_model(workdir.release / 'model' / 'finetune', released)

@@ -59,10 +59,7 @@ def run(
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
         )
-    checkpoint.save_model(
-        workdir.release / 'model' / 'pretrain',
-        {'params': final.params, 'ema_params': final.ema_params},
-    )
+    checkpoint.save_model(workdir.release / 'model' / 'pretrain', final.weights())
 
 
 def epoch_stream(size: int, batch_size: int, batch: int, seed: int) -> np.ndarray:

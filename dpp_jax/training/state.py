@@ -1,13 +1,79 @@
 """The state of a training: one pytree, the averaged weights inside."""
 
+import math
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 PyTree = Any
+
+
+@jax.tree_util.register_pytree_node_class
+class FlatParams:
+    """Parameters, or anything shaped as they are, as one vector.
+
+    A network has some 200 arrays. Clipping, noise, Adam and the average treat all their numbers alike: on one
+    vector they are a few long operations instead of a thousand short ones, of which each is compiled and
+    started by itself. A pytree with one leaf; checkpoints hold the arrays by their names (`tree`).
+
+    Attributes:
+        vector: (..., P) float32, all numbers in the order of `jax.tree.leaves`. What jax.vmap, pmap or a
+            gradient make of it is a FlatParams as well, with the axes that they add in front.
+    """
+
+    def __init__(self, vector: jax.Array, layout: tuple):
+        self.vector, self._layout = vector, layout  # layout: tree structure, shapes of its leaves
+
+    @classmethod
+    def of(cls, tree: PyTree) -> 'FlatParams':
+        """The tree's arrays (of one dtype), one after the other.
+
+        Raises:
+            ValueError: there are none, or of several dtypes.
+        """
+        leaves, structure = jax.tree.flatten(tree)
+        if len(dtypes := {str(leaf.dtype) for leaf in leaves}) != 1:
+            raise ValueError(f'dtypes of parameters are {sorted(dtypes)}; there must be one')
+        vector = _library(leaves).concatenate([leaf.reshape(-1) for leaf in leaves])
+        return cls(vector, (structure, tuple(leaf.shape for leaf in leaves)))
+
+    def tree(self) -> PyTree:
+        """The arrays as the network takes them; axes in front of the vector's stay in front.
+
+        Outside of traced functions they are NumPy arrays, as are those of `of`: JAX would compile a
+        program for each.
+        """
+        structure, shapes = self._layout
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        parts = _library([self.vector]).split(self.vector, ends[:-1], axis=-1)
+        leading = self.vector.shape[:-1]
+        return structure.unflatten(
+            [part.reshape(leading + shape) for part, shape in zip(parts, shapes)]
+        )
+
+    def tree_flatten(self):
+        return (self.vector,), self._layout
+
+    @classmethod
+    def tree_unflatten(cls, layout, leaves):
+        return cls(*leaves, layout)
+
+
+def _library(arrays: list):
+    return jnp if any(isinstance(array, jax.core.Tracer) for array in arrays) else np
+
+
+flax.serialization.register_serialization_state(
+    FlatParams,
+    lambda params: flax.serialization.to_state_dict(params.tree()),
+    lambda template, saved: FlatParams.of(
+        flax.serialization.from_state_dict(template.tree(), saved)
+    ),
+)
 
 
 @flax.struct.dataclass
@@ -18,28 +84,33 @@ class TrainState:
         step: () int32, how many steps were taken.
         params: weights of the network.
         ema_params: their exponential moving average, from which images are sampled.
-        opt_state: of the optimizer.
+        opt_state: of the optimizer, which sees `params` as they are here.
     """
 
     step: jax.Array
-    params: PyTree
-    ema_params: PyTree
+    params: FlatParams
+    ema_params: FlatParams
     opt_state: PyTree
+
+    def weights(self) -> dict[str, PyTree]:
+        """What the training is for: `params` and `ema_params` as the network takes them."""
+        return {'params': self.params.tree(), 'ema_params': self.ema_params.tree()}
 
 
 def create(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0, with the average equal to the weights and a fresh optimizer."""
+    """Step 0 from the network's parameters, with the average equal to them and a fresh optimizer."""
+    flat = FlatParams.of(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema_params=jax.tree.map(jnp.array, params),
-        opt_state=optimizer.init(params),
+        params=flat,
+        ema_params=jax.tree.map(jnp.array, flat),
+        opt_state=optimizer.init(flat),
     )
 
 
 def apply_gradient(
     state: TrainState,
-    gradient: PyTree,
+    gradient: FlatParams,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
 ) -> TrainState:

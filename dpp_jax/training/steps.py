@@ -93,14 +93,15 @@ def make_pretrain_step(
             return jnp.sum(jnp.where(part['mask'], losses, 0))
 
         rows, number = _in_equal_parts(rows, images_at_once)
-        mean_of_parts = jax.value_and_grad(parts.mean(part_loss, number))
-        total, gradient = jax.tree.map(
-            lambda leaf: leaf * number, mean_of_parts(state.params, None, rows)
-        )
-        rows = jnp.sum(rows['mask'])
-        total, gradient, rows = jax.lax.psum((total, gradient, rows), devices.AXIS)
-        gradient = jax.tree.map(lambda leaf: leaf / rows, gradient)
-        return apply_gradient(state, gradient, optimizer, ema_decay), {'loss': total / rows}
+        mean_of_parts = parts.mean(part_loss, number)
+        total, gradient = jax.value_and_grad(
+            # Flat once, not in every part.
+            lambda params: number * mean_of_parts(params.tree(), None, rows)
+        )(state.params)
+        count = jnp.sum(rows['mask'])
+        total, gradient, count = jax.lax.psum((total, gradient, count), devices.AXIS)
+        gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
+        return apply_gradient(state, gradient, optimizer, ema_decay), {'loss': total / count}
 
     return devices.parallel(step, in_axes=(0, 0, None), donate=(0,))
 
@@ -148,7 +149,7 @@ def make_dp_step(
             # By the image's own number: who else is in the batch must not change its draws.
             example_key = jax.random.fold_in(draw_key, example['index'])
             image = to_model_range(example['image'])
-            return loss(params, image, example['label'], example_key)
+            return loss(params.tree(), image, example['label'], example_key)
 
         examples = {name: batch[name] for name in ('image', 'label', 'index')}
         device_sum, sums = mechanism_lib.clipped_gradient_sum(

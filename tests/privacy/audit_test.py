@@ -219,7 +219,7 @@ def test_the_audited_training_is_the_training(script):
         for mask in masks:
             batch = steps.make_batch(images, np.arange(2), np.flatnonzero(mask), 2)
             state, _ = step(state, devices.deal(batch), 2, key)
-            biases.append(devices.first(state.params)['bias'][1, 0])
+            biases.append(devices.first(state.params).tree()['bias'][1, 0])
     assert len(np.unique(biases)) == 5  # every step moved it
     np.testing.assert_allclose(audited, biases, rtol=1e-5)
 

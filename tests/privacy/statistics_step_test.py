@@ -98,9 +98,10 @@ def test_noise_is_added_once_by_all_devices_together(take, statistics):
         jax.tree.map(lambda x: np.testing.assert_array_equal(x, x[:1].repeat(len(x), 0)), state)
     noises = np.stack([flat(state) for state in states], 1)
     statistics.assert_normal(noises, std)
+    unused = [state.params.tree()['unused'] for state in states]
     for name in ('a', 'b'):
-        statistics.assert_normal(np.stack([state.params['unused'][name][0] for state in states]), std)
-    columns = [state.params['unused'][name][0] for state in states for name in ('a', 'b')]
+        statistics.assert_normal(np.stack([leaves[name][0] for leaves in unused]), std)
+    columns = [leaves[name][0] for leaves in unused for name in ('a', 'b')]
     statistics.assert_unrelated(np.stack(columns, 1) / std)
 
 

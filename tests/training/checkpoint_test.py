@@ -37,13 +37,13 @@ def test_a_training_of_another_network_is_refused(tmp_path):
 
 
 def test_model_of_another_network_is_refused_and_a_missing_one_named(tmp_path):
-    params = make_state().params
+    params = make_state().params.tree()
     checkpoint.save_model(tmp_path / 'model', params)
     jax.tree.map(
         np.testing.assert_array_equal, checkpoint.load_model(tmp_path / 'model', params), params
     )
     with pytest.raises(ValueError, match='another network'):
-        checkpoint.load_model(tmp_path / 'model', make_state(width=4).params)
+        checkpoint.load_model(tmp_path / 'model', make_state(width=4).params.tree())
     with pytest.raises(ValueError, match='b is .* there and missing'):
         checkpoint.load_model(tmp_path / 'model', {'a': params['a']})
     with pytest.raises(FileNotFoundError, match='no model checkpoint'):
@@ -110,7 +110,7 @@ def test_shapes_of_a_training_are_checked_without_reading_it(tmp_path):
     assert step == 4
     checkpoint.check_params(folder, make_state().params)
     with pytest.raises(ValueError, match='another network'):
-        checkpoint.check_params(folder, make_state(width=4).params)
+        checkpoint.check_params(folder, make_state(width=4).params.tree())
 
 
 def damage(folder, how):
@@ -169,7 +169,7 @@ def test_a_training_whose_checkpoints_were_all_put_aside_does_not_begin_again_wi
 
 @pytest.mark.parametrize('how', ['cut', 'zeros'])
 def test_a_damaged_model_is_named(tmp_path, how):
-    params = make_state().params
+    params = make_state().params.tree()
     checkpoint.save_model(tmp_path / 'model', params)
     damage(tmp_path / 'model', how)
     with pytest.raises(ValueError, match='model cannot be read .*move it away'):

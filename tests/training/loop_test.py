@@ -21,9 +21,9 @@ OPTIMIZER = optax.adam(0.1)
 def device_step():
     def step(state, number):
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (5,))
-        gradient = {'w': state.params['w'] - noise}
+        gradient = jax.tree.map(lambda w: w - noise, state.params)
         new = state_lib.apply_gradient(state, gradient, OPTIMIZER, 0.9)
-        return new, {'loss': jnp.sum(gradient['w'] ** 2)}
+        return new, {'loss': jnp.sum(gradient.vector**2)}
 
     return devices.parallel(step, in_axes=(0, None), donate=(0,))
 

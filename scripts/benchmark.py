@@ -54,6 +54,9 @@ _JSON = flags.DEFINE_string('json', None, 'File for the figures.')
 _SKIP = flags.DEFINE_list('skip', [], 'Contenders to leave out: naive, optax, jax_privacy, pytorch.')
 
 _PARTS = flags.DEFINE_bool('parts', False, 'Also measure everything that is not the training step.')
+_TURN_SECONDS = flags.DEFINE_float(
+    'turn_seconds', 3.0, 'With --parts: how long each is measured in every turn, at least one call.'
+)
 _STARTS = flags.DEFINE_integer('starts', 1, 'With --parts: cold and cached starts of the program; 0: none.')
 
 # Rows of the batch that PyTorch's plain gradient takes at once: the best of 4, 8, 16, 32, 64 on two cores.
@@ -394,6 +397,7 @@ def benchmark(config) -> None:
             model,
             noised_per_second=rows[1]['noised_images_per_second'],
             repeats=_REPEATS.value,
+            turn_seconds=_TURN_SECONDS.value,
             starts=_STARTS.value,
         )
         print('\n' + benchmark_parts.text(report['parts']))

@@ -3,10 +3,11 @@
 Called by `benchmark.py --parts`. All of it runs on random images of the config's shape, in turns:
 - rates: the central query, pre-training and its augmentation, generation, the CNN's epoch;
 - shares: of the step's time that augmentation takes, of the forward pass's throughput that generation
-  keeps, and of the training loop's time in which the device computes;
+  keeps, and of the training loop's time in which the device has a step to compute;
 - start: from the start of the process to the end of the first step of fine-tuning.
 """
 
+import concurrent.futures
 import dataclasses
 import math
 from pathlib import Path
@@ -36,9 +37,9 @@ _QUERY_IMAGES = 10_000
 _SAMPLER_STEPS = 6
 _CLASSIFIER_IMAGES = 2048
 _PRIVATE_IMAGES = 60_000  # at most; a larger set takes memory and shows nothing else
-# Steps of the training loop that are timed, and how long one should take. It takes minutes in a real
-# run: what cannot be hidden behind a second cannot be seen there.
-_LOOP_STEPS = 6
+# Steps of the training loop that are timed in a turn, and how long one should take. It takes minutes in a
+# real run: what cannot be hidden behind a second cannot be seen there.
+_LOOP_STEPS = 10
 _STEP_SECONDS = 1.0
 
 
@@ -55,7 +56,7 @@ class Work:
         return self.amount / self.contender.median
 
 
-def measure(config, model, *, noised_per_second: float, repeats: int, starts: int) -> dict:
+def measure(config, model, *, noised_per_second: float, repeats: int, turn_seconds: float, starts: int) -> dict:
     """All figures, by the names of the module's text; shares with their targets (None: none).
 
     Args:
@@ -63,6 +64,7 @@ def measure(config, model, *, noised_per_second: float, repeats: int, starts: in
         model: the config's.
         noised_per_second: of the DP step, from which the length of the loop's steps follows.
         repeats: turns that count.
+        turn_seconds: of each part in each turn, at least.
         starts: processes to start with an empty cache, and again with a full one.
     """
     batch = math.ceil(_STEP_SECONDS * noised_per_second / config.finetune.draws)
@@ -76,7 +78,7 @@ def measure(config, model, *, noised_per_second: float, repeats: int, starts: in
         'forward': forward_pass(config, model, params),
         'classifier': classifier_epoch(config),
     }
-    timing.measure([work.contender for work in works.values()], repeats)
+    timing.measure([work.contender for work in works.values()], repeats, turn_seconds)
     in_loop = TrainingLoop(config, model, params, batch).measure(repeats)
     cost = lambda name: works[name].contender.median / works[name].amount
     per_image = config.pretrain.draws * cost('pretrain')
@@ -89,8 +91,9 @@ def measure(config, model, *, noised_per_second: float, repeats: int, starts: in
         'shares': [
             share('augmentation, of the pre-training step', cost('augment') / per_image, None),
             share('generation, of the forward pass', cost('forward') / cost('generate'), 0.9),
-            share('device at work, of the training loop', in_loop['device'], 0.97),
+            share('device with a step to compute, of the loop', in_loop['device'], 0.97),
             share('the same, with checkpoints', in_loop['with_checkpoints'], 0.97),
+            share("the loop's own work, of all cores", in_loop['own_work'], None),
         ],
         'loop': in_loop,
     }  # fmt: skip
@@ -248,7 +251,7 @@ def classifier_epoch(config) -> Work:
 
 
 class TrainingLoop:
-    """The steps of fine-tuning, as the stage takes them and as the device alone would.
+    """The steps of fine-tuning, as the stage takes them, and when the device had none to compute.
 
     Differs from `stages.finetune.run` in what is random (images, weights) and in the clock.
     """
@@ -281,22 +284,19 @@ class TrainingLoop:
         self.state = jax.device_get(state_lib.create(params, optimizer))
 
     def measure(self, repeats: int) -> dict:
-        """Both in turns; shares are medians over the turns."""
-        on_device = devices.parallel(lambda batch: batch, in_axes=(0,))
-        ready = [self.batch(number) for number in range(_LOOP_STEPS + 1)]
-        ready = [(on_device(rows), used) for rows, used in ready]
-        self.device_seconds(ready[:1])  # compiles
-        turns = [(self.device_seconds(ready), *self.loop_seconds()) for _ in range(repeats)]
-        device = statistics.median(alone / in_loop for alone, in_loop, _ in turns)
-        saving = statistics.median(saving for *_, saving in turns)
+        """Shares are medians over the turns; the device's is at least what is said.
+
+        Without a comparison with the steps alone, because the machine may be slower a minute later.
+        """
+        turns = [self.turn() for _ in range(repeats)]
+        median = lambda name: statistics.median(turn[name] for turn in turns)
         every = self.config.loop.checkpoint_every_seconds
         return {
             'images_per_step': self.sampler.expected_size,
-            'device': device,
-            'with_checkpoints': device * every / (every + saving),
-            'device_seconds': [turn[0] for turn in turns],
-            'loop_seconds': [turn[1] for turn in turns],
-            'checkpoint_seconds': [turn[2] for turn in turns],
+            'device': median('device'),
+            'with_checkpoints': median('device') * every / (every + median('checkpoint_seconds')),
+            'own_work': median('own_work'),
+            'turns': turns,
         }
 
     def batch(self, number: int) -> tuple[dict, np.int32]:
@@ -304,31 +304,29 @@ class TrainingLoop:
         rows = steps.make_batch(self.images, self.labels, indices, self.capacity)
         return devices.deal(rows), steps.used_microbatches(len(indices), self.microbatch)
 
-    def device_seconds(self, ready: list) -> float:
-        """All steps but the first, which is there to begin with a busy machine."""
-        state = devices.replicate(self.state)
-        started = None
-        for rows, used in ready:
-            state, metrics = self.device_step(state, rows, used, self.key)
-            if started is None:
-                jax.block_until_ready(metrics)
-                started = time.perf_counter()
-        jax.block_until_ready(state)
-        return time.perf_counter() - started
-
-    def loop_seconds(self) -> tuple[float, float]:
-        """The same steps in the stage's loop, and what a checkpoint holds it up."""
+    def turn(self) -> dict[str, float]:
+        """Some steps in the stage's loop: seconds, shares, and what a checkpoint holds it up."""
         release = self.mechanism.recorded(self.device_step)
-        begun = []
+        # Processor seconds of this thread when a step is asked for; when the device has it, and has done it.
+        begun, handed_over, finished = [], [], []
+
+        def note_end(metrics):
+            jax.block_until_ready(metrics)
+            finished.append(time.perf_counter())
 
         def step(state, number):
-            begun.append(time.perf_counter())
+            begun.append(time.thread_time())
             rows, used = self.batch(number)
-            result, entry = release(number, state, rows, used, self.key)
+            (state, metrics), entry = release(number, state, rows, used, self.key)
+            handed_over.append(time.perf_counter())
             ledger.append(entry)
-            return result
+            watch.submit(note_end, metrics)
+            return state, metrics
 
-        with tempfile.TemporaryDirectory() as folder:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            concurrent.futures.ThreadPoolExecutor(1) as watch,
+        ):
             ledger = ledger_lib.Ledger(Path(folder) / 'ledger.jsonl')
             with (
                 _TimedStore(Path(folder) / 'resume') as store,
@@ -337,16 +335,23 @@ class TrainingLoop:
                 loop.train(
                     step,
                     self.state,
-                    total_steps=_LOOP_STEPS + 1,
+                    total_steps=_LOOP_STEPS + 2,
                     store=store,
                     name='benchmark',
                     write=write,
                     log_every_steps=min(self.config.loop.log_every_steps, _LOOP_STEPS // 2),
                     checkpoint_every_seconds=math.inf,
                 )
-        # The loop takes step 2 in hand when step 0 is finished. From there on the device had steps 1
-        # and later to do, until the loop came to save the result of the last.
-        return store.entered - begun[2], store.left - store.entered
+        # The first two steps compile, or begin with an idle machine. At the latest when the call returned
+        # that takes a step, the device had it: on a CPU it returns when the step before has ended.
+        seconds = finished[-1] - finished[1]
+        idle = sum(max(0.0, given - end) for given, end in zip(handed_over[2:], finished[1:]))
+        return {
+            'seconds': seconds,
+            'device': 1 - idle / seconds,
+            'own_work': (begun[-1] - begun[1]) / seconds / devices.cores(),
+            'checkpoint_seconds': store.left - store.entered,
+        }
 
 
 class _TimedStore(checkpoint.TrainingStore):

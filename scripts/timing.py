@@ -69,11 +69,17 @@ def donating(title: str, step: Callable, state, *arguments) -> Contender:
     return Contender(title, call, seconds, needed)
 
 
-def measure(found: list[Contender], repeats: int) -> None:
-    """Every contender once to warm up, then all in turns."""
+def measure(found: list[Contender], repeats: int, turn_seconds: float = 0.0) -> None:
+    """Every contender once to warm up, then all in turns; seconds are those of a call.
+
+    In its turn a contender is called until `turn_seconds` have passed: a single call of a second or less
+    shows what the one before it left in the caches, and what else the machine did just then.
+    """
     for turn in range(repeats + 1):
         for contender in found:
-            start = time.perf_counter()
-            jax.block_until_ready(contender.call())
+            calls, start, passed = 0, time.perf_counter(), 0.0
+            while not calls or (turn and passed < turn_seconds):
+                jax.block_until_ready(contender.call())
+                calls, passed = calls + 1, time.perf_counter() - start
             if turn:
-                contender.seconds.append(time.perf_counter() - start)
+                contender.seconds.append(passed / calls)

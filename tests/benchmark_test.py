@@ -22,7 +22,7 @@ SETTINGS = {
 def test_every_figure_is_positive_and_finite(tmp_path):
     command = [sys.executable, str(ROOT / 'scripts' / 'benchmark.py')]
     command += ['--config=configs/digits_8.py:10', '--examples=2', '--repeats=1']
-    command += ['--skip=naive,optax,jax_privacy', '--parts', '--starts=0']
+    command += ['--skip=naive,optax,jax_privacy', '--parts', '--turn_seconds=0', '--starts=0']
     command += [f'--config.{name}={value}' for name, value in SETTINGS.items()]
     command += [f'--json={tmp_path / "figures.json"}']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -34,7 +34,7 @@ def test_every_figure_is_positive_and_finite(tmp_path):
     rates |= {row['name']: row['rate'] for row in found['parts']['rates']}
     assert len(rates) == 10
     shares = {row['name']: row['share'] for row in found['parts']['shares']}
-    assert len(found['ratios']) == 3 and len(shares) == 4
+    assert len(found['ratios']) == 3 and len(shares) == 5
     for name, value in (rates | shares | found['ratios']).items():
         assert 0 < value < math.inf, name
         assert name in done.stdout

@@ -55,7 +55,8 @@ _SKIP = flags.DEFINE_list('skip', [], 'Contenders to leave out: naive, optax, ja
 
 _PARTS = flags.DEFINE_bool('parts', False, 'Also measure everything that is not the training step.')
 _TURN_SECONDS = flags.DEFINE_float(
-    'turn_seconds', 3.0, 'With --parts: how long each is measured in every turn, at least one call.'
+    'turn_seconds', 3.0, 'With --parts: how long each is measured in every turn, at least one call.',
+    lower_bound=0.0,
 )
 _STARTS = flags.DEFINE_integer('starts', 1, 'With --parts: cold and cached starts of the program; 0: none.')
 

@@ -3,11 +3,10 @@
 Called by `benchmark.py --parts`. All of it runs on random images of the config's shape, in turns:
 - rates: the central query, pre-training and its augmentation, generation, the CNN's epoch;
 - shares: of the step's time that augmentation takes, of the forward pass's throughput that generation
-  keeps, and of the training loop's time in which the device has a step to compute;
+  keeps, and of the training loop's time that is not lost to input, logging and checkpoints;
 - start: from the start of the process to the end of the first step of fine-tuning.
 """
 
-import concurrent.futures
 import dataclasses
 import math
 from pathlib import Path
@@ -91,9 +90,8 @@ def measure(config, model, *, noised_per_second: float, repeats: int, turn_secon
         'shares': [
             share('augmentation, of the pre-training step', cost('augment') / per_image, None),
             share('generation, of the forward pass', cost('forward') / cost('generate'), 0.9),
-            share('device with a step to compute, of the loop', in_loop['device'], 0.97),
+            share("the loop's work hidden, of its time", in_loop['hidden'], 0.97),
             share('the same, with checkpoints', in_loop['with_checkpoints'], 0.97),
-            share("the loop's own work, of all cores", in_loop['own_work'], None),
         ],
         'loop': in_loop,
     }  # fmt: skip
@@ -251,7 +249,7 @@ def classifier_epoch(config) -> Work:
 
 
 class TrainingLoop:
-    """The steps of fine-tuning, as the stage takes them, and when the device had none to compute.
+    """The steps of fine-tuning, as the stage takes them, and what of its work a device waits for.
 
     Differs from `stages.finetune.run` in what is random (images, weights) and in the clock.
     """
@@ -284,18 +282,19 @@ class TrainingLoop:
         self.state = jax.device_get(state_lib.create(params, optimizer))
 
     def measure(self, repeats: int) -> dict:
-        """Shares are medians over the turns; the device's is at least what is said.
+        """Shares are medians over the turns.
 
-        Without a comparison with the steps alone, because the machine may be slower a minute later.
+        Of the time in which a step could be computed: none was at hand (`idle`), the loop's own thread
+        worked (`own_work`, of all cores). A comparison with the steps alone says less: a minute later the
+        machine may be slower. Not seen: threads of the writers', and what the runtime takes to begin.
         """
         turns = [self.turn() for _ in range(repeats)]
         median = lambda name: statistics.median(turn[name] for turn in turns)
         every = self.config.loop.checkpoint_every_seconds
         return {
             'images_per_step': self.sampler.expected_size,
-            'device': median('device'),
-            'with_checkpoints': median('device') * every / (every + median('checkpoint_seconds')),
-            'own_work': median('own_work'),
+            'hidden': median('hidden'),
+            'with_checkpoints': median('hidden') * every / (every + median('checkpoint_seconds')),
             'turns': turns,
         }
 
@@ -307,26 +306,29 @@ class TrainingLoop:
     def turn(self) -> dict[str, float]:
         """Some steps in the stage's loop: seconds, shares, and what a checkpoint holds it up."""
         release = self.mechanism.recorded(self.device_step)
-        # Processor seconds of this thread when a step is asked for; when the device has it, and has done it.
-        begun, handed_over, finished = [], [], []
-
-        def note_end(metrics):
-            jax.block_until_ready(metrics)
-            finished.append(time.perf_counter())
+        asked, own_work, idle, written = [], [], [], []  # seconds, each
+        before, seen_running = {}, 0.0  # the last step's metrics, and when it certainly had not ended
 
         def step(state, number):
-            begun.append(time.thread_time())
+            nonlocal before, seen_running
+            asked.append(time.perf_counter())
+            own_work.append(time.thread_time())
+            if _is_running(before):
+                seen_running = time.perf_counter()
             rows, used = self.batch(number)
-            (state, metrics), entry = release(number, state, rows, used, self.key)
-            handed_over.append(time.perf_counter())
+            had_ended = not _is_running(before)
+            (state, before), entry = release(number, state, rows, used, self.key)
+            now = time.perf_counter()
+            idle.append(now - seen_running if had_ended else 0.0)
+            seen_running = now
             ledger.append(entry)
-            watch.submit(note_end, metrics)
-            return state, metrics
+            return state, before
 
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            concurrent.futures.ThreadPoolExecutor(1) as watch,
-        ):
+        def write_and_note(*of_step):
+            written.append(time.perf_counter())
+            write(*of_step)
+
+        with tempfile.TemporaryDirectory() as folder:
             ledger = ledger_lib.Ledger(Path(folder) / 'ledger.jsonl')
             with (
                 _TimedStore(Path(folder) / 'resume') as store,
@@ -335,29 +337,36 @@ class TrainingLoop:
                 loop.train(
                     step,
                     self.state,
-                    total_steps=_LOOP_STEPS + 2,
+                    total_steps=_LOOP_STEPS + 3,
                     store=store,
                     name='benchmark',
-                    write=write,
+                    write=write_and_note,
                     log_every_steps=min(self.config.loop.log_every_steps, _LOOP_STEPS // 2),
                     checkpoint_every_seconds=math.inf,
                 )
-        # The first two steps compile, or begin with an idle machine. At the latest when the call returned
-        # that takes a step, the device had it: on a CPU it returns when the step before has ended.
-        seconds = finished[-1] - finished[1]
-        idle = sum(max(0.0, given - end) for given, end in zip(handed_over[2:], finished[1:]))
+        # Without the first two steps, which compile.
+        seconds = asked[-1] - asked[2]
+        idle_share = sum(idle[2:-1]) / seconds
+        own_share = (own_work[-1] - own_work[2]) / seconds / devices.cores()
+        # On a CPU the loop takes its work's time from the steps.
+        lost = idle_share + (own_share if jax.default_backend() == 'cpu' else 0)
         return {
             'seconds': seconds,
-            'device': 1 - idle / seconds,
-            'own_work': (begun[-1] - begun[1]) / seconds / devices.cores(),
-            'checkpoint_seconds': store.left - store.entered,
+            'idle': idle_share,
+            'own_work': own_share,
+            'hidden': 1 - lost,
+            # The last metrics are written when the last step has ended.
+            'checkpoint_seconds': store.left - written[-1],
         }
 
 
+def _is_running(metrics: dict) -> bool:
+    return not all(value.is_ready() for value in metrics.values())
+
+
 class _TimedStore(checkpoint.TrainingStore):
-    """Remembers when it was last asked to save, and when it let go."""
+    """Remembers when it last let go after a save."""
 
     def save(self, step, state):
-        self.entered = time.perf_counter()
         super().save(step, state)
         self.left = time.perf_counter()

@@ -34,7 +34,7 @@ def test_every_figure_is_positive_and_finite(tmp_path):
     rates |= {row['name']: row['rate'] for row in found['parts']['rates']}
     assert len(rates) == 10
     shares = {row['name']: row['share'] for row in found['parts']['shares']}
-    assert len(found['ratios']) == 3 and len(shares) == 5
+    assert len(found['ratios']) == 3 and len(shares) == 4
     for name, value in (rates | shares | found['ratios']).items():
         assert 0 < value < math.inf, name
         assert name in done.stdout

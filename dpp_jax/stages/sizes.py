@@ -21,6 +21,7 @@ import numpy as np
 from dpp_jax.privacy.mechanism import clipped_gradient_sum
 from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.training import devices, model as model_lib, parts
+from dpp_jax.training.state import FlatParams
 
 # Activations of one layer at full size that stay in a CPU core's cache between two layers: with more, the
 # gradient of the 28x28 network was up to 1.8 times slower; with less, hardly faster.
@@ -138,7 +139,7 @@ def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[
     n = 2 * at_once.microbatch  # on each device: they share caches and memory
     all_of_them = (len(devices.local()), n)
     arguments = (
-        model.init(jax.random.key(0)),
+        FlatParams.of(model.init(jax.random.key(0))),  # as a step has them
         jax.random.uniform(jax.random.key(1), all_of_them + model.image_shape, minval=-1.0),
         jnp.zeros(all_of_them, jnp.int32),
         jax.random.split(jax.random.key(2), all_of_them),
@@ -146,7 +147,7 @@ def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[
 
     def clipped_sum(params, *examples):
         return clipped_gradient_sum(
-            lambda params, example: loss(params, *example),
+            lambda params, example: loss(params.tree(), *example),
             params, examples, jnp.ones(n, bool),
             clip_norm=settings.clip_norm, microbatch=at_once.microbatch, microbatches=2,
         )  # fmt: skip

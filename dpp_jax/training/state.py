@@ -21,8 +21,9 @@ class FlatParams:
     started by itself. A pytree with one leaf; checkpoints hold the arrays by their names (`tree`).
 
     Attributes:
-        vector: (..., P) float32, all numbers in the order of `jax.tree.leaves`. What jax.vmap, pmap or a
-            gradient make of it is a FlatParams as well, with the axes that they add in front.
+        vector: (..., P), all numbers in the order of `jax.tree.leaves`, of the arrays' dtype (a network's is
+            float32). What jax.vmap, pmap or a gradient make of it is a FlatParams as well, with the
+            axes that they add in front.
     """
 
     def __init__(self, vector: jax.Array, layout: tuple):
@@ -33,24 +34,27 @@ class FlatParams:
         """The tree's arrays (of one dtype), one after the other.
 
         Raises:
-            ValueError: there are none, or of several dtypes.
+            ValueError: there are no arrays, or they are of several dtypes.
         """
         leaves, structure = jax.tree.flatten(tree)
-        if len(dtypes := {str(leaf.dtype) for leaf in leaves}) != 1:
-            raise ValueError(f'dtypes of parameters are {sorted(dtypes)}; there must be one')
-        vector = _library(leaves).concatenate([leaf.reshape(-1) for leaf in leaves])
+        dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+        if len(dtypes) != 1:
+            raise ValueError(f'parameters have dtypes {dtypes or "none"}; they must have one')
+        library, leaves = _on_host_unless_traced(leaves)
+        vector = library.concatenate([leaf.reshape(-1) for leaf in leaves])
         return cls(vector, (structure, tuple(leaf.shape for leaf in leaves)))
 
     def tree(self) -> PyTree:
         """The arrays as the network takes them; axes in front of the vector's stay in front.
 
-        Outside of traced functions they are NumPy arrays, as are those of `of`: JAX would compile a
-        program for each.
+        Outside of traced functions they are NumPy arrays, views of the vector.
         """
         structure, shapes = self._layout
+        library, (vector,) = _on_host_unless_traced([self.vector])
         ends = np.cumsum([math.prod(shape) for shape in shapes])
-        parts = _library([self.vector]).split(self.vector, ends[:-1], axis=-1)
-        leading = self.vector.shape[:-1]
+        # The gradient of a split is one concatenation; that of slices is a padded vector for each, and their sum.
+        parts = library.split(vector, ends[:-1], axis=-1)
+        leading = vector.shape[:-1]
         return structure.unflatten(
             [part.reshape(leading + shape) for part, shape in zip(parts, shapes)]
         )
@@ -63,8 +67,11 @@ class FlatParams:
         return cls(*leaves, layout)
 
 
-def _library(arrays: list):
-    return jnp if any(isinstance(array, jax.core.Tracer) for array in arrays) else np
+def _on_host_unless_traced(arrays: list) -> tuple:
+    """The library to work on the arrays with, and the arrays: JAX would compile a program for each, once."""
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return jnp, arrays
+    return np, [np.asarray(array) for array in arrays]
 
 
 flax.serialization.register_serialization_state(
@@ -82,8 +89,8 @@ class TrainState:
 
     Attributes:
         step: () int32, how many steps were taken.
-        params: weights of the network.
-        ema_params: their exponential moving average, from which images are sampled.
+        params: weights of the network, (P,) float32.
+        ema_params: the same of their exponential moving average, from which images are sampled.
         opt_state: of the optimizer, which sees `params` as they are here.
     """
 
@@ -98,12 +105,15 @@ class TrainState:
 
 
 def create(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 from the network's parameters, with the average equal to them and a fresh optimizer."""
+    """Step 0 from the network's parameters, with the average equal to them and a fresh optimizer.
+
+    On the host; weights and average share their memory until `devices.replicate` copies them.
+    """
     flat = FlatParams.of(params)
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
+        step=np.zeros((), np.int32),
         params=flat,
-        ema_params=jax.tree.map(jnp.array, flat),
+        ema_params=flat,
         opt_state=optimizer.init(flat),
     )
 

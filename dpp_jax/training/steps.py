@@ -95,7 +95,7 @@ def make_pretrain_step(
         rows, number = _in_equal_parts(rows, images_at_once)
         mean_of_parts = parts.mean(part_loss, number)
         total, gradient = jax.value_and_grad(
-            # Flat once, not in every part.
+            # The vector is taken apart and its gradient put together here, not for every part.
             lambda params: number * mean_of_parts(params.tree(), None, rows)
         )(state.params)
         count = jnp.sum(rows['mask'])
@@ -114,11 +114,10 @@ def _in_equal_parts(rows: dict, at_once: int | None) -> tuple[dict, int]:
     """
     size = rows['mask'].size
     number = math.ceil(size / (at_once or size))
-    take = np.minimum(np.arange(number * math.ceil(size / number)), size - 1)
-    if len(take) == size:
-        return rows, number
-    rows = jax.tree.map(lambda leaf: leaf[take], rows)
-    return rows | {'mask': rows['mask'] & (np.arange(len(take)) < size)}, number
+    more = number * math.ceil(size / number) - size
+    more_of = lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], more, axis=0)])
+    padded = jax.tree.map(more_of, rows)
+    return padded | {'mask': padded['mask'] & (np.arange(size + more) < size)}, number
 
 
 def make_dp_step(

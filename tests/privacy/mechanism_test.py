@@ -1,3 +1,8 @@
+import os
+from pathlib import Path
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +10,8 @@ import pytest
 
 from dpp_jax.privacy import mechanism as mechanism_lib
 from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum, clipped_sum
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_mechanism(**changes):
@@ -167,6 +174,30 @@ def test_noise_has_fine_values_in_its_tail():
     bits = jnp.finfo(jnp.float32)
     farthest = jax.scipy.special.erfinv(1 - bits.epsneg) * np.sqrt(2)  # of one draw
     assert mechanism_lib._DRAWS * farthest / np.sqrt(mechanism_lib._DRAWS) > 10
+
+
+NORM_OF_LONG_VECTORS = """
+import jax, numpy as np
+from dpp_jax.privacy.mechanism import clipped_sum
+
+rng = np.random.default_rng(0)
+for row in (np.full(2_000_000, 0.1), rng.standard_normal(2_000_000), rng.random(2_000_000) ** 8):
+    row = row.astype(np.float32)
+    exact = np.linalg.norm(row.astype(np.float64))
+    total, norms = jax.jit(clipped_sum)({'w': row[None]}, np.array([True]), 1.0)
+    assert abs(norms[0] / exact - 1) < 5e-6, (norms[0], exact)
+    assert np.linalg.norm(np.asarray(total['w'], np.float64)) <= 1
+"""
+
+
+@pytest.mark.parametrize('flags', [None, ''], ids=['flags_of_the_tests', 'flags_of_a_user'])
+def test_norm_of_millions_of_numbers_is_as_exact_as_the_clip_bound_supposes(flags):
+    """One weight vector, one sum: added up one after the other it would be off by a percent."""
+    if flags is None:
+        exec(NORM_OF_LONG_VECTORS, {})
+        return
+    environment = {**os.environ, 'XLA_FLAGS': flags}
+    subprocess.run([sys.executable, '-c', NORM_OF_LONG_VECTORS], env=environment, check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(

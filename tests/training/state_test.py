@@ -1,13 +1,12 @@
 """Parameters as one vector: the same numbers, by the same names on disk, and one leaf for all that follows."""
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from dpp_jax.training import state as state_lib
+from dpp_jax.training import checkpoint, state as state_lib
 from dpp_jax.training.state import FlatParams
 
 
@@ -39,6 +38,16 @@ def test_axes_in_front_stay_in_front(tree):
     assert_equal(jax.vmap(lambda one: one.tree())(several), several.tree())
 
 
+def test_arrays_on_a_device_compile_nothing(tree, compilations):
+    """A program for every array, twice at every resume, would cost more than the vector saves."""
+    on_device = jax.device_put(tree)
+    flat = jax.device_put(FlatParams.of(tree))
+    before = compilations.count
+    assert_equal(FlatParams.of(on_device).tree(), tree)
+    assert_equal(flat.tree(), tree)
+    assert compilations.count == before
+
+
 def test_a_gradient_has_every_leafs_gradient_in_its_place(tree):
     def loss(params, x):
         return jnp.sum(x * params['conv']['kernel']) * params['scale'] + jnp.sum(params['norm'] ** 3)
@@ -49,23 +58,23 @@ def test_a_gradient_has_every_leafs_gradient_in_its_place(tree):
     assert_equal(of_flat(FlatParams.of(tree), xs).tree(), of_tree(tree, xs))
 
 
-def test_saved_by_names_whatever_the_vectors_order(tree):
-    """A checkpoint is that of a state whose weights and moments are trees."""
+def test_checkpoints_hold_the_arrays_by_their_names(tree, tmp_path):
+    """So also those of runs that were begun when the state was made of trees."""
     optimizer = optax.adam(1e-3)
-    state = jax.tree.map(np.asarray, state_lib.create(tree, optimizer))
-    saved = flax.serialization.to_state_dict(state)
-    assert_equal(saved['params'], tree)
-    assert_equal(
-        saved['opt_state'],
-        jax.tree.map(np.asarray, flax.serialization.to_state_dict(optimizer.init(tree))),
-    )
-    zeros = jax.tree.map(np.zeros_like, state)
-    assert_equal(flax.serialization.from_state_dict(zeros, saved), state)
-    assert_equal(state.weights(), {'params': tree, 'ema_params': tree})
+    average = jax.tree.map(lambda leaf: leaf + 1, tree)
+    moments = jax.tree.map(lambda leaf: np.asarray(leaf + 2), optimizer.init(tree))
+    with checkpoint.TrainingStore(tmp_path) as store:
+        store.save(5, state_lib.TrainState(np.int32(5), tree, average, moments))
+    with checkpoint.TrainingStore(tmp_path) as store:
+        state = store.restore(state_lib.create(jax.tree.map(np.zeros_like, tree), optimizer))
+    assert isinstance(state.params, FlatParams) and state.step == 5
+    assert_equal(state.weights(), {'params': tree, 'ema_params': average})
+    assert_equal(state.opt_state[0].mu.tree(), moments[0].mu)
+    assert_equal(state.opt_state[0].nu.tree(), moments[0].nu)
 
 
 def test_arrays_that_are_not_alike_are_refused(tree):
-    with pytest.raises(ValueError, match="dtypes of parameters are .'float32', 'int32'.; there must be one"):
+    with pytest.raises(ValueError, match="dtypes .'float32', 'int32'.; they must have one"):
         FlatParams.of(tree | {'steps': np.arange(3, dtype=np.int32)})
-    with pytest.raises(ValueError, match='there must be one'):
+    with pytest.raises(ValueError, match='dtypes none; they must have one'):
         FlatParams.of({})

@@ -138,7 +138,8 @@ def test_pretraining_is_the_gradient_of_the_mean_loss(tiny_model, params, digits
     loss = tiny_model.example_loss(draws=2, label_dropout=0.1)
     plain = augment.make_augmentation('none')
     updates = []
-    for number, capacity, at_once in ((1, 10, 7), (8, 16, None)):  # 20 rows in parts of 7
+    # Of a device's rows: 20 in parts of 7; 10, most of them without an image, in parts of 4.
+    for number, capacity, at_once in ((1, 10, 7), (8, 40, 4)):
         with devices.limited_to(number):
             step = steps.make_pretrain_step(
                 tiny_model.drawing(draws=2, label_dropout=0.1), tiny_model.errors, SGD,
@@ -159,6 +160,18 @@ def test_pretraining_is_the_gradient_of_the_mean_loss(tiny_model, params, digits
         total += flat(gradient(params, digits[0][i] / np.float32(127.5) - 1, digits[1][i], key))
     expected = -total / 10
     assert np.linalg.norm(updates[0] - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize('size', [1, 2, 12, 25])
+@pytest.mark.parametrize('at_once', [None, 1, 4, 7, 30])
+def test_equal_parts_are_few_and_no_row_is_lost_or_counts_twice(size, at_once):
+    rows = {'mask': jnp.arange(size) % 3 != 1, 'image': jnp.arange(size)}
+    padded, number = steps._in_equal_parts(rows, at_once)
+    assert padded['mask'].size % number == 0 and padded['mask'].size // number <= (at_once or size)
+    assert number == -(-size // (at_once or size))
+    for name in rows:
+        np.testing.assert_array_equal(padded[name][:size], rows[name])
+    assert not padded['mask'][size:].any()
 
 
 @pytest.mark.parametrize('number', [1, 2, 8])
@@ -243,10 +256,10 @@ def test_the_fast_sum_of_clipped_gradients_equals_a_plain_one_in_float64(
     loss = fast.example_loss(**draws, draws_at_once=2)
     total, _ = jax.jit(
         lambda params, examples: clipped_gradient_sum(
-            lambda params, example: loss(params, *example),
+            lambda params, example: loss(params.tree(), *example),  # as the step does it
             params, examples, np.ones(6, bool), clip_norm=clip_norm, microbatch=3, microbatches=2,
         )
-    )(params, (images, labels, keys))  # fmt: skip
+    )(state_lib.FlatParams.of(params), (images, labels, keys))  # fmt: skip
     assert np.linalg.norm(flat(total) - expected) < 1e-5 * np.linalg.norm(expected)
 
 

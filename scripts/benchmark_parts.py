@@ -279,14 +279,15 @@ class TrainingLoop:
             ema_decay=settings.ema_decay,
         )
         self.key = jax.random.key(0)
-        self.state = jax.device_get(state_lib.create(params, optimizer))
+        self.state = state_lib.create(params, optimizer)
 
     def measure(self, repeats: int) -> dict:
         """Shares are medians over the turns.
 
-        Of the time in which a step could be computed: none was at hand (`idle`), the loop's own thread
-        worked (`own_work`, of all cores). A comparison with the steps alone says less: a minute later the
-        machine may be slower. Not seen: threads of the writers', and what the runtime takes to begin.
+        Of a turn's time: `idle` is how long, at most, no step was running or waiting for the device; and
+        `own_work` is for how long the loop's thread took a core. A comparison with the steps alone says
+        less: a minute later the machine may be slower. Not seen are the writers' threads, what the
+        runtime takes to begin, and the handing over of a step after a checkpoint.
         """
         turns = [self.turn() for _ in range(repeats)]
         median = lambda name: statistics.median(turn[name] for turn in turns)
@@ -344,17 +345,17 @@ class TrainingLoop:
                     log_every_steps=min(self.config.loop.log_every_steps, _LOOP_STEPS // 2),
                     checkpoint_every_seconds=math.inf,
                 )
-        # Without the first two steps, which compile.
+        # From the third step, before which there was a running one, to the last, which only ends the span.
         seconds = asked[-1] - asked[2]
         idle_share = sum(idle[2:-1]) / seconds
-        own_share = (own_work[-1] - own_work[2]) / seconds / devices.cores()
-        # On a CPU the loop takes its work's time from the steps.
+        own_share = (own_work[-1] - own_work[2]) / seconds
+        # On a CPU the loop takes its work's time from a device, for which the others wait.
         lost = idle_share + (own_share if jax.default_backend() == 'cpu' else 0)
         return {
             'seconds': seconds,
             'idle': idle_share,
             'own_work': own_share,
-            'hidden': 1 - lost,
+            'hidden': max(0.0, 1 - lost),
             # The last metrics are written when the last step has ended.
             'checkpoint_seconds': store.left - written[-1],
         }

@@ -139,7 +139,7 @@ def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[
     n = 2 * at_once.microbatch  # on each device: they share caches and memory
     all_of_them = (len(devices.local()), n)
     arguments = (
-        FlatParams.of(model.init(jax.random.key(0))),  # as a step has them
+        devices.replicate(FlatParams.of(model.init(jax.random.key(0)))),  # as a step has them
         jax.random.uniform(jax.random.key(1), all_of_them + model.image_shape, minval=-1.0),
         jnp.zeros(all_of_them, jnp.int32),
         jax.random.split(jax.random.key(2), all_of_them),
@@ -152,7 +152,7 @@ def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[
             clip_norm=settings.clip_norm, microbatch=at_once.microbatch, microbatches=2,
         )  # fmt: skip
 
-    program = devices.parallel(clipped_sum, in_axes=(None, 0, 0, 0))
+    program = devices.parallel(clipped_sum, in_axes=(0, 0, 0, 0))
 
     def call():
         jax.block_until_ready(program(*arguments))

@@ -114,7 +114,7 @@ def create(params: PyTree, optimizer: optax.GradientTransformation) -> TrainStat
         step=np.zeros((), np.int32),
         params=flat,
         ema_params=flat,
-        opt_state=optimizer.init(flat),
+        opt_state=jax.device_get(optimizer.init(flat)),
     )
 
 

@@ -55,7 +55,9 @@ class Work:
         return self.amount / self.contender.median
 
 
-def measure(config, model, *, noised_per_second: float, repeats: int, turn_seconds: float, starts: int) -> dict:
+def measure(
+    config, model, *, noised_per_second: float, repeats: int, turn_seconds: float, starts: int
+) -> dict:
     """All figures, by the names of the module's text; shares with their targets (None: none).
 
     Args:

@@ -16,9 +16,7 @@ from configs import default
 def get_config(epsilon: str = '1') -> ConfigDict:
     config = default.get_config(epsilon)
     config.name = 'celeba_32'
-    config.data.update(
-        source='npz:data/celeba_32', train_images=182637, image_size=32, channels=3, classes=2
-    )
+    config.data.update(source='npz:data/celeba_32', train_images=182637, image_size=32, channels=3, classes=2)
     config.dp.delta = 1e-6
     config.query.update(noise_multiplier=10.0, sampling_probability=0.0657, queries=250, bins=16)
     config.model.attention_resolutions = (16,)

@@ -134,7 +134,7 @@ def parse_epsilon(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(
-            f"ε after the colon of --config is {text!r}; it must be a number, as in mnist_28.py:1"
+            f'ε after the colon of --config is {text!r}; it must be a number, as in mnist_28.py:1'
         ) from None
 
 

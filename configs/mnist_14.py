@@ -21,9 +21,7 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     config.model.update(width=16, blocks=1, attention_resolutions=(7,))
     config.pretrain.update(epochs=1000, draws=2, learning_rate=1e-3)
     # 236 steps of 1,017 images x 4 draws: about 50 of the 60 minutes.
-    config.finetune.update(
-        batch_size=1024, epochs=4, draws=4, learning_rate=1e-3, ema_decay=0.99
-    )
+    config.finetune.update(batch_size=1024, epochs=4, draws=4, learning_rate=1e-3, ema_decay=0.99)
     config.generate.images = 10000
     config.generate.sampler = default.sampler(steps=18)
     config.evaluate.update(epochs=15, ema_decay=0.999)

@@ -20,7 +20,5 @@ def get_config(epsilon: str = '1') -> ConfigDict:
         else default.sampler(s_churn=50.0, s_min=0.05, guidance=0.25)
     )
     config.generate.separate_classifier_images = True
-    config.generate.classifier_sampler = default.sampler(
-        s_churn=10.0, s_min=0.1 if small else 0.025
-    )
+    config.generate.classifier_sampler = default.sampler(s_churn=10.0, s_min=0.1 if small else 0.025)
     return config

@@ -16,8 +16,8 @@ import numpy as np
 from dpp_jax.data import augment, sources
 from dpp_jax.diffusion import denoiser, loss, sampler, unet
 from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.stages import central, evaluate, finetune, generate, plan, pretrain, report, sizes
-from dpp_jax.stages import statement, workdir as workdir_lib
+from dpp_jax.stages import central, evaluate, finetune, generate, plan, pretrain, report, sizes, statement
+from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.training import checkpoint
 from dpp_jax.training.model import Model
 
@@ -260,9 +260,7 @@ class Run:
 
     def pretrain(self) -> None:
         augmentation = make_augmentation(self.config)
-        pretrain.run(
-            self.config, self.workdir, self.model, augmentation, self.plan.pretrain_steps
-        )
+        pretrain.run(self.config, self.workdir, self.model, augmentation, self.plan.pretrain_steps)
 
     def finetune(self) -> None:
         images = self.train_images
@@ -295,9 +293,7 @@ class Run:
 
     def _write_parameters(self) -> None:
         """clu's overview of the network, for people."""
-        overview = parameter_overview.get_parameter_overview(
-            self.model.shapes(), include_stats=False
-        )
+        overview = parameter_overview.get_parameter_overview(self.model.shapes(), include_stats=False)
         path = self.workdir.release / 'parameters.txt'
         workdir_lib.write_text(path, overview + '\n')
         print(f'parameters     overview in {path}\n', flush=True)
@@ -389,6 +385,4 @@ def make_sampler(settings: ConfigDict, classes: int) -> Callable:
     if settings.name == 'ddim':  # deterministic: draws no noise
         return lambda denoise, z, label, noise: sampler.ddim(denoise, z, label, **arguments)
     churn = {name: settings[name] for name in ('s_churn', 's_min', 's_max', 's_noise')}
-    return lambda denoise, z, label, noise: sampler.heun(
-        denoise, z, label, noise=noise, **churn, **arguments
-    )
+    return lambda denoise, z, label, noise: sampler.heun(denoise, z, label, noise=noise, **churn, **arguments)

@@ -38,7 +38,8 @@ from dpp_jax.privacy import mechanism as mechanism_lib  # noqa: E402
 from dpp_jax.privacy.mechanism import GaussianMechanism, clip_weights  # noqa: E402
 from dpp_jax.privacy.poisson import PoissonSampler  # noqa: E402
 from dpp_jax.stages import central  # noqa: E402
-from dpp_jax.training import devices, state as state_lib, steps  # noqa: E402
+from dpp_jax.training import devices, steps  # noqa: E402
+from dpp_jax.training import state as state_lib
 
 DELTA = 1e-5
 CONFIDENCE = 0.95
@@ -102,9 +103,7 @@ REAL = Code()
 FAULTS = {
     'noise halved': Code(mechanism=HalvedNoise),
     'clipping removed': Code(clip=no_clipping),
-    'division by the realised count': Code(
-        divisor=lambda count, _: jnp.maximum(count, 1), is_gaussian=False
-    ),
+    'division by the realised count': Code(divisor=lambda count, _: jnp.maximum(count, 1), is_gaussian=False),
     'no noise on an empty batch': Code(mechanism=NoNoiseOnEmptyBatch, is_gaussian=False),
     'sampled twice': Code(sampler=SampledTwice),
 }
@@ -160,9 +159,7 @@ def play(
         others: (rows - 1,) bool, which of the other rows are in both sets.
         q: sampling probability.
     """
-    together = jax.jit(
-        lambda masks, keys: jax.lax.map(lambda x: run(*x), (masks, keys), batch_size=_CHUNK)
-    )
+    together = jax.jit(lambda masks, keys: jax.lax.map(lambda x: run(*x), (masks, keys), batch_size=_CHUNK))
     results = []
     for there in (True, False):
         members = np.append(others, there)
@@ -349,9 +346,7 @@ def examine(attack: Attack, runs: int, seed: int) -> dict:
     start = time.monotonic()
     scores = attack.scores(runs, seed)
     each = 1 - (1 - CONFIDENCE) / len(attack.bounds)  # the more, the less often each may be wrong
-    bounds = {
-        kind: bound(*scores, delta=DELTA, confidence=each) for kind, bound in attack.bounds.items()
-    }
+    bounds = {kind: bound(*scores, delta=DELTA, confidence=each) for kind, bound in attack.bounds.items()}
     claim = accounting.epsilon(attack.event, DELTA, 'pld')
     best = max(bounds, key=lambda kind: bounds[kind].epsilon)
     exceeds = bounds[best].epsilon > claim

@@ -33,15 +33,17 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import benchmark_parts
+import timing
+
 from dpp_jax import pipeline
 from dpp_jax.data import augment
 from dpp_jax.diffusion import conv
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.stages import sizes as sizes_lib
-from dpp_jax.training import devices, state as state_lib, steps
-import benchmark_parts
-import timing
+from dpp_jax.training import devices, steps
+from dpp_jax.training import state as state_lib
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'As for the program.')
 _MICROBATCH = flags.DEFINE_integer('microbatch', None, 'As config.finetune.microbatch.')
@@ -55,7 +57,9 @@ _SKIP = flags.DEFINE_list('skip', [], 'Contenders to leave out: naive, optax, ja
 
 _PARTS = flags.DEFINE_bool('parts', False, 'Also measure everything that is not the training step.')
 _TURN_SECONDS = flags.DEFINE_float(
-    'turn_seconds', 3.0, 'With --parts: how long each is measured in every turn, at least one call.',
+    'turn_seconds',
+    3.0,
+    'With --parts: how long each is measured in every turn, at least one call.',
     lower_bound=0.0,
 )
 _STARTS = flags.DEFINE_integer('starts', 1, 'With --parts: cold and cached starts of the program; 0: none.')
@@ -180,9 +184,7 @@ def pytorch_contenders(settings, model, params, images, labels) -> list[timing.C
         baseline.load(twin, params)
         return twin
 
-    draw = lambda: baseline.draw(
-        pixels, classes, settings.draws, settings.label_dropout, model.classes
-    )
+    draw = lambda: baseline.draw(pixels, classes, settings.draws, settings.label_dropout, model.classes)
     ordinary = network()
     private = baseline.PrivateStep(
         network(),
@@ -284,9 +286,7 @@ def training_rows(found, flops: float, peak: float) -> list[dict]:
 
 def training_text(rows: list[dict], ratios: dict[str, float]) -> str:
     """The figures as a table, and what the private step is measured by."""
-    lines = [
-        f'{"":28}{"noised/s":>10}{"ratio":>8}{"GFLOP/s":>9}{"of matmul":>11}{"MiB":>8}{"compile s":>11}'
-    ]
+    lines = [f'{"":28}{"noised/s":>10}{"ratio":>8}{"GFLOP/s":>9}{"of matmul":>11}{"MiB":>8}{"compile s":>11}']
     for row in rows:
         memory, compilation = row['memory_bytes'], row['compile_seconds']
         memory = '-' if memory is None else f'{memory / 2**20:.0f}'
@@ -304,9 +304,7 @@ def compare(found: list[timing.Contender]) -> dict[str, float]:
     """How many times as fast the DP step is as what it is to be compared with."""
     named = {contender.title: contender for contender in found}
     others = [name for name in (PLAIN, PYTORCH, OPACUS) if name in named]
-    return {
-        f'{PRIVATE} / {name}': named[PRIVATE].times_as_fast_as(named[name]) for name in others
-    }
+    return {f'{PRIVATE} / {name}': named[PRIVATE].times_as_fast_as(named[name]) for name in others}
 
 
 def machine() -> str:

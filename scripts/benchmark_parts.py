@@ -23,14 +23,18 @@ import optax
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dpp_jax import pipeline
-from dpp_jax.evaluation import classifiers
-from dpp_jax.privacy import ledger as ledger_lib, poisson
-from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.stages import central, generate, metrics, sizes as sizes_lib
-from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
 import benchmark_start
 import timing
+
+from dpp_jax import pipeline
+from dpp_jax.evaluation import classifiers
+from dpp_jax.privacy import ledger as ledger_lib
+from dpp_jax.privacy import poisson
+from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.stages import central, generate, metrics
+from dpp_jax.stages import sizes as sizes_lib
+from dpp_jax.training import checkpoint, devices, loop, steps
+from dpp_jax.training import state as state_lib
 
 _QUERY_IMAGES = 10_000
 _SAMPLER_STEPS = 6
@@ -229,9 +233,7 @@ def forward_pass(config, model, params) -> Work:
             image = program(params, image)
         return image
 
-    return Work(
-        timing.Contender('forward pass', call), evaluations * rows * devices.count(), 'images'
-    )
+    return Work(timing.Contender('forward pass', call), evaluations * rows * devices.count(), 'images')
 
 
 def classifier_epoch(config) -> Work:
@@ -264,9 +266,7 @@ class TrainingLoop:
         self.sampler = poisson.PoissonSampler(count, batch / count, key=1)
         self.microbatch = at_once.microbatch
         self.capacity = self.sampler.capacity(self.microbatch * devices.count())
-        self.mechanism = GaussianMechanism(
-            'dp_sgd', 1.0, batch / count, settings.clip_norm, 'benchmark'
-        )
+        self.mechanism = GaussianMechanism('dp_sgd', 1.0, batch / count, settings.clip_norm, 'benchmark')
         optimizer = optax.adam(settings.learning_rate)
         self.device_step = steps.make_dp_step(
             model.example_loss(

@@ -72,7 +72,8 @@ def _config_arguments(arguments: list[str]) -> list[str]:
         argument
         for before, argument in zip(['', *arguments], arguments)
         if argument.lstrip('-').split('=')[0].split('.')[0] == 'config'
-        or before.startswith('-') and before.lstrip('-') == 'config'
+        or before.startswith('-')
+        and before.lstrip('-') == 'config'
     ]
 
 

@@ -71,8 +71,12 @@ class Process:
         command += [f'--config.{name}={value}' for name, value in settings.items()]
         self._lines: list[str] = []
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -133,7 +137,8 @@ def keys_of(workdir: Path) -> dict[str, dict]:
     parts = json.loads(path.read_text()) if path.exists() else {}
     return {
         part: {name: keys[name] for name in ('identifier', 'sampling', 'noise')}
-        for part, keys in parts.items() if part != '_note'
+        for part, keys in parts.items()
+        if part != '_note'
     }
 
 
@@ -151,7 +156,9 @@ def wrong_keys(workdir: Path, seen: list[dict[str, dict]]) -> list[str]:
     last = keys_of(workdir)
     wrong = [
         f'keys of {part} changed or were lost'
-        for keys in seen for part in keys if last.get(part) != keys[part]
+        for keys in seen
+        for part in keys
+        if last.get(part) != keys[part]
     ]
     for mechanism, names in randomness_of(workdir).items():
         if names != {last.get(mechanism, {}).get('identifier')}:
@@ -289,11 +296,15 @@ def main() -> None:
         wrong += [f'run {runs}: {name}' for name in found]
         print(
             f'run {runs}: {deaths.total()} kills so far, {len(found)} differences, '
-            f'{time.monotonic() - start:.0f} s', flush=True,
+            f'{time.monotonic() - start:.0f} s',
+            flush=True,
         )
     result = {
-        'kills': deaths.total(), 'runs': runs, 'without_keys': (runs + 1) // 2,
-        'by_stage': dict(deaths), 'wrong': wrong,
+        'kills': deaths.total(),
+        'runs': runs,
+        'without_keys': (runs + 1) // 2,
+        'by_stage': dict(deaths),
+        'wrong': wrong,
     }
     print(json.dumps(result, indent=2))
     if arguments.json:
@@ -303,9 +314,7 @@ def main() -> None:
 
 def _moments(chance: random.Random) -> list[tuple[str, float]]:
     """Two kills per stage, one soon after its start and one anywhere in its first seconds."""
-    return [
-        (stage, chance.uniform(0, longest)) for stage in STAGES for longest in (0.5, 5.0)
-    ]
+    return [(stage, chance.uniform(0, longest)) for stage in STAGES for longest in (0.5, 5.0)]
 
 
 if __name__ == '__main__':

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dpp_jax.diffusion import denoiser, loss as loss_lib
+from dpp_jax.diffusion import denoiser
+from dpp_jax.diffusion import loss as loss_lib
 
 _SKIP_SCALE = 2**-0.5
 

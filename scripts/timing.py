@@ -35,9 +35,7 @@ class Contender:
     def times_as_fast_as(self, other: 'Contender') -> float:
         """Median over the turns: what slows a machine down slows down both of a turn."""
         pairs = zip(self.seconds, other.seconds, strict=True)
-        return statistics.median(
-            (self.amount / mine) / (other.amount / theirs) for mine, theirs in pairs
-        )
+        return statistics.median((self.amount / mine) / (other.amount / theirs) for mine, theirs in pairs)
 
 
 def compiled(title: str, function: Callable, *arguments) -> Contender:

@@ -29,8 +29,12 @@ runpy.run_module('dpp_jax.main', run_name='__main__')
 def start(program, workdir, *settings):
     command = [sys.executable, *program, '--config=configs/digits_8.py:10']
     return subprocess.Popen(
-        [*command, f'--workdir={workdir}', *settings], cwd=ROOT, text=True,
-        env={**os.environ, 'XLA_FLAGS': ''}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*command, f'--workdir={workdir}', *settings],
+        cwd=ROOT,
+        text=True,
+        env={**os.environ, 'XLA_FLAGS': ''},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -87,13 +91,19 @@ def program(*arguments, before=()):
     environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
     return subprocess.run(
         [*before, sys.executable, '-m', 'dpp_jax.main', *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 def test_command_line_plans_without_touching_a_work_directory(tmp_path):
     result = program(
-        '--config=configs/mnist_28.py:1', f'--workdir={tmp_path}/run', '--stage=plan',
+        '--config=configs/mnist_28.py:1',
+        f'--workdir={tmp_path}/run',
+        '--stage=plan',
         '--config.finetune.epochs=20',
     )
     assert result.returncode == 0, result.stderr
@@ -143,11 +153,18 @@ def test_a_full_disk_is_told_in_a_line(tmp_path):
     """It is full when pre-training saves: orbax's threads fail in the background."""
     folder = tmp_path / 'small'
     result = on_a_file_system(
-        folder, f'mount -t tmpfs -o size=300k tmpfs {folder}',
-        '--config=configs/digits_8.py:10', f'--workdir={folder}/run', '--config.model.width=8',
-        '--config.model.multipliers=(1,)', '--config.model.attention_resolutions=(8,)',
-        '--config.query.queries=2', '--config.pretrain.epochs=1', '--config.pretrain.draws=1',
-        '--config.pretrain.augmentation=none', '--config.loop.images_at_once=4',
+        folder,
+        f'mount -t tmpfs -o size=300k tmpfs {folder}',
+        '--config=configs/digits_8.py:10',
+        f'--workdir={folder}/run',
+        '--config.model.width=8',
+        '--config.model.multipliers=(1,)',
+        '--config.model.attention_resolutions=(8,)',
+        '--config.query.queries=2',
+        '--config.pretrain.epochs=1',
+        '--config.pretrain.draws=1',
+        '--config.pretrain.augmentation=none',
+        '--config.loop.images_at_once=4',
     )
     assert result.returncode == 1, result.stderr
     assert 'central: done' in result.stdout and 'pretrain: done' not in result.stdout
@@ -160,8 +177,11 @@ def test_a_full_disk_is_told_in_a_line(tmp_path):
 def test_a_folder_that_can_only_be_read_is_planned_and_else_refused(tmp_path, stage):
     folder = tmp_path / 'run'
     result = on_a_file_system(
-        folder, f'mount -t tmpfs -o ro tmpfs {folder}',
-        '--config=configs/digits_8.py:10', f'--workdir={folder}', f'--stage={stage}',
+        folder,
+        f'mount -t tmpfs -o ro tmpfs {folder}',
+        '--config=configs/digits_8.py:10',
+        f'--workdir={folder}',
+        f'--stage={stage}',
     )
     assert result.returncode == (0 if stage == 'plan' else 1), result.stderr
     assert ('The statement of such a run' in result.stdout) == (stage == 'plan')

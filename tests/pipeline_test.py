@@ -11,7 +11,8 @@ import pytest
 from dpp_jax import pipeline
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.stages import generate, workdir as workdir_lib
+from dpp_jax.stages import generate
+from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.training import checkpoint
 
 STEPS = 23  # of the tiny config's fine-tuning
@@ -90,9 +91,7 @@ def final_files(workdir):
     return images, ledger
 
 
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(
-    run, tiny_config, tmp_path, monkeypatch
-):
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(run, tiny_config, tmp_path, monkeypatch):
     """Stopped in the query, in fine-tuning and between two batches of images."""
     config, reference = run
     root = workdir_lib.WorkDir(tmp_path)
@@ -157,9 +156,7 @@ def ledger_of(workdir):
 
 
 @pytest.mark.parametrize('place', ['release/model/pretrain', 'release/model/finetune', 'resume'])
-def test_a_checkpoint_of_another_network_is_refused_before_the_query(
-    run, tiny_config, tmp_path, place
-):
+def test_a_checkpoint_of_another_network_is_refused_before_the_query(run, tiny_config, tmp_path, place):
     """Also one of a later stage: by then the query would have been paid for."""
     _, reference = run
     source = reference.root / place
@@ -185,10 +182,14 @@ def copy_of(workdir, folder):
     'tamper, text',
     [
         (lambda w: (w.release / 'ledger.jsonl').unlink(), 'names 0 releases of central_query; 2 were'),
-        (lambda w: edit(w.release / 'ledger.jsonl', lambda t: ''.join(t.splitlines(True)[:-1])),
-         f'names {STEPS - 1} releases of dp_sgd; {STEPS} were'),
-        (lambda w: edit(w.release / 'ledger.jsonl', lambda t: t.replace('1.0, "sens', '0.9, "sens', 1)),
-         'line 1 of .*not a ledger entry'),
+        (
+            lambda w: edit(w.release / 'ledger.jsonl', lambda t: ''.join(t.splitlines(True)[:-1])),
+            f'names {STEPS - 1} releases of dp_sgd; {STEPS} were',
+        ),
+        (
+            lambda w: edit(w.release / 'ledger.jsonl', lambda t: t.replace('1.0, "sens', '0.9, "sens', 1)),
+            'line 1 of .*not a ledger entry',
+        ),
         (lambda w: edit_plan(w, noise_multiplier=0.4), 'noise_multiplier = 0.4, which spends'),
         (lambda w: edit_plan(w, noise_multiplier=20.0), 'which is not in the plan'),
         (lambda w: edit_plan(w, steps=99), f'steps = 99; this config gives {STEPS}'),
@@ -335,9 +336,7 @@ def test_plan_of_a_run_is_the_one_it_follows(run, tiny_config, tmp_path, capsys)
         ({'data__classes': 11}, ValueError, 'class'),
     ],
 )
-def test_bad_data_is_refused_before_any_privacy_is_spent(
-    tiny_config, tmp_path, change, error, text
-):
+def test_bad_data_is_refused_before_any_privacy_is_spent(tiny_config, tmp_path, change, error, text):
     config = tiny_config(**change)
     if config.data.image_size == 16:
         config.model.attention_resolutions = (16,)

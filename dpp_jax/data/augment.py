@@ -64,9 +64,7 @@ def make_augmentation(name: str, **settings) -> Augmentation:
     known = list(inspect.signature(policy).parameters)[2:]
     for setting in settings:
         if setting not in known:
-            raise ValueError(
-                f'augmentation {name!r} has no setting {setting!r}; it has {", ".join(known)}'
-            )
+            raise ValueError(f'augmentation {name!r} has no setting {setting!r}; it has {", ".join(known)}')
     check(**settings)
     return functools.partial(policy, **settings)
 
@@ -282,6 +280,4 @@ def _check_affine(shift: float = 1.0, degrees: float = 10.0, zoom: float = 0.1) 
 def _check_image(image: jax.Array) -> None:
     """Raise a ValueError for another shape or dtype than the module's."""
     if image.ndim != 3 or image.shape[-1] not in (1, 3) or image.dtype != jnp.float32:
-        raise ValueError(
-            f'image is {image.dtype} {image.shape}; it must be float32 (H, W, C), C = 1 or 3'
-        )
+        raise ValueError(f'image is {image.dtype} {image.shape}; it must be float32 (H, W, C), C = 1 or 3')

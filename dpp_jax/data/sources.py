@@ -244,8 +244,7 @@ def _tfds_builder(where: str, data_dir: str, *, prepare: bool) -> Any:
     if not builder.is_prepared():
         if not prepare:
             raise FileNotFoundError(
-                f'tfds:{where} is not prepared in {builder.data_path}. '
-                + _how_to_prepare(where, data_dir)
+                f'tfds:{where} is not prepared in {builder.data_path}. ' + _how_to_prepare(where, data_dir)
             )
         _prepare_tfds(builder, where, data_dir)
     features, splits = set(builder.info.features), set(builder.info.splits)
@@ -277,7 +276,7 @@ def _how_to_prepare(where: str, data_dir: str) -> str:
     arguments = f"'{where}'" + (f", data_dir='{data_dir}'" if data_dir else '')
     return (
         'Prepare it with: python -c "import tensorflow_datasets as tfds; '
-        f'tfds.builder({arguments}, file_format=\'array_record\').download_and_prepare()"'
+        f"tfds.builder({arguments}, file_format='array_record').download_and_prepare()\""
     )
 
 

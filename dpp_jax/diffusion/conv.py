@@ -153,9 +153,7 @@ def _im2col_backward(x, kernel, g):
 def _views(x):
     """(n, H, W, C) → (n, H, W, 9 C): every pixel's 3x3 neighbours, zeros from outside."""
     in_rows = [_shift(x, by, _ROWS) for by in (-1, 0, 1)]
-    return jnp.concatenate(
-        [_shift(row, by, _COLUMNS) for row in in_rows for by in (-1, 0, 1)], axis=-1
-    )
+    return jnp.concatenate([_shift(row, by, _COLUMNS) for row in in_rows for by in (-1, 0, 1)], axis=-1)
 
 
 def _over_pixels(x, g, dtype):
@@ -170,9 +168,7 @@ def _over_pixels(x, g, dtype):
 
 def _library(x, kernel):
     """The backend's own convolution."""
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 def _separate(function: Callable) -> Callable:
@@ -317,9 +313,7 @@ def _unflat(form: _Forms, parts, x):
 def _over_pixels_of_groups(part, gradient, *, groups: int, dtype):
     """Σ over the pixels of every group: (j, pixels, C), (j, pixels, D) → (j, groups, C, D)."""
     grouped = lambda x: x.reshape(len(x), groups, -1, x.shape[-1])
-    return jnp.einsum(
-        'jgpc,jgpd->jgcd', grouped(part), grouped(gradient), preferred_element_type=dtype
-    )
+    return jnp.einsum('jgpc,jgpd->jgcd', grouped(part), grouped(gradient), preferred_element_type=dtype)
 
 
 def _matrices(form: _Forms, kernel, dtype):

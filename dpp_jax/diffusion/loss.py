@@ -57,9 +57,7 @@ def ve_levels() -> NoiseLevels:
     """ln σ uniform, w = σ^-2."""
     low, high = np.log(VE_SIGMAS)
     return NoiseLevels(
-        sample=lambda key, draws: jnp.exp(
-            jax.random.uniform(key, (draws,), minval=low, maxval=high)
-        ),
+        sample=lambda key, draws: jnp.exp(jax.random.uniform(key, (draws,), minval=low, maxval=high)),
         weight=lambda sigma: sigma**-2,
     )
 

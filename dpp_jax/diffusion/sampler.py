@@ -14,9 +14,7 @@ import numpy as np
 from dpp_jax.diffusion.denoiser import Denoise
 
 
-def sigma_steps(
-    steps: int, *, t_min: float = 0.002, t_max: float = 80.0, rho: float = 7.0
-) -> np.ndarray:
+def sigma_steps(steps: int, *, t_min: float = 0.002, t_max: float = 80.0, rho: float = 7.0) -> np.ndarray:
     """Noise levels from t_max down to t_min (EDM, equation 5), (steps,) float32."""
     if steps < 1:
         raise ValueError(f'steps is {steps}; it must be at least 1')

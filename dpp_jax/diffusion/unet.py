@@ -98,9 +98,7 @@ class UNet(nn.Module):
 
     def _embed(self, c_noise: jax.Array, label: jax.Array) -> jax.Array:
         """(n,), (n,) → (n, 4 width): noise level and class in one vector."""
-        table = self.param(
-            'label_embedding', nn.initializers.normal(1.0), (self.classes + 1, self.width)
-        )
+        table = self.param('label_embedding', nn.initializers.normal(1.0), (self.classes + 1, self.width))
         # A product, since the gradient of a look-up adds in no fixed order on a GPU. Vectors are few and
         # small, and everything that is made of them stays in full precision.
         rows = jax.nn.one_hot(label, self.classes + 1, dtype=table.dtype)
@@ -159,8 +157,7 @@ class Attention(nn.Module):
         n, height, width, channels = x.shape
         h = GroupNorm(dtype=self.dtype, name='norm')(x).reshape(n, height * width, channels)
         query, key, value = (
-            Dense(channels, 0.1, dtype=self.dtype, name=name)(h)
-            for name in ('query', 'key', 'value')
+            Dense(channels, 0.1, dtype=self.dtype, name=name)(h) for name in ('query', 'key', 'value')
         )
         scores = jnp.einsum('nqc,nkc->nqk', query, key, preferred_element_type=_wide_dtype(h))
         weights = jax.nn.softmax(scores * channels**-0.5).astype(self.dtype)
@@ -257,8 +254,6 @@ def _resample(x: jax.Array, how: str) -> jax.Array:
     if how == 'down':
         return x.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
     if how == 'up':
-        x = jnp.broadcast_to(
-            x[:, :, None, :, None], (n, height, 2, width, 2, channels)
-        )
+        x = jnp.broadcast_to(x[:, :, None, :, None], (n, height, 2, width, 2, channels))
         return x.reshape(n, 2 * height, 2 * width, channels)
     return x

@@ -4,10 +4,10 @@ Which weights to keep is decided on held-out images *of the training set itself*
 a second set of images while it trains, so real test images cannot take part in the selection.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -301,9 +301,7 @@ def _train_steps(
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch_rows])
             return jnp.sum(losses * batch_mask) / jnp.maximum(jnp.sum(batch_mask), 1.0)
 
-        updates, optimizer = optax.scale_by_adam().update(
-            jax.grad(loss_fn)(state.params), state.optimizer
-        )
+        updates, optimizer = optax.scale_by_adam().update(jax.grad(loss_fn)(state.params), state.optimizer)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         n = state.step + 1
         decay = jnp.minimum(ema_decay, (1.0 + n) / (10.0 + n))

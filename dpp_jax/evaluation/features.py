@@ -6,10 +6,10 @@ mean something only within one data set and one trained network; `name` says so 
 shown. Another extractor, such as Inception, needs only `name` and `features`.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
 from typing import Protocol
 
 import flax.traverse_util

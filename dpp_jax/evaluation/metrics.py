@@ -40,8 +40,7 @@ class RunningMoments:
             raise ValueError(f'features has shape {features.shape}; it must be (samples, features)')
         if self._origin is not None and features.shape[1] != self._origin.size:
             raise ValueError(
-                f'features has {features.shape[1]} values per sample; '
-                f'earlier batches had {self._origin.size}'
+                f'features has {features.shape[1]} values per sample; earlier batches had {self._origin.size}'
             )
         if not np.isfinite(features).all():
             bad = int((~np.isfinite(features)).any(axis=1).sum())
@@ -92,9 +91,7 @@ def moments(features: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np
     return running.result()
 
 
-def frechet_distance(
-    mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray
-) -> float:
+def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017, eq. 6).
 
     |m_1 − m_2|² + tr(C_1 + C_2 − 2 (C_1 C_2)^½). The trace of the root is the sum of the square
@@ -115,9 +112,7 @@ def frechet_distance(
     mean_1, cov_1 = _checked_moments(mean_1, cov_1, '1')
     mean_2, cov_2 = _checked_moments(mean_2, cov_2, '2')
     if mean_1.size != mean_2.size:
-        raise ValueError(
-            f'mean_1 has {mean_1.size} values and mean_2 has {mean_2.size}; they must agree'
-        )
+        raise ValueError(f'mean_1 has {mean_1.size} values and mean_2 has {mean_2.size}; they must agree')
     factor_1 = _factor(cov_1, 'cov_1')
     factor_2 = _factor(cov_2, 'cov_2')
     trace_of_root = np.linalg.svd(factor_1.T @ factor_2, compute_uv=False).sum()
@@ -153,9 +148,7 @@ def check_images(images: np.ndarray, image_shape: tuple[int, ...] | None = None)
     return images
 
 
-def check_labelled(
-    images: np.ndarray, labels: np.ndarray, classes: int
-) -> tuple[np.ndarray, np.ndarray]:
+def check_labelled(images: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Both as numpy arrays, once the labels fit the images and every class has an image."""
     images = check_images(images)
     if classes < 2:
@@ -189,9 +182,7 @@ def _checked_moments(mean, covariance, which: str) -> tuple[np.ndarray, np.ndarr
             raise ValueError(f'{name} has values that are not finite; all must be finite')
     asymmetry = np.abs(covariance - covariance.T).max()
     if asymmetry > _COVARIANCE_TOLERANCE * np.abs(covariance).max():
-        raise ValueError(
-            f'cov_{which} differs from its transpose by {asymmetry:.3g}; it must be symmetric'
-        )
+        raise ValueError(f'cov_{which} differs from its transpose by {asymmetry:.3g}; it must be symmetric')
     return mean, covariance
 
 
@@ -199,7 +190,5 @@ def _factor(covariance: np.ndarray, name: str) -> np.ndarray:
     """F with F Fᵀ = covariance; eigenvalues that rounding made negative count as zero."""
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     if eigenvalues[0] < -_COVARIANCE_TOLERANCE * np.abs(eigenvalues).max():
-        raise ValueError(
-            f'{name} has the eigenvalue {eigenvalues[0]:.3g}; a covariance has none below 0'
-        )
+        raise ValueError(f'{name} has the eigenvalue {eigenvalues[0]:.3g}; a covariance has none below 0')
     return eigenvectors * np.sqrt(np.clip(eigenvalues, 0, None))

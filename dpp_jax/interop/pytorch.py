@@ -74,9 +74,7 @@ def params_from_pytorch(named: Mapping[str, np.ndarray], architecture: Architect
         ValueError: parameters are missing, have another shape, or do not exist in this network.
     """
     arrays = {
-        name[name.index(_PREFIX) :]: np.asarray(array)
-        for name, array in named.items()
-        if _PREFIX in name
+        name[name.index(_PREFIX) :]: np.asarray(array) for name, array in named.items() if _PREFIX in name
     }
     table = list(_parameters(architecture))
     _refuse_differences(arrays, [parameter.name for parameter in table], architecture)
@@ -131,9 +129,7 @@ def read_checkpoint(path: str | Path, architecture: Architecture) -> dict[str, A
     order = [parameter.name for parameter in _parameters(architecture)]
     averages = [tensor.numpy() for tensor in saved['ema']['shadow_params']]
     if len(averages) != len(order):
-        raise ValueError(
-            f'{path} has {len(averages)} averaged parameters; {architecture} has {len(order)}'
-        )
+        raise ValueError(f'{path} has {len(averages)} averaged parameters; {architecture} has {len(order)}')
     return {
         'params': params_from_pytorch(model, architecture),
         'ema_params': params_from_pytorch(dict(zip(order, averages)), architecture),
@@ -261,13 +257,9 @@ def _refuse_differences(there: Iterable, expected: list, architecture: Architect
         )
 
 
-def _shapes(
-    a: Architecture, image_channels: int, classes: int
-) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _shapes(a: Architecture, image_channels: int, classes: int) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path → shape of every parameter of our network, without making them."""
-    network = unet.UNet(
-        image_channels, classes, a.width, a.multipliers, a.blocks, a.attention_resolutions
-    )
+    network = unet.UNet(image_channels, classes, a.width, a.multipliers, a.blocks, a.attention_resolutions)
     image = jnp.zeros((1, a.image_size, a.image_size, image_channels))
     label = jnp.zeros(1, jnp.int32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), image, jnp.zeros(1), label)

@@ -46,9 +46,7 @@ class BudgetTooSmall(ValueError):
         self.least = least
 
 
-def subsampled_gaussian(
-    noise_multiplier: float, sampling_probability: float, count: int
-) -> DpEvent:
+def subsampled_gaussian(noise_multiplier: float, sampling_probability: float, count: int) -> DpEvent:
     """`count` releases of a Gaussian mechanism, each on a fresh Poisson sample.
 
     Args:

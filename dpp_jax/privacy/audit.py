@@ -225,8 +225,7 @@ def family_bound(
     measured = _measure(with_canary, without, _distances, confidence)
     trials = [np.size(scores) - np.size(scores) // 2 for scores in (with_canary, without)]
     said = [
-        round(rate * n)
-        for rate, n in zip((measured.rate_with, measured.rate_without), trials, strict=True)
+        round(rate * n) for rate, n in zip((measured.rate_with, measured.rate_without), trials, strict=True)
     ]
     true_positive, _ = clopper_pearson(said[0], trials[0], confidence)
     _, false_positive = clopper_pearson(said[1], trials[1], confidence)
@@ -274,13 +273,9 @@ def _measure(with_canary, without, bounds, confidence) -> Bound:
     returns a row for each direction. The result's `epsilon` is its value, or 0 if that is less.
     """
     _require('confidence', confidence, 0 < confidence < 1, 'in (0, 1)')
-    choosing, measuring = zip(
-        _halves('with_canary', with_canary), _halves('without', without), strict=True
-    )
+    choosing, measuring = zip(_halves('with_canary', with_canary), _halves('without', without), strict=True)
     thresholds = np.unique(
-        np.quantile(
-            np.concatenate(choosing), np.linspace(0, 1, _QUANTILES + 1), method='inverted_cdf'
-        )
+        np.quantile(np.concatenate(choosing), np.linspace(0, 1, _QUANTILES + 1), method='inverted_cdf')
     )
 
     def evaluate(halves, thresholds, confidence):

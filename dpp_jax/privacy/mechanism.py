@@ -94,9 +94,7 @@ def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(key, (_DRAWS, *shape)).sum(0) / math.sqrt(_DRAWS)
 
 
-def clip_weights(
-    gradients: PyTree, mask: jax.Array, clip_norm: float
-) -> tuple[jax.Array, jax.Array]:
+def clip_weights(gradients: PyTree, mask: jax.Array, clip_norm: float) -> tuple[jax.Array, jax.Array]:
     """Factors that bound every example's gradient, and the norms before.
 
     Args:

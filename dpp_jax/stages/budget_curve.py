@@ -80,13 +80,21 @@ def draw(config: ConfigDict, plan: Plan) -> bytes:
         f'this config: query σ = {noise(plan.query_noise_multiplier)}, '
         f'{accounting.format_epsilon(100 * chosen, 1)} % of ε\n'
         f'fine-tuning σ = {noise(plan.noise_multiplier)}',
-        (chosen, plan.noise_multiplier), xytext=(0.04, 0.82), textcoords='axes fraction',
-        color='#c8553d', arrowprops={'arrowstyle': '-', 'color': '#c8553d'},
+        (chosen, plan.noise_multiplier),
+        xytext=(0.04, 0.82),
+        textcoords='axes fraction',
+        color='#c8553d',
+        arrowprops={'arrowstyle': '-', 'color': '#c8553d'},
     )
     for share, query_sigma, sigma in curve:
         axes.annotate(
-            f'query σ {noise(query_sigma, 2)}', (share, sigma), xytext=(0, -16),
-            textcoords='offset points', fontsize=8, color='#56636f', ha='center',
+            f'query σ {noise(query_sigma, 2)}',
+            (share, sigma),
+            xytext=(0, -16),
+            textcoords='offset points',
+            fontsize=8,
+            color='#56636f',
+            ha='center',
         )
     axes.set_xscale('log')
     axes.set_xlim(min(shares) / 1.6, max(1.0, 1.6 * max(shares)))
@@ -96,7 +104,8 @@ def draw(config: ConfigDict, plan: Plan) -> bytes:
     axes.set_ylabel('noise multiplier σ of fine-tuning')
     axes.set_title(
         f'{config.name}: ε = {exact(plan.epsilon_budget)}, δ = {exact(plan.delta)} '
-        f'({plan.accountant.upper()})', loc='left',
+        f'({plan.accountant.upper()})',
+        loc='left',
     )
     axes.xaxis.set_major_formatter(lambda value, _: f'{100 * value:g} %')
     axes.grid(alpha=0.3)

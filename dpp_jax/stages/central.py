@@ -26,9 +26,9 @@ from scipy import ndimage
 from dpp_jax.privacy import accounting, poisson
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy.mechanism import GaussianMechanism, clip_weights
-from dpp_jax.stages import pictures, workdir as workdir_lib
+from dpp_jax.stages import pictures
+from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.training import progress
-
 
 # Of a noisy class count, relative to the image's norm: 2 % more noise on the image, and on the count
 # of a class noise of 5 σ images (MNIST in the paper's query: 26 of 600).
@@ -75,9 +75,7 @@ def run(
     workdir.bind_release('central_query', [central, central_labels])
     before_release()
     # First what counts as the release: without it the picture would be one that no command knows of.
-    workdir_lib.write_npz(
-        workdir.release / 'central_images.npz', images=central, labels=central_labels
-    )
+    workdir_lib.write_npz(workdir.release / 'central_images.npz', images=central, labels=central_labels)
     workdir_lib.write_bytes(workdir.release / 'central_images.png', pictures.png(picture))
 
 
@@ -122,9 +120,7 @@ def noise_multiplier(config: ConfigDict) -> float:
     budget = query.epsilon_share * dp.epsilon
     try:
         return accounting.calibrate(
-            lambda sigma: accounting.subsampled_gaussian(
-                sigma, query.sampling_probability, query.queries
-            ),
+            lambda sigma: accounting.subsampled_gaussian(sigma, query.sampling_probability, query.queries),
             budget,
             dp.delta,
             dp.accountant,
@@ -150,15 +146,11 @@ def _image_bound(config: ConfigDict) -> float:
     return bound if query.clip_norm is None else min(bound, query.clip_norm)
 
 
-def _make_query(
-    config: ConfigDict, mechanism: GaussianMechanism, expected_size: float
-) -> Callable:
+def _make_query(config: ConfigDict, mechanism: GaussianMechanism, expected_size: float) -> Callable:
     """(images, labels, mask, key) → noisy central images of all classes."""
     query, classes = config.query, config.data.classes
     if query.kind == 'mode':
-        return functools.partial(
-            mode_query, mechanism=mechanism, classes=classes, bins=query.bins
-        )
+        return functools.partial(mode_query, mechanism=mechanism, classes=classes, bins=query.bins)
     noisy_counts = query.class_counts == 'noisy'
     return functools.partial(
         mean_query,
@@ -250,10 +242,7 @@ def mode_query(
     rows = jnp.where(mask, labels, classes)
     values = (images.astype(jnp.int32) * bins) // 256
     histograms = jnp.stack(
-        [
-            jax.ops.segment_sum((values == b).astype(jnp.int32), rows, classes + 1)[:-1]
-            for b in range(bins)
-        ],
+        [jax.ops.segment_sum((values == b).astype(jnp.int32), rows, classes + 1)[:-1] for b in range(bins)],
         axis=-1,
     )
     noisy = mechanism.privatise(histograms.astype(jnp.float32), key)

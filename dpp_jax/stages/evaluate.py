@@ -4,7 +4,8 @@ from ml_collections import ConfigDict
 
 from dpp_jax.data.sources import Images
 from dpp_jax.evaluation import classifiers, features
-from dpp_jax.stages import generate, workdir as workdir_lib
+from dpp_jax.stages import generate
+from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.training import progress
 
 
@@ -34,9 +35,7 @@ def _subject(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict:
     }
 
 
-def run(
-    config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images, test: Images
-) -> None:
+def run(config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images, test: Images) -> None:
     """FID against the real training images; accuracy on real test images per classifier.
 
     Results are written as they come, and what is there already is not computed again.

@@ -9,9 +9,11 @@ import optax
 
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.stages import metrics, sizes, workdir as workdir_lib
+from dpp_jax.stages import metrics, sizes
+from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.stages.plan import Plan, finetune_mechanism
-from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
+from dpp_jax.training import checkpoint, devices, loop, steps
+from dpp_jax.training import state as state_lib
 from dpp_jax.training.model import Model
 
 

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from dpp_jax.stages import pictures, sizes, workdir as workdir_lib
-from dpp_jax.training import checkpoint, devices, parts as parts_lib, progress
+from dpp_jax.stages import pictures, sizes
+from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.training import checkpoint, devices, progress
+from dpp_jax.training import parts as parts_lib
 from dpp_jax.training.model import Model
 
 PICTURE_COLUMNS = 12
@@ -128,9 +130,7 @@ def run(
         workdir_lib.write_npz(path, images=images, labels=labels)
         shutil.rmtree(path.parent / f'.parts_{name}', ignore_errors=True)
     if config.generate.png_tree:
-        write_png_tree(
-            workdir.release / 'synthetic' / 'png', **load(files(config, workdir)['images'])
-        )
+        write_png_tree(workdir.release / 'synthetic' / 'png', **load(files(config, workdir)['images']))
 
 
 def _record(config: ConfigDict, workdir: workdir_lib.WorkDir) -> None:
@@ -173,9 +173,7 @@ def sample_function(model: Model, sampler: Callable, at_once: int) -> Callable:
 
         def noise(number):
             return jax.vmap(
-                lambda image_key: jax.random.normal(
-                    jax.random.fold_in(image_key, number), model.image_shape
-                )
+                lambda image_key: jax.random.normal(jax.random.fold_in(image_key, number), model.image_shape)
             )(image_keys)
 
         images = sampler(

@@ -32,9 +32,7 @@ def grid(images: np.ndarray, columns: int, *, min_pixels: int = 48, gap: int = 2
     return canvas
 
 
-def rows_by_class(
-    images: np.ndarray, labels: np.ndarray, classes: int, columns: int
-) -> np.ndarray:
+def rows_by_class(images: np.ndarray, labels: np.ndarray, classes: int, columns: int) -> np.ndarray:
     """A grid with one row per class, of the first `columns` images of each."""
     chosen = np.full((classes * columns,) + images.shape[1:], 255, np.uint8)
     for label in range(classes):

@@ -12,7 +12,8 @@ import numpy as np
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.ledger import Entry, Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.stages import central, sizes, workdir as workdir_lib
+from dpp_jax.stages import central, sizes
+from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.training import model as model_lib
 
 
@@ -77,17 +78,13 @@ def make(
     query_sigma = _query_sigma(config, query_noise_multiplier) if asked else None
 
     def everything(sigma):
-        return accounting.compose(
-            [*queries, accounting.subsampled_gaussian(sigma, 1 / batches, steps)]
-        )
+        return accounting.compose([*queries, accounting.subsampled_gaussian(sigma, 1 / batches, steps)])
 
     def spent(event):
         return accounting.epsilon(event, dp.delta, dp.accountant)
 
     queries = (
-        [accounting.subsampled_gaussian(query_sigma, query.sampling_probability, asked)]
-        if asked
-        else []
+        [accounting.subsampled_gaussian(query_sigma, query.sampling_probability, asked)] if asked else []
     )
     sigma = noise_multiplier
     if sigma is None:
@@ -333,9 +330,7 @@ def check(config: ConfigDict) -> None:
     require('query.noise_multiplier', positive, 'a finite number > 0')
     require('query.sampling_probability', probability, 'in (0, 1]')
     require('query.epsilon_share', lambda s: s is None or 0 < s < 1, 'in (0, 1), or not set')
-    require(
-        'query.clip_norm', lambda c: c is None or positive(c), 'a finite number > 0, or not set'
-    )
+    require('query.clip_norm', lambda c: c is None or positive(c), 'a finite number > 0, or not set')
     require('query.class_counts', *one_of('public', 'noisy'))
     for name in ('clip_norm', 'class_counts'):
         if config.query.kind == 'mode' and config.query[name] not in (None, 'public'):
@@ -354,9 +349,7 @@ def check(config: ConfigDict) -> None:
         f'{tuple(config.model.multipliers)} halves images {len(config.model.multipliers) - 1} times',
     )
     levels = [config.data.image_size // 2**level for level in range(len(config.model.multipliers))]
-    require(
-        'model.attention_resolutions', lambda r: set(r) <= set(levels), f'a selection of {levels}'
-    )
+    require('model.attention_resolutions', lambda r: set(r) <= set(levels), f'a selection of {levels}')
     require('model.denoiser', *one_of('edm', 'vp', 've', 'v'))
     require('model.dtype', *one_of('float32', 'bfloat16'))
     for part in ('pretrain', 'finetune'):
@@ -365,9 +358,7 @@ def check(config: ConfigDict) -> None:
         require(f'{part}.label_dropout', share, 'in [0, 1)')
     require('finetune.epochs', positive, 'a finite number > 0')
     require('finetune.clip_norm', positive, 'a finite number > 0')
-    require(
-        'finetune.batch_size', lambda n: n <= images, f'at most data.train_images = {images}'
-    )
+    require('finetune.batch_size', lambda n: n <= images, f'at most data.train_images = {images}')
     for part in ('sampler', 'classifier_sampler'):
         require(f'generate.{part}.name', *one_of('heun', 'ddim'))
         for name in ('s_churn', 's_min', 's_noise'):

@@ -6,8 +6,10 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from dpp_jax.stages import central, metrics, sizes, workdir as workdir_lib
-from dpp_jax.training import checkpoint, devices, loop, state as state_lib, steps
+from dpp_jax.stages import central, metrics, sizes
+from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.training import checkpoint, devices, loop, steps
+from dpp_jax.training import state as state_lib
 from dpp_jax.training.model import Model
 
 

@@ -48,9 +48,7 @@ def run(config: ConfigDict, workdir: workdir_lib.WorkDir, privacy: dict) -> None
     note = f'FID features: {results["fid_features"]}' if 'fid' in results else ''
     text = _text(config, workdir, rows, note)
     workdir_lib.write_text(workdir.private / 'report.txt', text, mode=0o600)
-    workdir_lib.write_json(
-        workdir.private / 'report.json', {'privacy': privacy, **results}, mode=0o600
-    )
+    workdir_lib.write_json(workdir.private / 'report.json', {'privacy': privacy, **results}, mode=0o600)
     page = _page(config, workdir, rows, note)
     workdir_lib.write_text(workdir.private / 'report.html', page, mode=0o600)
 

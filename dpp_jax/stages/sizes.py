@@ -20,7 +20,8 @@ import numpy as np
 
 from dpp_jax.privacy.mechanism import clipped_gradient_sum
 from dpp_jax.stages import workdir as workdir_lib
-from dpp_jax.training import devices, model as model_lib, parts
+from dpp_jax.training import devices, parts
+from dpp_jax.training import model as model_lib
 from dpp_jax.training.state import FlatParams
 
 # Activations of one layer at full size that stay in a CPU core's cache between two layers: with more, the

@@ -19,8 +19,7 @@ TITLES = {'central_query': 'central images (query)', 'dp_sgd': 'fine-tuning (DP-
 UNIT = 'one image with its label'
 NEIGHBOURS = 'two sets are neighbours if one has exactly one image more (add or remove one)'
 COVERED = (
-    'everything in release/: central images, models, synthetic images, and whatever is computed '
-    'from them',
+    'everything in release/: central images, models, synthetic images, and whatever is computed from them',
     'any number of synthetic images, drawn by anybody from the released model',
 )
 NOT_COVERED = (
@@ -108,9 +107,7 @@ def write(workdir: workdir_lib.WorkDir, statement: dict[str, Any]) -> None:
 
 
 def exists(workdir: workdir_lib.WorkDir) -> bool:
-    return all(
-        (workdir.release / f'privacy_statement.{kind}').exists() for kind in ('json', 'md')
-    )
+    return all((workdir.release / f'privacy_statement.{kind}').exists() for kind in ('json', 'md'))
 
 
 def stated(workdir: workdir_lib.WorkDir, mechanism: str) -> int:
@@ -142,8 +139,7 @@ def markdown(statement: dict[str, Any]) -> str:
         '',
         f'- Unit of privacy: {statement["unit_of_privacy"]}.',
         f'- Neighbouring relation: {statement["neighbouring_relation"]}.',
-        f'- By Rényi differential privacy: ε = {show(epsilon["rdp"])}, at order '
-        f'{epsilon["rdp_order"]:g}.',
+        f'- By Rényi differential privacy: ε = {show(epsilon["rdp"])}, at order {epsilon["rdp_order"]:g}.',
         '- By privacy loss distributions: '
         + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else 'not computed.'),
         f'- The run was planned with {statement["accountant"].upper()}, whose ε is the one stated. '
@@ -165,7 +161,9 @@ def markdown(statement: dict[str, Any]) -> str:
         )
     lines += ['', 'The noise has standard deviation σ·Δ in every coordinate.', '']
     for title, name in (
-        ('Covered', 'covered'), ('Not covered', 'not_covered'), ('Assumptions', 'assumptions')
+        ('Covered', 'covered'),
+        ('Not covered', 'not_covered'),
+        ('Assumptions', 'assumptions'),
     ):
         lines += [f'## {title}', '', *(f'- {text}.' for text in statement[name]), '']
     named = lambda code: ', '.join(f'{name} {version}' for name, version in code.items())
@@ -205,7 +203,11 @@ def code_version() -> dict[str, str]:
         try:
             commit = subprocess.run(
                 ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
-                cwd=folder, capture_output=True, text=True, check=True, timeout=10,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
             )
             versions['dpp_jax'] += f' ({commit.stdout.strip()})'
         except (OSError, subprocess.SubprocessError):

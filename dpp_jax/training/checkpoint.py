@@ -198,8 +198,7 @@ def _shapes(tree: PyTree) -> dict[str, tuple]:
     """Path of every leaf → its shape."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
     return {
-        '/'.join(str(getattr(key, 'key', key)) for key in path): tuple(leaf.shape)
-        for path, leaf in leaves
+        '/'.join(str(getattr(key, 'key', key)) for key in path): tuple(leaf.shape) for path, leaf in leaves
     }
 
 

@@ -31,9 +31,7 @@ def limited_to(number: int) -> Iterator[None]:
     """Use only the first `number` local devices inside (one process)."""
     global _limit
     if not 1 <= number <= jax.local_device_count():
-        raise ValueError(
-            f'number of devices is {number}; it must be in [1, {jax.local_device_count()}]'
-        )
+        raise ValueError(f'number of devices is {number}; it must be in [1, {jax.local_device_count()}]')
     previous, _limit = _limit, number
     try:
         yield
@@ -46,9 +44,7 @@ def local() -> list[jax.Device]:
     return jax.local_devices()[:_limit]
 
 
-def parallel(
-    function: Callable, *, in_axes: Sequence[int | None], donate: Sequence[int] = ()
-) -> Callable:
+def parallel(function: Callable, *, in_axes: Sequence[int | None], donate: Sequence[int] = ()) -> Callable:
     """`function` on every device at once, under the named axis AXIS, jitted.
 
     Args:

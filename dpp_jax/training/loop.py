@@ -129,8 +129,10 @@ def _save(store: checkpoint.TrainingStore, state: PyTree, record: _Record, name:
 def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore) -> Diverged:
     """The error that says where things went wrong and what is left."""
     good = store.latest_step()
-    kept = 'there is no checkpoint before it' if good is None else (
-        f'the last good checkpoint is that of step {good} in {store.folder}'
+    kept = (
+        'there is no checkpoint before it'
+        if good is None
+        else (f'the last good checkpoint is that of step {good} in {store.folder}')
     )
     return Diverged(
         f'{name} is lost: its {what} is not finite at step {step}; {kept}. The same settings lead '

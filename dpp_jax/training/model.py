@@ -48,9 +48,7 @@ class Model:
             lambda x, c_noise, label: self.network.apply({'params': params}, x, c_noise, label)
         )
 
-    def example_loss(
-        self, *, draws: int, label_dropout: float, draws_at_once: int | None = None
-    ) -> Callable:
+    def example_loss(self, *, draws: int, label_dropout: float, draws_at_once: int | None = None) -> Callable:
         """(params, image (H, W, C) in [-1, 1], label (), key) → the mean loss of `draws` draws.
 
         `draws_at_once` (None: all) pass through the network together, value and gradient; as many

@@ -55,9 +55,7 @@ class FlatParams:
         # The gradient of a split is one concatenation; that of slices is a padded vector for each, and their sum.
         parts = library.split(vector, ends[:-1], axis=-1)
         leading = vector.shape[:-1]
-        return structure.unflatten(
-            [part.reshape(leading + shape) for part, shape in zip(parts, shapes)]
-        )
+        return structure.unflatten([part.reshape(leading + shape) for part, shape in zip(parts, shapes)])
 
     def tree_flatten(self):
         return (self.vector,), self._layout
@@ -77,9 +75,7 @@ def _on_host_unless_traced(arrays: list) -> tuple:
 flax.serialization.register_serialization_state(
     FlatParams,
     lambda params: flax.serialization.to_state_dict(params.tree()),
-    lambda template, saved: FlatParams.of(
-        flax.serialization.from_state_dict(template.tree(), saved)
-    ),
+    lambda template, saved: FlatParams.of(flax.serialization.from_state_dict(template.tree(), saved)),
 )
 
 

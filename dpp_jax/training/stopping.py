@@ -86,6 +86,7 @@ def _watch(reader: int, grace_seconds: float) -> None:
     threading.Event().wait(grace_seconds)
     print(
         '\nStopped in the middle of a step. The same command goes on from the last checkpoint.',
-        file=sys.stderr, flush=True,
+        file=sys.stderr,
+        flush=True,
     )
     os._exit(0)

@@ -148,9 +148,7 @@ def test_draws_are_uniform():
 
 
 def test_fixed_magnitude_is_torchvisions():
-    levels = augment.draw_operations(
-        jax.random.key(1), operations=50, magnitude=9, random_magnitude=False
-    )[1]
+    levels = augment.draw_operations(jax.random.key(1), operations=50, magnitude=9, random_magnitude=False)[1]
     np.testing.assert_array_equal(levels, 9)
 
 

@@ -101,9 +101,7 @@ def test_equals_pillow_plain_jitted_and_vmapped(name, images):
             else:
                 np.testing.assert_array_equal(together, expected[i], f'{name} {magnitude}')
         batched = vmapped(floats, *traced)
-        np.testing.assert_array_equal(
-            batched, np.stack([jitted(image, *traced) for image in floats])
-        )
+        np.testing.assert_array_equal(batched, np.stack([jitted(image, *traced) for image in floats]))
 
 
 def test_the_cases_change_the_images(images):

@@ -186,9 +186,7 @@ def test_tfds_is_prepared_when_it_is_not_there(tiny_tfds, tmp_path, monkeypatch,
     monkeypatch.setattr(tiny_tfds, 'fail', False)
     loaded = sources.load('tfds:tiny_for_test', 'train', **where)
     assert 'tiny_for_test is not prepared' in capfd.readouterr().out
-    assert sorted_rows(loaded.images, loaded.labels) == sorted_rows(
-        *random_set(4, (4, 6, 3), 2, seed=4)
-    )
+    assert sorted_rows(loaded.images, loaded.labels) == sorted_rows(*random_set(4, (4, 6, 3), 2, seed=4))
     info = sources.describe('tfds:tiny_for_test', **where)
     assert info == sources.SourceInfo('tfds:tiny_for_test', 4, 2, (4, 6, 3), 2)
     # Prepared in another format, it cannot be read without TensorFlow.
@@ -238,9 +236,7 @@ def test_average_down_must_divide_the_image_size(npz_set, k):
         sources.load(f'npz:{npz_set}', 'train', average_down=k)
 
 
-@pytest.mark.parametrize(
-    'name', ['digitz', 'digits:', 'digits:x', 'tfds', 'tfds:', 'idx', '', ':x']
-)
+@pytest.mark.parametrize('name', ['digitz', 'digits:', 'digits:x', 'tfds', 'tfds:', 'idx', '', ':x'])
 def test_unknown_sources_are_refused_with_the_allowed_forms(name):
     text = 'must be one of: digits, tfds:<name>, idx:<folder>, npz:<folder>'
     for call in (lambda: sources.describe(name), lambda: sources.load(name, 'train')):

@@ -18,7 +18,11 @@ def form(request, monkeypatch):
 
 def reference(x, kernel):
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        x,
+        kernel,
+        (1, 1),
+        'SAME',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         precision=jax.lax.Precision.HIGHEST,
     )
 
@@ -26,9 +30,7 @@ def reference(x, kernel):
 def exactly(function, *arguments):
     """In float64."""
     with jax.enable_x64(True):
-        return jax.tree.map(
-            np.asarray, function(*(jnp.asarray(a, jnp.float64) for a in arguments))
-        )
+        return jax.tree.map(np.asarray, function(*(jnp.asarray(a, jnp.float64) for a in arguments)))
 
 
 def data(shape, features, seed=0):
@@ -94,9 +96,7 @@ def test_per_example_kernel_gradients_in_a_loop(form):
         assert_all_close(got, (x[i], kernel, target[i]), (i // 2, i % 2))
 
 
-@pytest.mark.parametrize(
-    'axes', [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0), (0, None, 0)]
-)
+@pytest.mark.parametrize('axes', [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0), (0, None, 0)])
 def test_vmap_over_any_of_the_arguments(form, axes):
     x, kernel, target = data((3, 2, 6, 4, 3), 5)
     all_of_them = (x, np.stack([kernel, 2 * kernel, -kernel]), target)

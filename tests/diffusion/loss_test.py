@@ -34,9 +34,7 @@ def test_a_network_of_zeros_has_the_loss_that_theory_gives(kind):
     denoise = denoiser.make_denoiser(kind, zero)
     image = jnp.zeros((8, 8, 1))
     make = loss.make_loss(kind)
-    value = make(
-        denoise, image, jnp.int32(0), jax.random.key(0), draws=4000, label_dropout=0.1, no_class=3
-    )
+    value = make(denoise, image, jnp.int32(0), jax.random.key(0), draws=4000, label_dropout=0.1, no_class=3)
     sigma = loss.LEVELS[kind]().sample(jax.random.key(1), 200000)
     weight = loss.LEVELS[kind]().weight(sigma)
     ratio = {
@@ -67,8 +65,13 @@ def test_labels_are_dropped_at_the_stated_rate_per_draw():
         return x
 
     loss.make_loss('edm')(
-        spy, jnp.zeros((2, 2, 1)), jnp.int32(4), jax.random.key(0),
-        draws=20000, label_dropout=0.1, no_class=10,
+        spy,
+        jnp.zeros((2, 2, 1)),
+        jnp.int32(4),
+        jax.random.key(0),
+        draws=20000,
+        label_dropout=0.1,
+        no_class=10,
     )
     share = np.mean(np.asarray(seen['label']) == 10)
     assert share == pytest.approx(0.1, abs=0.01)
@@ -111,7 +114,12 @@ def test_the_key_decides_everything_also_under_vmap_and_jit(kind):
 def test_settings_of_the_noise_levels_reach_the_loss():
     """With std 0 every draw has σ = exp(mean), so the error of D = x is w σ² on average."""
     value = loss.make_loss('edm', mean=0.5, std=0.0, sigma_data=2.0)(
-        lambda x, sigma, label: x, jnp.zeros((8, 8, 3)), jnp.int32(0), jax.random.key(0),
-        draws=50, label_dropout=0.0, no_class=1,
+        lambda x, sigma, label: x,
+        jnp.zeros((8, 8, 3)),
+        jnp.int32(0),
+        jax.random.key(0),
+        draws=50,
+        label_dropout=0.0,
+        no_class=1,
     )
     assert value == pytest.approx((np.e + 4) / 4, rel=0.05)

@@ -36,9 +36,7 @@ SAMPLERS = {
 def test_samples_have_the_distribution_of_the_data(name):
     z = jax.random.normal(jax.random.key(0), (500, 4, 4, 1))
     label = jnp.arange(500) % 2
-    images = np.asarray(
-        jax.jit(lambda z, y: SAMPLERS[name](exact, z, y, no_class=2))(z, label)
-    )
+    images = np.asarray(jax.jit(lambda z, y: SAMPLERS[name](exact, z, y, no_class=2))(z, label))
     for y in (0, 1):
         part = images[np.arange(500) % 2 == y]
         assert part.mean() == pytest.approx(MEAN * y, abs=0.03)
@@ -70,9 +68,7 @@ def test_no_noise_outside_the_range_of_churn(steps):
     z = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
     label = jnp.zeros(4, jnp.int32)
     sample = lambda **churn: jax.jit(
-        lambda z: sampler.heun(
-            exact, z, label, sigmas=sampler.sigma_steps(steps), no_class=1, **churn
-        )
+        lambda z: sampler.heun(exact, z, label, sigmas=sampler.sigma_steps(steps), no_class=1, **churn)
     )(z)
     out_of_reach = {'s_churn': 10.0, 's_min': 100.0, 's_max': 200.0}
     churned = sample(**out_of_reach, noise=lambda i: jnp.full(z.shape, 1e6))

@@ -7,7 +7,6 @@ import pytest
 
 from dpp_jax.diffusion import conv, unet
 
-
 # Each program runs only a few times: compiling it well would take longer than all its runs.
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -95,17 +94,13 @@ def test_bfloat16_gradients_of_every_parameter_are_near_float32(form, monkeypatc
     monkeypatch.setattr(conv, '_prefers_products', lambda: form == 'products')
     found = {}
     for dtype in ('float32', 'bfloat16'):
-        network, (x, *rest) = make(
-            28, multipliers=(1,), attention_resolutions=(), dtype=jnp.dtype(dtype)
-        )
+        network, (x, *rest) = make(28, multipliers=(1,), attention_resolutions=(), dtype=jnp.dtype(dtype))
         variables = perturbed(quick_jit(network.init)(jax.random.key(1), x, *rest))
 
         def loss(params):
             return jnp.mean(jnp.square(network.apply({'params': params}, x, *rest) - x))
 
-        found[dtype] = jax.tree_util.tree_leaves_with_path(
-            quick_jit(jax.grad(loss))(variables['params'])
-        )
+        found[dtype] = jax.tree_util.tree_leaves_with_path(quick_jit(jax.grad(loss))(variables['params']))
     for (path, wide), (_, narrow) in zip(*found.values()):
         name = jax.tree_util.keystr(path)
         assert narrow.dtype == jnp.float32

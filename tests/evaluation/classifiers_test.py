@@ -20,9 +20,7 @@ def _digits():
     """Train images, train labels, test images, test labels."""
     data = load_digits()
     images = (data.images[..., None] * 255 / 16).astype(np.uint8)
-    split = train_test_split(
-        images, data.target, test_size=0.2, stratify=data.target, random_state=0
-    )
+    split = train_test_split(images, data.target, test_size=0.2, stratify=data.target, random_state=0)
     return split[0], split[2], split[1], split[3]
 
 
@@ -161,12 +159,11 @@ def test_training_step_is_adam_with_a_warmed_up_average(digits):
     )
     rows = np.arange(12, dtype=np.int32).reshape(3, 4)
     mask = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
-    result = classifiers._train_steps(
-        network, state, images, labels, rows, mask, key, 1e-2, 0.15
-    )
+    result = classifiers._train_steps(network, state, images, labels, rows, mask, key, 1e-2, 0.15)
 
     average, opt_state = params, adam.init(params)
     for n, (batch, batch_mask) in enumerate(zip(rows, mask)):
+
         def loss_fn(params):
             logits, _ = network.apply(
                 {'params': params}, images[batch] / 127.5 - 1.0, True,
@@ -185,9 +182,7 @@ def test_training_step_is_adam_with_a_warmed_up_average(digits):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
     # With a decay near 1 the warm-up rules: after one step the average is 2/11 old, 9/11 new.
-    first = classifiers._train_steps(
-        network, state, images, labels, rows[:1], mask[:1], key, 1e-2, 0.9999
-    )
+    first = classifiers._train_steps(network, state, images, labels, rows[:1], mask[:1], key, 1e-2, 0.9999)
     for old, new, mean in zip(*map(jax.tree.leaves, (state.params, first.params, first.average))):
         np.testing.assert_allclose(mean, (2 * old + 9 * new) / 11, atol=1e-6)
 

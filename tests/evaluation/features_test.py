@@ -114,6 +114,4 @@ def test_bad_images_are_refused(network, digits):
     with pytest.raises(ValueError, match='1 samples'):
         features.fid(network, images[:1], images)
     with pytest.raises(ValueError, match='at least 2'):
-        features.train_feature_network(
-            images[:10], labels[:10], classes=10, key=jax.random.key(0), epochs=1
-        )
+        features.train_feature_network(images[:10], labels[:10], classes=10, key=jax.random.key(0), epochs=1)

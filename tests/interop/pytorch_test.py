@@ -79,9 +79,7 @@ def test_network(golden):
     check('net_out', output, golden['net_out'], 1e-4)
 
 
-@pytest.mark.parametrize(
-    'kind, name', [('edm', 'D_edm'), ('vp', 'D_vpsde'), ('ve', 'D_vesde'), ('v', 'D_v')]
-)
+@pytest.mark.parametrize('kind, name', [('edm', 'D_edm'), ('vp', 'D_vpsde'), ('ve', 'D_vesde'), ('v', 'D_v')])
 def test_denoisers(golden, kind, name):
     denoise = denoiser.make_denoiser(kind, golden.forward)
     check(name, denoise(golden['noisy'], golden['sigma'], golden['y']), golden[name], 1e-4)
@@ -207,9 +205,7 @@ def test_checkpoint_written_back_is_the_one_that_was_read(checkpoint, tmp_path):
     golden, saved = checkpoint
     path = tmp_path / 'again.pth'
     pytorch.write_checkpoint(path, **saved, architecture=golden.architecture)
-    original, again = (
-        torch.load(p, weights_only=True) for p in (GOLDEN / 'mnist_28_nf16.pth', path)
-    )
+    original, again = (torch.load(p, weights_only=True) for p in (GOLDEN / 'mnist_28_nf16.pth', path))
     assert set(again) == set(original) and again['step'] == original['step']
     assert list(again['model']) == list(original['model'])
     for name, tensor in original['model'].items():
@@ -264,9 +260,7 @@ def test_written_checkpoint_reads_back_equal(tmp_path):
     architecture, channels = SHAPES[0]
     params, average = fresh(architecture, channels), fresh(architecture, channels, seed=1)
     path = tmp_path / 'model.pth'
-    pytorch.write_checkpoint(
-        path, params=params, ema_params=average, step=7, architecture=architecture
-    )
+    pytorch.write_checkpoint(path, params=params, ema_params=average, step=7, architecture=architecture)
     saved = pytorch.read_checkpoint(path, architecture)
     jax.tree.map(np.testing.assert_array_equal, saved['params'], params)
     jax.tree.map(np.testing.assert_array_equal, saved['ema_params'], average)

@@ -154,9 +154,7 @@ def test_clipped_sum_equals_jax_privacy(seed):
         params, examples, ~mask
     )
     total, sums = jax.jit(
-        lambda p, x, m: clipped_gradient_sum(
-            loss, p, x, m, clip_norm=clip_norm, microbatch=4, microbatches=6
-        )
+        lambda p, x, m: clipped_gradient_sum(loss, p, x, m, clip_norm=clip_norm, microbatch=4, microbatches=6)
     )(params, examples, mask)
     assert jax.tree.structure(total) == jax.tree.structure(expected)
     assert_close(total, expected)

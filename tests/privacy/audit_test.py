@@ -12,7 +12,8 @@ from scipy import stats
 
 from dpp_jax.privacy import accounting, audit
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.training import devices, state as state_lib, steps
+from dpp_jax.training import devices, steps
+from dpp_jax.training import state as state_lib
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'scripts' / 'audit.py'
 RUNS = 10_000
@@ -106,8 +107,7 @@ def test_family_bound_is_as_often_right_as_it_says(monkeypatch):
     event = accounting.subsampled_gaussian(1.0, 0.5, 1)
     scores = sampled_scores(np.random.default_rng(6), (60, 400), q=0.5, sigma=1.0, releases=1)
     values = [
-        audit.family_bound(s[:, 0], s[:, 1], lambda _: event, (0.999, 1.0), 1e-5, 0.8).epsilon
-        for s in scores
+        audit.family_bound(s[:, 0], s[:, 1], lambda _: event, (0.999, 1.0), 1e-5, 0.8).epsilon for s in scores
     ]
     assert np.sum(np.array(values) > 0) <= stats.binom.ppf(1 - 1e-6, 60, 0.2)
     # A claim of half as much noise again is refuted.
@@ -130,9 +130,7 @@ def test_family_bound_comes_within_a_tenth_where_the_plain_one_loses_half(sign):
     # The search is bounded on both sides.
     assert audit.family_bound(*scores, event, (1.0, 1.5), 1e-5).epsilon == 0
     most = accounting.epsilon(event(5.0), 1e-5, 'pld')
-    np.testing.assert_allclose(
-        audit.family_bound(*scores, event, (5.0, 6.0), 1e-5).epsilon, most, rtol=5e-3
-    )
+    np.testing.assert_allclose(audit.family_bound(*scores, event, (5.0, 6.0), 1e-5).epsilon, most, rtol=5e-3)
 
 
 def test_family_bound_without_sampling_is_the_gaussian_bound():

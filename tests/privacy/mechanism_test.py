@@ -128,8 +128,13 @@ def test_an_example_with_a_non_finite_gradient_counts_as_zero_and_is_counted(qua
 def test_empty_batch_sums_to_zero(quadratic):
     params, examples = quadratic
     total, sums = clipped_gradient_sum(
-        quadratic_loss, params, examples, np.zeros(24, bool),
-        clip_norm=1.0, microbatch=8, microbatches=0,
+        quadratic_loss,
+        params,
+        examples,
+        np.zeros(24, bool),
+        clip_norm=1.0,
+        microbatch=8,
+        microbatches=0,
     )
     assert norm(total) == 0 and sums['examples'] == 0
 

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum
-from dpp_jax.training import devices, state as state_lib, steps
+from dpp_jax.training import devices, steps
+from dpp_jax.training import state as state_lib
 
 CLIP, SIGMA, EXPECTED_SIZE = 0.5, 3.0, 20.0
 # What an image's gradient is multiplied by, chosen by its label.
@@ -33,8 +34,12 @@ def linear_loss(params, image, label, key):
 def make_step(loss, optimizer, microbatch):
     mechanism = GaussianMechanism('dp_sgd', SIGMA, 0.5, CLIP, 'test')
     return steps.make_dp_step(
-        loss, optimizer, mechanism,
-        expected_batch_size=EXPECTED_SIZE, microbatch=microbatch, ema_decay=0.9,
+        loss,
+        optimizer,
+        mechanism,
+        expected_batch_size=EXPECTED_SIZE,
+        microbatch=microbatch,
+        ema_decay=0.9,
     )
 
 
@@ -125,9 +130,7 @@ def test_padding_anywhere_with_anything_changes_no_bit_of_the_sum():
         return jnp.sum(jnp.tanh(params['w'] @ x + params['b']) ** 2 * x[0])
 
     run = jax.jit(
-        functools.partial(
-            clipped_gradient_sum, loss, params, clip_norm=1.0, microbatch=4, microbatches=6
-        )
+        functools.partial(clipped_gradient_sum, loss, params, clip_norm=1.0, microbatch=4, microbatches=6)
     )
     expected = run(examples, mask)
     assert np.isfinite(jax.flatten_util.ravel_pytree(expected)[0]).all()

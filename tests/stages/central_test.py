@@ -49,11 +49,7 @@ def query(kind, center=0.0, bins=4, noise=1e-9):
         function = functools.partial(central.mode_query, bins=bins)
     bound = max(center, 1 - center) if kind == 'mean' else 1.0
     d = 4 * 5
-    return jax.jit(
-        functools.partial(
-            function, mechanism=mechanism(d**0.5 * bound, noise), classes=CLASSES
-        )
-    )
+    return jax.jit(functools.partial(function, mechanism=mechanism(d**0.5 * bound, noise), classes=CLASSES))
 
 
 def sample(n, seed=0):
@@ -88,7 +84,10 @@ def test_noisy_counts_give_the_means_of_unequal_classes():
     images, labels = sample(60)
     labels = np.where(np.arange(60) < 50, 0, 1 + np.arange(60) % 2).astype(np.int32)
     run = functools.partial(
-        central.mean_query, mechanism=mechanism(5.0, 1e-9), classes=CLASSES, center=0.3,
+        central.mean_query,
+        mechanism=mechanism(5.0, 1e-9),
+        classes=CLASSES,
+        center=0.3,
         class_size=20.0,
     )
     arguments = images, labels, np.ones(60, bool), jax.random.key(0)
@@ -105,8 +104,12 @@ def test_a_large_class_is_summed_exactly_and_rounded_once(clip_norm):
     images[0] = 255
     ask = jax.jit(
         functools.partial(
-            central.mean_query, mechanism=mechanism(1.0, 1e-12), classes=1, center=center,
-            class_size=1.0, clip_norm=clip_norm,
+            central.mean_query,
+            mechanism=mechanism(1.0, 1e-12),
+            classes=1,
+            center=center,
+            class_size=1.0,
+            clip_norm=clip_norm,
         )
     )
 
@@ -126,8 +129,15 @@ def test_clipping_scales_long_images_to_the_norm_and_leaves_short_ones():
     images[1] = 128
     labels[:] = 0, 1
     result = central.mean_query(
-        images, labels, np.ones(2, bool), jax.random.key(0), mechanism=mechanism(1.0, 1e-9),
-        classes=CLASSES, center=0.5, class_size=1.0, clip_norm=0.7,
+        images,
+        labels,
+        np.ones(2, bool),
+        jax.random.key(0),
+        mechanism=mechanism(1.0, 1e-9),
+        classes=CLASSES,
+        center=0.5,
+        class_size=1.0,
+        clip_norm=0.7,
     )
     result = np.asarray(result) - 0.5
     centred = images / 255.0 - 0.5

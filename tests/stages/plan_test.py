@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import celeba_32, camelyon_32, digits_8, fmnist_28, mnist_14, mnist_28
+from configs import camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28
 from dpp_jax import pipeline
 from dpp_jax.privacy import accounting
-from dpp_jax.stages import plan, workdir as workdir_lib
+from dpp_jax.stages import plan
+from dpp_jax.stages import workdir as workdir_lib
 
 CONFIGS = {
     'mnist_28': mnist_28,
@@ -18,9 +19,7 @@ CONFIGS = {
     'celeba_32': celeba_32,
     'camelyon_32': camelyon_32,
 }
-REFERENCE = json.loads(
-    (Path(__file__).parents[1] / 'privacy' / 'accounting_rdp_opacus.json').read_text()
-)
+REFERENCE = json.loads((Path(__file__).parents[1] / 'privacy' / 'accounting_rdp_opacus.json').read_text())
 
 
 class NoModel:
@@ -127,7 +126,7 @@ def test_without_pretraining_the_whole_budget_goes_to_finetuning(tiny_config, ti
         ({'finetune__batch_size': 5000}, 'finetune.batch_size is 5000; it must be at most'),
         ({'generate__images': 0}, 'generate.images is 0'),
         ({'generate__sampler__t_max': 0.001}, 'sampler.t_max is 0.001; it must be above t_min'),
-        ({'evaluate__classifiers': ('svm',)}, "evaluate.classifiers is .*svm"),
+        ({'evaluate__classifiers': ('svm',)}, 'evaluate.classifiers is .*svm'),
     ],
 )
 def test_a_setting_out_of_range_is_named_with_what_is_allowed(tiny_config, change, text):
@@ -193,5 +192,6 @@ def test_a_share_of_the_query_is_calibrated_once(tiny_config, small, monkeypatch
     monkeypatch.setattr(accounting, 'calibrate', None)
     plan.check(config)
     assert {e.noise_multiplier for e in plan.entries(made, config)} == {
-        made.query_noise_multiplier, made.noise_multiplier
+        made.query_noise_multiplier,
+        made.noise_multiplier,
     }

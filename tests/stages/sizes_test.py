@@ -28,9 +28,7 @@ def test_draws_divide_and_no_more_than_the_images_set_go_together(images, microb
 
 def test_a_trial_does_two_microbatches(tiny_config):
     """The real one: it runs, and counts what it did."""
-    config = tiny_config(
-        finetune__microbatch=None, model__multipliers=(1,), model__attention_resolutions=()
-    )
+    config = tiny_config(finetune__microbatch=None, model__multipliers=(1,), model__attention_resolutions=())
     trial = sizes._trial(config, pipeline.make_model(config), 4)
     assert trial() == jax.local_device_count() * 2 * 2 * config.finetune.draws
 
@@ -49,9 +47,7 @@ def test_small_images_go_in_greater_numbers(monkeypatch):
 
 @pytest.mark.parametrize(('gigabytes', 'images'), [(None, 512), (80, 512), (12, 128)])
 def test_an_accelerator_holds_what_its_memory_allows(monkeypatch, gigabytes, images):
-    device = types.SimpleNamespace(
-        memory_stats=lambda: gigabytes and {'bytes_limit': gigabytes * 1e9}
-    )
+    device = types.SimpleNamespace(memory_stats=lambda: gigabytes and {'bytes_limit': gigabytes * 1e9})
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     monkeypatch.setattr(devices, 'local', lambda: [device])
     assert sizes.choose(mnist_28.get_config('1')) == sizes.Sizes(images, images // 32, 32)

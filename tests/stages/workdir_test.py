@@ -163,9 +163,7 @@ def test_other_images_are_refused(tmp_path, change):
 
 def test_keys_stay_and_differ_between_parts_and_runs(tmp_path):
     one, two = workdir_lib.WorkDir(tmp_path / 'a'), workdir_lib.WorkDir(tmp_path / 'b')
-    keys = [
-        one.keys('dp_sgd', None), one.keys('central_query', None), two.keys('dp_sgd', None)
-    ]
+    keys = [one.keys('dp_sgd', None), one.keys('central_query', None), two.keys('dp_sgd', None)]
     assert len({k.sampling for k in keys}) == 3
     assert len({k.identifier for k in keys}) == 3
     assert len({tuple(np.asarray(jax.random.key_data(k.noise))) for k in keys}) == 3

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from dpp_jax.training import checkpoint, state as state_lib
+from dpp_jax.training import checkpoint
+from dpp_jax.training import state as state_lib
 
 
 def make_state(width=3):
@@ -39,9 +40,7 @@ def test_a_training_of_another_network_is_refused(tmp_path):
 def test_model_of_another_network_is_refused_and_a_missing_one_named(tmp_path):
     params = make_state().params.tree()
     checkpoint.save_model(tmp_path / 'model', params)
-    jax.tree.map(
-        np.testing.assert_array_equal, checkpoint.load_model(tmp_path / 'model', params), params
-    )
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_model(tmp_path / 'model', params), params)
     with pytest.raises(ValueError, match='another network'):
         checkpoint.load_model(tmp_path / 'model', make_state(width=4).params.tree())
     with pytest.raises(ValueError, match='b is .* there and missing'):
@@ -61,7 +60,9 @@ with checkpoint.TrainingStore(sys.argv[1]) as store:
     sys.exit(3)
 """
     result = subprocess.run(
-        [sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True,
+        [sys.executable, '-c', program, str(tmp_path)],
+        capture_output=True,
+        text=True,
         cwd=Path(__file__).resolve().parents[2],
     )
     assert result.returncode == 3 and 'Traceback' not in result.stderr, result.stderr
@@ -96,7 +97,9 @@ with checkpoint.TrainingStore(folder) as store:
 assert checkpoint.latest_training(folder)[0] == 3
 """
     result = subprocess.run(
-        [sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True,
+        [sys.executable, '-c', program, str(tmp_path)],
+        capture_output=True,
+        text=True,
         cwd=Path(__file__).resolve().parents[2],
     )
     assert result.returncode == 0, result.stderr

@@ -19,9 +19,7 @@ print(jax.local_device_count(), devices.cores(), jax.config.jax_num_cpu_devices)
 def counted(**environment: str) -> list[int]:
     """Devices and cores of a process of its own."""
     inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')
+        name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')
     }
     done = subprocess.run(
         [sys.executable, '-c', COUNT],

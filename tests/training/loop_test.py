@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from dpp_jax.training import checkpoint, devices, loop, state as state_lib, stopping
+from dpp_jax.training import checkpoint, devices, loop, stopping
+from dpp_jax.training import state as state_lib
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -58,9 +59,7 @@ def uninterrupted(device_step, tmp_path_factory):
 
 
 @pytest.mark.parametrize('stop_at', [0, 3, 8])
-def test_a_stopped_run_goes_on_and_ends_the_same_bit_for_bit(
-    stop_at, uninterrupted, device_step, tmp_path
-):
+def test_a_stopped_run_goes_on_and_ends_the_same_bit_for_bit(stop_at, uninterrupted, device_step, tmp_path):
     with pytest.raises(stopping.Interrupted, match='saved') as stopped:
         train(tmp_path, device_step, stop_at=stop_at)
     assert stopped.value.signal_number == signal.SIGTERM
@@ -104,9 +103,7 @@ def test_a_run_whose_weights_are_lost_stops_and_keeps_the_last_good_checkpoint(
         lambda state, number: (
             state.replace(
                 step=state.step + 1,
-                params=jax.tree.map(
-                    lambda leaf: jnp.where(number >= 5, jnp.nan, leaf), state.params
-                ),
+                params=jax.tree.map(lambda leaf: jnp.where(number >= 5, jnp.nan, leaf), state.params),
             ),
             {'loss': jnp.where(number >= 5, jnp.nan, 1.0)},
         ),
@@ -177,9 +174,7 @@ def test_signal_handlers_are_given_back(device_step, tmp_path):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_nothing_recompiles_after_the_first_step_nor_after_a_restore(
-    device_step, tmp_path, compilations
-):
+def test_nothing_recompiles_after_the_first_step_nor_after_a_restore(device_step, tmp_path, compilations):
     train(tmp_path, device_step, total=3)
     counts = []
 

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from dpp_jax.training import checkpoint, state as state_lib
+from dpp_jax.training import checkpoint
+from dpp_jax.training import state as state_lib
 from dpp_jax.training.state import FlatParams
 
 

@@ -11,7 +11,8 @@ from dpp_jax import pipeline
 from dpp_jax.data import augment
 from dpp_jax.diffusion import conv
 from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum, clipped_sum
-from dpp_jax.training import devices, state as state_lib, steps
+from dpp_jax.training import devices, steps
+from dpp_jax.training import state as state_lib
 
 SGD = optax.sgd(1.0)
 
@@ -28,9 +29,7 @@ def params(tiny_model):
     return tiny_model.init(jax.random.key(3))
 
 
-def dp_step(
-    tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2, at_once=None
-):
+def dp_step(tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2, at_once=None):
     return steps.make_dp_step(
         tiny_model.example_loss(draws=draws, label_dropout=0.1, draws_at_once=at_once),
         optimizer,
@@ -63,8 +62,13 @@ def by_devices(tiny_model, params, digits):
         with devices.limited_to(number):
             step = dp_step(tiny_model, microbatch=microbatch, at_once=at_once)
             updates[number] = take(
-                step, params, digits, range(3, 22),
-                number=number, microbatch=microbatch, capacity=capacity,
+                step,
+                params,
+                digits,
+                range(3, 22),
+                number=number,
+                microbatch=microbatch,
+                capacity=capacity,
             )
     return updates
 
@@ -92,9 +96,7 @@ def eight_device_step(tiny_model):
     return dp_step(tiny_model, microbatch=2, sigma=3.0)
 
 
-def test_update_is_the_clipped_sum_plus_the_same_noise(
-    eight_device_step, tiny_model, params, digits
-):
+def test_update_is_the_clipped_sum_plus_the_same_noise(eight_device_step, tiny_model, params, digits):
     """Against a plain loop over examples, with the noise taken from the empty batch."""
     indices = np.arange(3, 12)
     update, metrics, _ = take(eight_device_step, params, digits, indices, number=8, microbatch=2)
@@ -115,9 +117,7 @@ def test_update_is_the_clipped_sum_plus_the_same_noise(
     assert metrics['gradient_norm'] == pytest.approx(np.mean(norms), rel=1e-4)
 
 
-def test_batch_size_changes_recompile_nothing(
-    eight_device_step, params, digits, compilations
-):
+def test_batch_size_changes_recompile_nothing(eight_device_step, params, digits, compilations):
     state = devices.replicate(state_lib.create(params, SGD))
     key = jax.random.key(1)
 
@@ -142,8 +142,12 @@ def test_pretraining_is_the_gradient_of_the_mean_loss(tiny_model, params, digits
     for number, capacity, at_once in ((1, 10, 7), (8, 40, 4)):
         with devices.limited_to(number):
             step = steps.make_pretrain_step(
-                tiny_model.drawing(draws=2, label_dropout=0.1), tiny_model.errors, SGD,
-                augment=plain, ema_decay=0.9, images_at_once=at_once,
+                tiny_model.drawing(draws=2, label_dropout=0.1),
+                tiny_model.errors,
+                SGD,
+                augment=plain,
+                ema_decay=0.9,
+                images_at_once=at_once,
             )
             batch = devices.deal(steps.make_batch(*digits, np.arange(10), capacity))
             state = devices.replicate(state_lib.create(params, SGD))
@@ -210,20 +214,14 @@ def test_clip_bound_holds_with_a_bfloat16_network(tiny_config, scale):
 
 
 def library_convolution(x, kernel):
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 def in_float64(tree):
-    return jax.tree.map(
-        lambda leaf: np.float64(leaf) if leaf.dtype == np.float32 else np.asarray(leaf), tree
-    )
+    return jax.tree.map(lambda leaf: np.float64(leaf) if leaf.dtype == np.float32 else np.asarray(leaf), tree)
 
 
-def test_the_fast_sum_of_clipped_gradients_equals_a_plain_one_in_float64(
-    tiny_config, digits, monkeypatch
-):
+def test_the_fast_sum_of_clipped_gradients_equals_a_plain_one_in_float64(tiny_config, digits, monkeypatch):
     """Own convolution, draws in parts, images in microbatches; and the library's, one image at a time."""
     monkeypatch.setattr(conv, '_is_small', lambda kernel: False)  # as it is for usual widths
     levels = {'model__multipliers': (1, 2), 'model__attention_resolutions': (4,)}

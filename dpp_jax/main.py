@@ -13,7 +13,7 @@ import threading
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpp_jax.training import stopping
+from dpp_jax.training import preemption
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Settings: a file of configs/, with ε after a colon.', lock_config=True
@@ -45,10 +45,10 @@ def main(argv):
 
     devices.one_per_core()
     devices.keep_compiled_programs()
-    stopping.stop_on_sigterm()
+    preemption.stop_on_sigterm()
     try:
         pipeline.run(config, _WORKDIR.value, _STAGE.value)
-    except stopping.Interrupted as stopped:
+    except preemption.Interrupted as stopped:
         print(f'\n{stopped}. The same command goes on from there.', file=sys.stderr)
         _exit(0 if stopped.signal_number == signal.SIGTERM else 130)
     except KeyboardInterrupt:
@@ -108,7 +108,7 @@ def parse(argv):
 
 def entry_point():
     """The console script `dpp-jax`."""
-    stopping.leave_on_sigterm()  # the imports of `main` take seconds
+    preemption.leave_on_sigterm()  # the imports of `main` take seconds
     # Config files import each other as `configs.<name>`: make their parent folder importable.
     for argument, following in zip(sys.argv[1:], [*sys.argv[2:], '']):
         name, equals, value = argument.lstrip('-').partition('=')

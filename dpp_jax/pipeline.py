@@ -15,11 +15,12 @@ import numpy as np
 
 from dpp_jax.data import augment, sources
 from dpp_jax.diffusion import denoiser, loss, sampler, unet
+from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.stages import central, evaluate, finetune, generate, plan, pretrain, report, sizes, statement
-from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.run import folder as workdir_lib
+from dpp_jax.run import sizes, statement
+from dpp_jax.stages import central, evaluate, finetune, generate, plan, pretrain, report
 from dpp_jax.training import checkpoint
-from dpp_jax.training.model import Model
 
 STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
 CHOICES = ('plan', *STAGES, 'all', 'clean')
@@ -71,10 +72,10 @@ def show_plan(config: ConfigDict, workdir: workdir_lib.WorkDir, model: Model) ->
     print(plan.text(planned, config, finished))
     print('\nThe statement of such a run:\n\n' + statement.markdown(foreseen))
     if config.pretrain.enabled:
-        from dpp_jax.stages import budget_curve  # imports matplotlib, which nothing else needs
+        from dpp_jax.run import plan_curve  # imports matplotlib, which nothing else needs
 
         path = workdir.root / 'plan.png'
-        picture = budget_curve.draw(config, planned)
+        picture = plan_curve.draw(config, planned)
         try:
             workdir_lib.write_bytes(path, picture)
             print(f"Fine-tuning's noise against the query's share of ε: {path}")

@@ -33,12 +33,19 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import digits_8  # noqa: E402
-from dpp_jax.privacy import accounting, audit  # noqa: E402
+from dpp_jax.auditing import bounds as bounds_lib  # noqa: E402
+from dpp_jax.privacy import accounting
 from dpp_jax.privacy import mechanism as mechanism_lib  # noqa: E402
-from dpp_jax.privacy.mechanism import GaussianMechanism, clip_weights  # noqa: E402
+from dpp_jax.privacy.mechanism import (
+    GaussianMechanism,
+    clip_weights,  # noqa: E402
+)
 from dpp_jax.privacy.poisson import PoissonSampler  # noqa: E402
 from dpp_jax.stages import central  # noqa: E402
-from dpp_jax.training import devices, steps  # noqa: E402
+from dpp_jax.training import (
+    devices,
+    steps,  # noqa: E402
+)
 from dpp_jax.training import state as state_lib
 
 DELTA = 1e-5
@@ -138,12 +145,12 @@ def make_attack(
     code, q = FAULTS.get(fault, REAL), mechanism.sampling_probability
     sigma = mechanism.noise_multiplier
     event = functools.partial(accounting.subsampled_gaussian, sampling_probability=q, count=count)
-    bounds = {'plain': audit.plain_bound}
+    bounds = {'plain': bounds_lib.plain_bound}
     if code.is_gaussian and q == 1:
-        bounds['gaussian'] = audit.gaussian_bound
+        bounds['gaussian'] = bounds_lib.gaussian_bound
     elif code.is_gaussian:
         bounds['family'] = functools.partial(
-            audit.family_bound, make_event=event, noise_multipliers=(sigma / 3, sigma * 3)
+            bounds_lib.family_bound, make_event=event, noise_multipliers=(sigma / 3, sigma * 3)
         )
     return Attack(name, fault, event(sigma), bounds, scores)
 

@@ -38,10 +38,10 @@ import timing
 
 from dpp_jax import pipeline
 from dpp_jax.data import augment
-from dpp_jax.diffusion import conv
+from dpp_jax.diffusion import winograd
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.stages import sizes as sizes_lib
+from dpp_jax.run import sizes as sizes_lib
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
 
@@ -147,7 +147,7 @@ def contenders(config, model, sizes, count: int) -> list[timing.Contender]:
             found.append(timing.compiled('jax_privacy clipped_grad', jax.jit(clipped), params, examples))
             found[-1].amount = noised
     if 'naive' not in _SKIP.value:
-        with mock.patch.object(conv, 'conv3x3', library_convolution):
+        with mock.patch.object(winograd, 'conv3x3', library_convolution):
             gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))
             found.append(timing.compiled('naive vmap(grad), nn.Conv', gradients, params, few))
             found[-1].amount = few_noised
@@ -258,7 +258,7 @@ def flops_per_noised_image(model) -> float:
 
     # Other backends do not analyse what is not compiled.
     with (
-        mock.patch.object(conv, 'conv3x3', library_convolution),
+        mock.patch.object(winograd, 'conv3x3', library_convolution),
         jax.default_device(jax.devices('cpu')[0]),
     ):
         image = jax.ShapeDtypeStruct(model.image_shape, jnp.float32)

@@ -31,9 +31,9 @@ from dpp_jax.evaluation import classifiers
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.stages import central, generate, metrics
-from dpp_jax.stages import sizes as sizes_lib
-from dpp_jax.training import checkpoint, devices, loop, steps
+from dpp_jax.run import sizes as sizes_lib
+from dpp_jax.stages import central, generate
+from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
 
 _QUERY_IMAGES = 10_000
@@ -335,7 +335,7 @@ class TrainingLoop:
             ledger = ledger_lib.Ledger(Path(folder) / 'ledger.jsonl')
             with (
                 _TimedStore(Path(folder) / 'resume') as store,
-                metrics.writer(Path(folder) / 'metrics') as write,
+                tensorboard.writer(Path(folder) / 'metrics') as write,
             ):
                 loop.train(
                     step,
@@ -364,7 +364,7 @@ class TrainingLoop:
 
 
 def _is_running(metrics: dict) -> bool:
-    return not all(value.is_ready() for value in metrics.values())
+    return not all(value.is_ready() for value in tensorboard.values())
 
 
 class _TimedStore(checkpoint.TrainingStore):

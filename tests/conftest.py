@@ -67,7 +67,7 @@ def finished_run(tmp_path_factory):
 
     Made once, and copied for every process of the suite.
     """
-    from dpp_jax.stages import workdir as workdir_lib
+    from dpp_jax.run import folder as workdir_lib
 
     config = make_tiny_config(generate__png_tree=True, generate__separate_classifier_images=True)
     config.generate.classifier_sampler.update(name='ddim', steps=3)
@@ -100,7 +100,7 @@ def _run_and_listen(config, root):
 @pytest.fixture
 def copied_run(finished_run, tmp_path):
     """Config and work directory of a copy of the finished run, to be tampered with."""
-    from dpp_jax.stages import workdir as workdir_lib
+    from dpp_jax.run import folder as workdir_lib
 
     config, reference, _ = finished_run
     shutil.copytree(reference.root, tmp_path, dirs_exist_ok=True)

@@ -191,7 +191,8 @@ def test_a_folder_that_can_only_be_read_is_planned_and_else_refused(tmp_path, st
 
 TOO_LITTLE_MEMORY = """
 import jax
-from dpp_jax import main, pipeline
+from dpp_jax import main
+from dpp_jax import pipeline
 
 def run(*arguments):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes')

@@ -11,8 +11,8 @@ import pytest
 from dpp_jax import pipeline
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy import ledger as ledger_lib
+from dpp_jax.run import folder as workdir_lib
 from dpp_jax.stages import generate
-from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.training import checkpoint
 
 STEPS = 23  # of the tiny config's fine-tuning

@@ -10,8 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dpp_jax import pipeline
+from dpp_jax.run import folder as workdir_lib
 from dpp_jax.stages import central, evaluate, generate, plan, report
-from dpp_jax.stages import workdir as workdir_lib
 
 
 def cut(path):

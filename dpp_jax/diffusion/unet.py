@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpp_jax.diffusion import conv
+from dpp_jax.diffusion import winograd
 
 _SKIP_SCALE = np.float32(2**-0.5)
 
@@ -178,7 +178,7 @@ class Conv3x3(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param('kernel', ddpm_init(self.scale), shape)
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
-        return _add(conv.conv3x3(x, kernel), bias)
+        return _add(winograd.conv3x3(x, kernel), bias)
 
 
 class Dense(nn.Module):

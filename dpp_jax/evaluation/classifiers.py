@@ -18,7 +18,7 @@ import optax
 import sklearn.exceptions
 import sklearn.linear_model
 
-from dpp_jax.evaluation import metrics
+from dpp_jax.evaluation import fid
 
 KINDS = ('cnn', 'mlp', 'logistic')
 
@@ -120,7 +120,7 @@ class Classifier:
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Classes, int32 (N,), of uint8 images (N, H, W, C) of the trained size."""
-        return self._predict(metrics.check_images(images, self.image_shape)).astype(np.int32)
+        return self._predict(fid.check_images(images, self.image_shape)).astype(np.int32)
 
 
 def train_classifier(
@@ -179,7 +179,7 @@ def train_classifier(
 
 def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
     """Share of images, uint8 (N, H, W, C), that get their label, integers (N,); in [0, 1]."""
-    return metrics.label_accuracy(classifier.predict(images), labels)
+    return fid.label_accuracy(classifier.predict(images), labels)
 
 
 def train_network(
@@ -205,7 +205,7 @@ def train_network(
         held-out images, and that epoch, counted from 1.
     """
     _check_training_settings(epochs, batch_size, learning_rate, ema_decay)
-    images, labels = metrics.check_labelled(images, labels, network.classes)
+    images, labels = fid.check_labelled(images, labels, network.classes)
     rng = _numpy_rng(key)
     train_rows, held_rows = _split(labels, network.classes, held_out, rng)
     train_images = jnp.asarray(images[train_rows])
@@ -230,7 +230,7 @@ def train_network(
                 jax.block_until_ready(state.step)  # or the bar would run ahead of the work
                 progress(done, total, note)
         predicted = apply_network(network, state.average, images[held_rows])[0].argmax(axis=1)
-        epoch_accuracy = metrics.label_accuracy(predicted, labels[held_rows])
+        epoch_accuracy = fid.label_accuracy(predicted, labels[held_rows])
         if epoch_accuracy >= best_accuracy:
             best_params, best_accuracy, best_epoch = state.average, epoch_accuracy, epoch
         note = f'epoch {min(epoch + 1, epochs)}/{epochs}, held-out accuracy {epoch_accuracy:.3f}'
@@ -372,7 +372,7 @@ def _check_training_settings(epochs, batch_size, learning_rate, ema_decay) -> No
 
 def _train_logistic(images, labels, classes, key, held_out, progress) -> Classifier:
     """Scikit-learn's logistic regression, its C chosen on the held-out images."""
-    images, labels = metrics.check_labelled(images, labels, classes)
+    images, labels = fid.check_labelled(images, labels, classes)
     train_rows, held_rows = _split(labels, classes, held_out, _numpy_rng(key))
 
     def flat(batch):
@@ -386,7 +386,7 @@ def _train_logistic(images, labels, classes, key, held_out, progress) -> Classif
             # A fit that stops early is one more candidate; the held-out images judge it.
             warnings.simplefilter('ignore', sklearn.exceptions.ConvergenceWarning)
             model.fit(train_pixels, labels[train_rows])
-        model_accuracy = metrics.label_accuracy(model.predict(held_pixels), labels[held_rows])
+        model_accuracy = fid.label_accuracy(model.predict(held_pixels), labels[held_rows])
         if model_accuracy > best_accuracy:
             best, best_accuracy = model, model_accuracy
         if progress is not None:

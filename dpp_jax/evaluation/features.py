@@ -16,7 +16,8 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from dpp_jax.evaluation import classifiers, metrics
+from dpp_jax.evaluation import classifiers
+from dpp_jax.evaluation import fid as fid_lib
 
 FEATURES = 64
 
@@ -72,7 +73,7 @@ class FeatureNetwork:
         Raises:
             ValueError: images of another type or size.
         """
-        images = metrics.check_images(images, self.image_shape)
+        images = fid_lib.check_images(images, self.image_shape)
         network = classifiers.Cnn(self.classes, FEATURES)
         return classifiers.apply_network(network, self.params, images, batch_size)[1]
 
@@ -169,9 +170,9 @@ def fid(
     Raises:
         ValueError: fewer than two images, or images that the network does not take.
     """
-    moments_a = metrics.moments(_feature_batches(network, images_a, batch_size))
-    moments_b = metrics.moments(_feature_batches(network, images_b, batch_size))
-    return metrics.frechet_distance(*moments_a, *moments_b)
+    moments_a = fid_lib.moments(_feature_batches(network, images_a, batch_size))
+    moments_b = fid_lib.moments(_feature_batches(network, images_b, batch_size))
+    return fid_lib.frechet_distance(*moments_a, *moments_b)
 
 
 def _feature_batches(network, images: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

@@ -23,11 +23,11 @@ from ml_collections import ConfigDict
 import numpy as np
 from scipy import ndimage
 
+from dpp_jax.data import image_grid
 from dpp_jax.privacy import accounting, poisson
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy.mechanism import GaussianMechanism, clip_weights
-from dpp_jax.stages import pictures
-from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.run import folder as workdir_lib
 from dpp_jax.training import progress
 
 # Of a noisy class count, relative to the image's norm: 2 % more noise on the image, and on the count
@@ -71,12 +71,12 @@ def run(
     size = config.data.image_size
     central = to_images(np.concatenate(results), (size, size), post_process=query.post_process)
     central_labels = np.tile(np.arange(config.data.classes, dtype=np.int32), query.queries)
-    picture = pictures.rows_by_class(central, central_labels, config.data.classes, query.queries)
+    picture = image_grid.rows_by_class(central, central_labels, config.data.classes, query.queries)
     workdir.bind_release('central_query', [central, central_labels])
     before_release()
     # First what counts as the release: without it the picture would be one that no command knows of.
     workdir_lib.write_npz(workdir.release / 'central_images.npz', images=central, labels=central_labels)
-    workdir_lib.write_bytes(workdir.release / 'central_images.png', pictures.png(picture))
+    workdir_lib.write_bytes(workdir.release / 'central_images.png', image_grid.png(picture))
 
 
 def load(workdir: workdir_lib.WorkDir) -> dict[str, np.ndarray]:

@@ -4,8 +4,8 @@ from ml_collections import ConfigDict
 
 from dpp_jax.data.sources import Images
 from dpp_jax.evaluation import classifiers, features
+from dpp_jax.run import folder as workdir_lib
 from dpp_jax.stages import generate
-from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.training import progress
 
 

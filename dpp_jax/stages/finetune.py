@@ -7,14 +7,14 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
+from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.stages import metrics, sizes
-from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.run import folder as workdir_lib
+from dpp_jax.run import sizes
 from dpp_jax.stages.plan import Plan, finetune_mechanism
-from dpp_jax.training import checkpoint, devices, loop, steps
+from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
-from dpp_jax.training.model import Model
 
 
 def is_done(workdir: workdir_lib.WorkDir) -> bool:
@@ -67,7 +67,7 @@ def run(
 
     with (
         checkpoint.TrainingStore(workdir.private / 'resume' / 'finetune') as store,
-        metrics.writer(workdir.private / 'metrics' / 'finetune') as write,
+        tensorboard.writer(workdir.private / 'metrics' / 'finetune') as write,
     ):
         final = loop.train(
             step,

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from dpp_jax.stages import pictures, sizes
-from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.data import image_grid
+from dpp_jax.diffusion import microbatch as parts_lib
+from dpp_jax.diffusion.model import Model
+from dpp_jax.run import folder as workdir_lib
+from dpp_jax.run import sizes
 from dpp_jax.training import checkpoint, devices, progress
-from dpp_jax.training import parts as parts_lib
-from dpp_jax.training.model import Model
 
 PICTURE_COLUMNS = 12
 _SETTINGS = 'settings.json'
@@ -125,8 +126,8 @@ def run(
             title='generate' if name == 'images' else 'generate (2)',
         )
         labels = image_labels(np.arange(len(images)), model.classes)
-        picture = pictures.rows_by_class(images, labels, model.classes, PICTURE_COLUMNS)
-        workdir_lib.write_bytes(path.with_suffix('.png'), pictures.png(picture))
+        picture = image_grid.rows_by_class(images, labels, model.classes, PICTURE_COLUMNS)
+        workdir_lib.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
         workdir_lib.write_npz(path, images=images, labels=labels)
         shutil.rmtree(path.parent / f'.parts_{name}', ignore_errors=True)
     if config.generate.png_tree:
@@ -251,7 +252,7 @@ def write_png_tree(folder: Path, images: np.ndarray, labels: np.ndarray) -> None
         (temporary / str(label)).mkdir(parents=True)
     with progress.bar(len(images), 'png files', 'image') as bar:
         for number, (image, label) in enumerate(zip(images, labels)):
-            (temporary / str(label) / f'{number:07d}.png').write_bytes(pictures.png(image))
+            (temporary / str(label) / f'{number:07d}.png').write_bytes(image_grid.png(image))
             bar.update()
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax.diffusion import model as model_lib
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.ledger import Entry, Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.stages import central, sizes
-from dpp_jax.stages import workdir as workdir_lib
-from dpp_jax.training import model as model_lib
+from dpp_jax.run import folder as workdir_lib
+from dpp_jax.run import sizes
+from dpp_jax.stages import central
 
 
 @dataclasses.dataclass(frozen=True)

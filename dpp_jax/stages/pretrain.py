@@ -6,11 +6,12 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from dpp_jax.stages import central, metrics, sizes
-from dpp_jax.stages import workdir as workdir_lib
-from dpp_jax.training import checkpoint, devices, loop, steps
+from dpp_jax.diffusion.model import Model
+from dpp_jax.run import folder as workdir_lib
+from dpp_jax.run import sizes
+from dpp_jax.stages import central
+from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
-from dpp_jax.training.model import Model
 
 
 def is_done(workdir: workdir_lib.WorkDir) -> bool:
@@ -49,7 +50,7 @@ def run(
     start = state_lib.create(model.init(keys.noise), optimizer)
     with (
         checkpoint.TrainingStore(workdir.private / 'resume' / 'pretrain') as store,
-        metrics.writer(workdir.private / 'metrics' / 'pretrain') as write,
+        tensorboard.writer(workdir.private / 'metrics' / 'pretrain') as write,
     ):
         final = loop.train(
             step,

@@ -6,9 +6,11 @@ import html
 from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax.data import image_grid
 from dpp_jax.privacy import accounting
-from dpp_jax.stages import central, evaluate, generate, pictures, statement
-from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.run import folder as workdir_lib
+from dpp_jax.run import statement
+from dpp_jax.stages import central, evaluate, generate
 
 _CLASSIFIERS = {'logistic': 'logistic regression', 'mlp': 'MLP', 'cnn': "CNN (the paper's)"}
 
@@ -106,11 +108,11 @@ def _page(config: ConfigDict, workdir: workdir_lib.WorkDir, rows, note: str) -> 
     )
     figures = []
     data = generate.load(generate.files(config, workdir)['images'])
-    grid = pictures.rows_by_class(data['images'], data['labels'], config.data.classes, 12)
+    grid = image_grid.rows_by_class(data['images'], data['labels'], config.data.classes, 12)
     figures.append(_figure(grid, 'Synthetic images, one class per row'))
     if config.pretrain.enabled:
         data, columns = central.load(workdir), min(config.query.queries, 12)
-        grid = pictures.rows_by_class(data['images'], data['labels'], config.data.classes, columns)
+        grid = image_grid.rows_by_class(data['images'], data['labels'], config.data.classes, columns)
         figures.append(_figure(grid, 'Central images, one query per column'))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -132,7 +134,7 @@ page inside; what may be published lies in <code>release/</code>.</p>
 
 def _figure(grid: np.ndarray, caption: str) -> str:
     """An image with its caption, embedded."""
-    data = base64.b64encode(pictures.png(grid)).decode()
+    data = base64.b64encode(image_grid.png(grid)).decode()
     return (
         f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
         f'<figcaption>{html.escape(caption)}</figcaption></figure>'

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpp_jax.training import checkpoint, devices, progress, stopping
+from dpp_jax.training import checkpoint, devices, preemption, progress
 from dpp_jax.training.state import TrainState
 
 PyTree = Any
@@ -49,7 +49,7 @@ def train(
         the final state, on the host.
 
     Raises:
-        stopping.Interrupted: after SIGTERM or Ctrl-C, with the state saved.
+        preemption.Interrupted: after SIGTERM or Ctrl-C, with the state saved.
         Diverged: weights or loss are not finite; such a state is never saved, nor a later one.
     """
     restored = store.restore(state)
@@ -59,7 +59,7 @@ def train(
     saved_at = time.monotonic()
     record = _Record(write, log_every_steps, store, name)
     previous = None
-    with stopping.deferred() as stop, progress.bar(total_steps, name, 'step', start) as bar:
+    with preemption.deferred() as stop, progress.bar(total_steps, name, 'step', start) as bar:
         for number in range(start, total_steps):
             state, metrics = step(state, number)
             # At most two steps in flight: the bar tells the truth and a stop request is soon met.
@@ -69,7 +69,7 @@ def train(
             bar.update()
             if stop:
                 _save(store, state, record, name)
-                raise stopping.Interrupted(stop[0], f'{name} stopped after step {number + 1}, saved')
+                raise preemption.Interrupted(stop[0], f'{name} stopped after step {number + 1}, saved')
             if time.monotonic() - saved_at > checkpoint_every_seconds:
                 _save(store, state, record, name)
                 saved_at = time.monotonic()

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.privacy import mechanism as mechanism_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.training import devices, parts
+from dpp_jax.training import devices
 from dpp_jax.training.state import TrainState, apply_gradient
 
 PyTree = Any
@@ -93,7 +94,7 @@ def make_pretrain_step(
             return jnp.sum(jnp.where(part['mask'], losses, 0))
 
         rows, number = _in_equal_parts(rows, images_at_once)
-        mean_of_parts = parts.mean(part_loss, number)
+        mean_of_parts = parts_lib.mean(part_loss, number)
         total, gradient = jax.value_and_grad(
             # The vector is taken apart and its gradient put together here, not for every part.
             lambda params: number * mean_of_parts(params.tree(), None, rows)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpp_jax.diffusion import conv, unet
+from dpp_jax.diffusion import unet, winograd
 
 # Each program runs only a few times: compiling it well would take longer than all its runs.
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -91,7 +91,7 @@ def test_group_norm_normalises_each_group():
 @pytest.mark.parametrize('form', ['products', 'library'])
 def test_bfloat16_gradients_of_every_parameter_are_near_float32(form, monkeypatch):
     """Of 28x28 images: sums over so many pixels are lost if they are added up in bfloat16."""
-    monkeypatch.setattr(conv, '_prefers_products', lambda: form == 'products')
+    monkeypatch.setattr(winograd, '_prefers_products', lambda: form == 'products')
     found = {}
     for dtype in ('float32', 'bfloat16'):
         network, (x, *rest) = make(28, multipliers=(1,), attention_resolutions=(), dtype=jnp.dtype(dtype))

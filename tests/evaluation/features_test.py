@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from dpp_jax.evaluation import features, metrics
+from dpp_jax.evaluation import features, fid
 
 
 @pytest.fixture(name='digits', scope='module')
@@ -66,9 +66,7 @@ def test_fid_is_the_distance_of_all_features_and_takes_any_extractor(digits):
             return images.reshape(len(images), -1)[:, 20:30] / np.float32(255)
 
     a, b = digits[0][:700], digits[0][700:]
-    expected = metrics.frechet_distance(
-        *metrics.moments(Pixels().features(a)), *metrics.moments(Pixels().features(b))
-    )
+    expected = fid.frechet_distance(*fid.moments(Pixels().features(a)), *fid.moments(Pixels().features(b)))
     assert features.fid(Pixels(), a, b, batch_size=33) == pytest.approx(expected, rel=1e-6)
 
 

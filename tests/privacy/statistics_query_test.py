@@ -11,8 +11,8 @@ from scipy import stats
 from configs import camelyon_32, celeba_32, default, fmnist_28, mnist_28
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.run import folder as workdir_lib
 from dpp_jax.stages import central
-from dpp_jax.stages import workdir as workdir_lib
 
 # (settings of the query; the extra images that attain the bound)
 QUERIES = {

@@ -6,9 +6,9 @@ import pytest
 
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.run import folder as workdir_lib
 from dpp_jax.stages import finetune
 from dpp_jax.stages import plan as plan_lib
-from dpp_jax.stages import workdir as workdir_lib
 from dpp_jax.training import devices, steps
 
 

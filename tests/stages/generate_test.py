@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from dpp_jax.run import folder as workdir_lib
 from dpp_jax.stages import generate
-from dpp_jax.stages import workdir as workdir_lib
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from configs import camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28
 from dpp_jax import pipeline
 from dpp_jax.privacy import accounting
+from dpp_jax.run import folder as workdir_lib
 from dpp_jax.stages import plan
-from dpp_jax.stages import workdir as workdir_lib
 
 CONFIGS = {
     'mnist_28': mnist_28,

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpp_jax.training import checkpoint, devices, loop, stopping
+from dpp_jax.training import checkpoint, devices, loop, preemption
 from dpp_jax.training import state as state_lib
 
 OPTIMIZER = optax.adam(0.1)
@@ -60,7 +60,7 @@ def uninterrupted(device_step, tmp_path_factory):
 
 @pytest.mark.parametrize('stop_at', [0, 3, 8])
 def test_a_stopped_run_goes_on_and_ends_the_same_bit_for_bit(stop_at, uninterrupted, device_step, tmp_path):
-    with pytest.raises(stopping.Interrupted, match='saved') as stopped:
+    with pytest.raises(preemption.Interrupted, match='saved') as stopped:
         train(tmp_path, device_step, stop_at=stop_at)
     assert stopped.value.signal_number == signal.SIGTERM
     final = train(tmp_path, device_step)
@@ -160,7 +160,7 @@ def test_every_step_is_counted_and_a_stop_loses_none(tmp_path):
                 log_every_steps=4, checkpoint_every_seconds=1000.0,
             )  # fmt: skip
 
-    with pytest.raises(stopping.Interrupted):
+    with pytest.raises(preemption.Interrupted):
         run(stop_at=5)
     run()
     assert [number for number, _ in lines] == [4, 6, 8, 11]

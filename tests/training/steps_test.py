@@ -9,7 +9,7 @@ from sklearn import datasets
 
 from dpp_jax import pipeline
 from dpp_jax.data import augment
-from dpp_jax.diffusion import conv
+from dpp_jax.diffusion import winograd
 from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum, clipped_sum
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
@@ -223,7 +223,7 @@ def in_float64(tree):
 
 def test_the_fast_sum_of_clipped_gradients_equals_a_plain_one_in_float64(tiny_config, digits, monkeypatch):
     """Own convolution, draws in parts, images in microbatches; and the library's, one image at a time."""
-    monkeypatch.setattr(conv, '_is_small', lambda kernel: False)  # as it is for usual widths
+    monkeypatch.setattr(winograd, '_is_small', lambda kernel: False)  # as it is for usual widths
     levels = {'model__multipliers': (1, 2), 'model__attention_resolutions': (4,)}
     fast = pipeline.make_model(tiny_config(**levels))
     plain = pipeline.make_model(tiny_config(**levels, model__dtype='float64'))
@@ -238,7 +238,7 @@ def test_the_fast_sum_of_clipped_gradients_equals_a_plain_one_in_float64(tiny_co
     drawn = jax.jit(jax.vmap(fast.drawing(**draws)))(labels, keys)
 
     with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
-        patch.setattr(conv, 'conv3x3', library_convolution)
+        patch.setattr(winograd, 'conv3x3', library_convolution)
         gradient = jax.jit(jax.grad(lambda params, *of_image: plain.errors(params, *of_image).mean()))
         gradients = np.stack(
             [

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpp_jax.training import parts
+from dpp_jax.diffusion import microbatch
 
 
 @pytest.mark.parametrize(
     ('rows', 'at_once', 'expected'), [(32, 32, 1), (32, 8, 4), (32, 5, 8), (7, 3, 7), (4, 100, 1)]
 )
 def test_count_is_the_fewest_equal_parts_that_fit(rows, at_once, expected):
-    assert parts.count(rows, at_once) == expected
+    assert microbatch.count(rows, at_once) == expected
 
 
 def loss(params, shift, rows):
@@ -30,7 +30,7 @@ def arguments():
 def test_value_and_gradient_per_example_are_means_over_the_parts(arguments, number):
     """Under vmap, inside a jitted loop: as DP-SGD calls it."""
     params, shift, rows = arguments
-    per_example = jax.vmap(jax.value_and_grad(parts.mean(loss, number)), (None, None, 0))
+    per_example = jax.vmap(jax.value_and_grad(microbatch.mean(loss, number)), (None, None, 0))
     values, gradients = jax.jit(per_example)(params, shift, rows)
     for i in range(5):
         pieces = [
@@ -55,7 +55,7 @@ def test_only_one_part_is_in_memory():
         return jnp.mean(rows)
 
     def bytes_needed(number):
-        gradient = jax.jit(jax.grad(parts.mean(deep, number)))
+        gradient = jax.jit(jax.grad(microbatch.mean(deep, number)))
         return gradient.lower(weights, None, rows).compile().memory_analysis().temp_size_in_bytes
 
     assert bytes_needed(16) < bytes_needed(1) / 4

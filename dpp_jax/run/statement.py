@@ -13,7 +13,7 @@ from typing import Any
 import dpp_jax
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.ledger import Entry, composition
-from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.run import folder as workdir_lib
 
 TITLES = {'central_query': 'central images (query)', 'dp_sgd': 'fine-tuning (DP-SGD)'}
 UNIT = 'one image with its label'

@@ -10,7 +10,8 @@ import optax
 import pytest
 from scipy import stats
 
-from dpp_jax.privacy import accounting, audit
+from dpp_jax.auditing import bounds
+from dpp_jax.privacy import accounting
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
@@ -34,14 +35,14 @@ def script():
 @pytest.mark.parametrize('confidence', [0.9, 0.975])
 def test_intervals_are_those_of_scipy(trials, confidence):
     successes = np.unique(np.linspace(0, trials, 9).astype(int))
-    low, high = audit.clopper_pearson(successes, trials, confidence)
+    low, high = bounds.clopper_pearson(successes, trials, confidence)
     for number, ends in zip(successes, np.stack([low, high], axis=1), strict=True):
         interval = stats.binomtest(int(number), trials).proportion_ci(confidence, method='exact')
         np.testing.assert_allclose(ends, [interval.low, interval.high], rtol=1e-9, atol=1e-12)
 
 
 def test_an_interval_of_no_success_is_the_rule_of_three():
-    low, high = audit.clopper_pearson(0, 1000, 0.9)
+    low, high = bounds.clopper_pearson(0, 1000, 0.9)
     assert low == 0
     np.testing.assert_allclose(high, 1 - 0.05 ** (1 / 1000), rtol=1e-9)
 
@@ -49,23 +50,23 @@ def test_an_interval_of_no_success_is_the_rule_of_three():
 @pytest.mark.parametrize('mu', [0.3, 1.0, 3.0])
 @pytest.mark.parametrize('delta', [1e-5, 1e-2])
 def test_epsilon_of_a_gaussian_is_that_of_the_accountant(mu, delta):
-    exact = audit.gaussian_epsilon(mu, delta)
-    np.testing.assert_allclose(audit.gaussian_delta(exact, mu), delta, rtol=1e-6)
+    exact = bounds.gaussian_epsilon(mu, delta)
+    np.testing.assert_allclose(bounds.gaussian_delta(exact, mu), delta, rtol=1e-6)
     pld = accounting.epsilon(accounting.subsampled_gaussian(1 / mu, 1.0, 1), delta, 'pld')
     assert exact <= pld * (1 + 1e-9)  # which rounds up
     np.testing.assert_allclose(exact, pld, rtol=2e-3)
 
 
 def test_no_distance_is_no_epsilon():
-    assert audit.gaussian_epsilon(-1.0, 1e-5) == 0
-    assert audit.gaussian_epsilon(1e-6, 1e-5) == 0
+    assert bounds.gaussian_epsilon(-1.0, 1e-5) == 0
+    assert bounds.gaussian_epsilon(1e-6, 1e-5) == 0
 
 
-@pytest.mark.parametrize('bound', [audit.plain_bound, audit.gaussian_bound])
+@pytest.mark.parametrize('bound', [bounds.plain_bound, bounds.gaussian_bound])
 def test_bounds_of_a_known_mechanism_are_below_its_epsilon_as_often_as_they_say(bound):
     """Of 200 bounds at 80 % confidence, with few scores, so that luck could carry them far."""
     mu, delta, repetitions, confidence = 0.4, 0.01, 200, 0.8
-    exact = audit.gaussian_epsilon(mu, delta)
+    exact = bounds.gaussian_epsilon(mu, delta)
     rng = np.random.default_rng(1)
     scores = rng.standard_normal((repetitions, 2, 400))
     values = [bound(mu + w, o, delta, confidence).epsilon for w, o in scores]
@@ -73,7 +74,7 @@ def test_bounds_of_a_known_mechanism_are_below_its_epsilon_as_often_as_they_say(
     assert wrong <= stats.binom.ppf(1 - 1e-6, repetitions, 1 - confidence)
 
 
-@pytest.mark.parametrize('bound', [audit.plain_bound, audit.gaussian_bound])
+@pytest.mark.parametrize('bound', [bounds.plain_bound, bounds.gaussian_bound])
 def test_scores_that_choose_the_event_prove_nothing(bound):
     """The first half tells the sets apart without fail, the second not at all; then both halves do."""
     telling, silent = np.ones(500), np.zeros(500)
@@ -87,8 +88,8 @@ def test_scores_that_choose_the_event_prove_nothing(bound):
 def test_gaussian_bound_comes_within_a_tenth(sign):
     rng = np.random.default_rng(3)
     with_canary, without = sign * (0.5 + rng.standard_normal(40_000)), sign * rng.standard_normal(40_000)
-    exact = audit.gaussian_epsilon(0.5, 1e-5)
-    bound = audit.gaussian_bound(with_canary, without, 1e-5)
+    exact = bounds.gaussian_epsilon(0.5, 1e-5)
+    bound = bounds.gaussian_bound(with_canary, without, 1e-5)
     assert 0.9 * exact < bound.epsilon < exact
 
 
@@ -103,17 +104,18 @@ def sampled_scores(rng, shape, *, q, sigma, releases):
 
 def test_family_bound_is_as_often_right_as_it_says(monkeypatch):
     """Of 60 at 80 % confidence, searched only at the true noise: 0, or wrong."""
-    monkeypatch.setattr(audit, '_LOSS_GRID', 0.02)  # coarse, so fast
+    monkeypatch.setattr(bounds, '_LOSS_GRID', 0.02)  # coarse, so fast
     event = accounting.subsampled_gaussian(1.0, 0.5, 1)
     scores = sampled_scores(np.random.default_rng(6), (60, 400), q=0.5, sigma=1.0, releases=1)
     values = [
-        audit.family_bound(s[:, 0], s[:, 1], lambda _: event, (0.999, 1.0), 1e-5, 0.8).epsilon for s in scores
+        bounds.family_bound(s[:, 0], s[:, 1], lambda _: event, (0.999, 1.0), 1e-5, 0.8).epsilon
+        for s in scores
     ]
     assert np.sum(np.array(values) > 0) <= stats.binom.ppf(1 - 1e-6, 60, 0.2)
     # A claim of half as much noise again is refuted.
     event = accounting.subsampled_gaussian(1.5, 0.5, 1)
     scores = sampled_scores(np.random.default_rng(7), (20_000,), q=0.5, sigma=1.0, releases=1)
-    bound = audit.family_bound(*scores.T, lambda _: event, (1.499, 1.5), 1e-5, 0.8)
+    bound = bounds.family_bound(*scores.T, lambda _: event, (1.499, 1.5), 1e-5, 0.8)
     assert bound.epsilon == accounting.epsilon(event, 1e-5, 'pld')
 
 
@@ -125,21 +127,21 @@ def test_family_bound_comes_within_a_tenth_where_the_plain_one_loses_half(sign):
     scores = sampled_scores(np.random.default_rng(8), (60_000,), q=0.5, sigma=3.0, releases=10)
     scores = sign * scores.T
     exact = accounting.epsilon(event(3.0), 1e-5, 'pld')
-    assert 0.9 * exact < audit.family_bound(*scores, event, (1.5, 6.0), 1e-5).epsilon < exact
-    assert 0 < audit.plain_bound(*scores, 1e-5).epsilon < 0.6 * exact
+    assert 0.9 * exact < bounds.family_bound(*scores, event, (1.5, 6.0), 1e-5).epsilon < exact
+    assert 0 < bounds.plain_bound(*scores, 1e-5).epsilon < 0.6 * exact
     # The search is bounded on both sides.
-    assert audit.family_bound(*scores, event, (1.0, 1.5), 1e-5).epsilon == 0
+    assert bounds.family_bound(*scores, event, (1.0, 1.5), 1e-5).epsilon == 0
     most = accounting.epsilon(event(5.0), 1e-5, 'pld')
-    np.testing.assert_allclose(audit.family_bound(*scores, event, (5.0, 6.0), 1e-5).epsilon, most, rtol=5e-3)
+    np.testing.assert_allclose(bounds.family_bound(*scores, event, (5.0, 6.0), 1e-5).epsilon, most, rtol=5e-3)
 
 
 def test_family_bound_without_sampling_is_the_gaussian_bound():
     rng = np.random.default_rng(9)
     scores = 0.5 + rng.standard_normal(20_000), rng.standard_normal(20_000)
-    family = audit.family_bound(
+    family = bounds.family_bound(
         *scores, lambda sigma: accounting.subsampled_gaussian(sigma, 1.0, 1), (1.0, 4.0), 1e-5
     )
-    gaussian = audit.gaussian_bound(*scores, 1e-5)
+    gaussian = bounds.gaussian_bound(*scores, 1e-5)
     np.testing.assert_allclose(family.epsilon, gaussian.epsilon, rtol=5e-3)
     assert (family.threshold, family.above) == (gaussian.threshold, gaussian.above)
 
@@ -158,7 +160,7 @@ def test_plain_bound_comes_within_a_twentieth_on_randomised_response(flip, swap)
     pair = answers(rate * np.exp(exact)), answers(rate)
     pair = tuple(-scores for scores in pair) if flip else pair
     with_canary, without = pair[::-1] if swap else pair
-    bound = audit.plain_bound(with_canary, without, 0.0)
+    bound = bounds.plain_bound(with_canary, without, 0.0)
     assert 0.95 * exact < bound.epsilon < exact
     assert bound.above != flip
     assert (bound.rate_with > bound.rate_without) != swap
@@ -168,26 +170,26 @@ def test_delta_is_taken_off_the_plain_bound():
     """A mechanism that names the canary with probability δ and is silent otherwise has ε = 0."""
     rng = np.random.default_rng(5)
     with_canary, without = (rng.random(40_000) < 0.1) + 0.0, np.zeros(40_000)
-    assert audit.plain_bound(with_canary, without, 0.1).epsilon < 0.01
-    assert audit.plain_bound(with_canary, without, 0.01).epsilon > 5
+    assert bounds.plain_bound(with_canary, without, 0.1).epsilon < 0.01
+    assert bounds.plain_bound(with_canary, without, 0.01).epsilon > 5
 
 
 def test_bad_arguments_are_named():
     good = np.zeros(4)
     with pytest.raises(ValueError, match=r'with_canary is \(1,\); it must be \(n,\)'):
-        audit.plain_bound(np.zeros(1), good, 0.1)
+        bounds.plain_bound(np.zeros(1), good, 0.1)
     with pytest.raises(ValueError, match=r'without\[2\] is nan; scores must be finite'):
-        audit.gaussian_bound(good, np.array([0, 1, np.nan, 2]), 0.1)
+        bounds.gaussian_bound(good, np.array([0, 1, np.nan, 2]), 0.1)
     with pytest.raises(ValueError, match=r'delta is 1.0; it must be in \[0, 1\)'):
-        audit.plain_bound(good, good, 1.0)
+        bounds.plain_bound(good, good, 1.0)
     with pytest.raises(ValueError, match=r'delta is 0.0; it must be in \(0, 1\)'):
-        audit.gaussian_bound(good, good, 0.0)
+        bounds.gaussian_bound(good, good, 0.0)
     with pytest.raises(ValueError, match='confidence is 1; it must be in'):
-        audit.plain_bound(good, good, 0.1, 1)
+        bounds.plain_bound(good, good, 0.1, 1)
     with pytest.raises(ValueError, match=r'noise_multipliers is \(2, 1\); it must be \(least, most\)'):
-        audit.family_bound(good, good, lambda sigma: None, (2, 1), 0.1)
+        bounds.family_bound(good, good, lambda sigma: None, (2, 1), 0.1)
     with pytest.raises(ValueError, match='successes is .*11.*; it must be in .*10'):
-        audit.clopper_pearson(11, 10, 0.9)
+        bounds.clopper_pearson(11, 10, 0.9)
 
 
 # --- The code under attack

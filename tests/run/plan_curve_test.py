@@ -7,7 +7,8 @@ import pytest
 
 from configs import mnist_28
 from dpp_jax.privacy import accounting
-from dpp_jax.stages import budget_curve, plan
+from dpp_jax.run import plan_curve
+from dpp_jax.stages import plan
 
 
 class NoModel:
@@ -24,7 +25,7 @@ def test_every_point_spends_the_budget(epsilon, share, monkeypatch):
     config = mnist_28.get_config(epsilon)
     config.query.epsilon_share = share
     made = plan.make(config, NoModel())
-    points = budget_curve.points(config, made)
+    points = plan_curve.points(config, made)
     assert len(points) > 2
     for share, query_sigma, sigma in points:
         asked = accounting.subsampled_gaussian(query_sigma, 0.1, 5)
@@ -33,5 +34,5 @@ def test_every_point_spends_the_budget(epsilon, share, monkeypatch):
         assert total == pytest.approx(float(epsilon), rel=2e-3)
         assert accounting.epsilon(asked, 1e-5) / total == pytest.approx(share, rel=2e-3)
     assert [p[2] for p in points] == sorted(p[2] for p in points)  # what the query takes, fine-tuning lacks
-    with Image.open(io.BytesIO(budget_curve.draw(config, made))) as picture:
+    with Image.open(io.BytesIO(plan_curve.draw(config, made))) as picture:
         assert picture.size[0] > 500

@@ -8,7 +8,8 @@ import pytest
 
 from configs import digits_8, mnist_28
 from dpp_jax import pipeline
-from dpp_jax.stages import plan, sizes, workdir
+from dpp_jax.run import folder, sizes
+from dpp_jax.stages import plan
 from dpp_jax.training import devices
 
 
@@ -87,7 +88,7 @@ def settle(root, noised_images, **changes):
     config = mnist_28.get_config('1')
     config.update_from_flattened_dict(changes)
     model = pipeline.make_model(config)
-    found = sizes.settle(config, model, workdir.WorkDir(root), noised_images)
+    found = sizes.settle(config, model, folder.WorkDir(root), noised_images)
     assert config.to_dict() == (mnist_28.get_config('1') if not changes else found).to_dict()
     return found.loop.images_at_once
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpp_jax.diffusion import loss as loss_lib
-from dpp_jax.training import parts as parts_lib
+from dpp_jax.diffusion import microbatch as parts_lib
 
 PyTree = Any
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpp_jax.privacy import poisson
-from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.run import folder as workdir_lib
 
 
 def record(root, config):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from dpp_jax.evaluation import metrics
+from dpp_jax.evaluation import fid
 
 
 @pytest.fixture(name='rng')
@@ -19,7 +19,7 @@ def random_gaussian(rng, dimension):
 
 def test_moments_are_numpys(rng):
     features = rng.standard_normal((50, 7)).astype(np.float32)
-    mean, covariance = metrics.moments(features)
+    mean, covariance = fid.moments(features)
     assert mean.dtype == covariance.dtype == np.float64
     np.testing.assert_allclose(mean, features.astype(np.float64).mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(covariance, np.cov(features.T.astype(np.float64)), atol=1e-13)
@@ -29,14 +29,14 @@ def test_moments_are_numpys(rng):
 def test_moments_of_batches_are_those_of_all(rng, sizes):
     features = rng.standard_normal((50, 7)) + 5
     batches = np.split(features, np.cumsum(sizes)[:-1])
-    mean, covariance = metrics.moments(iter(batches))
+    mean, covariance = fid.moments(iter(batches))
     np.testing.assert_allclose(mean, features.mean(axis=0), rtol=1e-13)
     np.testing.assert_allclose(covariance, np.cov(features.T), rtol=1e-10, atol=1e-12)
 
 
 def test_moments_survive_a_mean_far_above_the_spread(rng):
     spread = rng.standard_normal((200, 3))
-    _, covariance = metrics.moments(np.array_split(spread + 1e7, 9))
+    _, covariance = fid.moments(np.array_split(spread + 1e7, 9))
     np.testing.assert_allclose(covariance, np.cov(spread.T), atol=1e-6)
 
 
@@ -53,14 +53,14 @@ def test_moments_survive_a_mean_far_above_the_spread(rng):
 )
 def test_moments_refuse(features, message):
     with pytest.raises(ValueError, match=message):
-        metrics.moments(features)
+        fid.moments(features)
 
 
 def test_distance_of_diagonal_gaussians_is_the_closed_form(rng):
     mean_1, mean_2 = rng.standard_normal((2, 6))
     std_1, std_2 = rng.uniform(0.1, 3, (2, 6))
     expected = np.sum((mean_1 - mean_2) ** 2) + np.sum((std_1 - std_2) ** 2)
-    result = metrics.frechet_distance(mean_1, np.diag(std_1**2), mean_2, np.diag(std_2**2))
+    result = fid.frechet_distance(mean_1, np.diag(std_1**2), mean_2, np.diag(std_2**2))
     assert isinstance(result, float)
     assert result == pytest.approx(expected, rel=1e-12)
 
@@ -71,22 +71,22 @@ def test_distance_agrees_with_scipys_matrix_root(rng, dimension):
     mean_2, cov_2 = random_gaussian(rng, dimension)
     root = scipy.linalg.sqrtm(cov_1 @ cov_2)
     expected = np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1 + cov_2) - 2 * np.trace(root).real
-    result = metrics.frechet_distance(mean_1, cov_1, mean_2, cov_2)
+    result = fid.frechet_distance(mean_1, cov_1, mean_2, cov_2)
     assert result == pytest.approx(expected, rel=1e-9)
-    assert metrics.frechet_distance(mean_2, cov_2, mean_1, cov_1) == pytest.approx(result, rel=1e-9)
+    assert fid.frechet_distance(mean_2, cov_2, mean_1, cov_1) == pytest.approx(result, rel=1e-9)
 
 
 @pytest.mark.parametrize('samples', [5, 500])
 def test_distance_of_equal_gaussians_is_zero(rng, samples):
     # Five samples of 64 features: a covariance of rank four, where a naive matrix root fails.
-    mean, covariance = metrics.moments(100 * rng.standard_normal((samples, 64)))
-    distance = metrics.frechet_distance(mean, covariance, mean, covariance)
+    mean, covariance = fid.moments(100 * rng.standard_normal((samples, 64)))
+    distance = fid.frechet_distance(mean, covariance, mean, covariance)
     assert 0 <= distance < 1e-6
 
 
 def test_distance_of_singular_gaussians_with_no_common_direction():
     cov_1, cov_2 = np.diag([4.0, 0.0]), np.diag([0.0, 9.0])
-    assert metrics.frechet_distance(np.zeros(2), cov_1, np.zeros(2), cov_2) == pytest.approx(13)
+    assert fid.frechet_distance(np.zeros(2), cov_1, np.zeros(2), cov_2) == pytest.approx(13)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_distance_of_singular_gaussians_with_no_common_direction():
 )
 def test_distance_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        metrics.frechet_distance(*arguments)
+        fid.frechet_distance(*arguments)
 
 
 def test_label_accuracy():
-    assert metrics.label_accuracy(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 4])) == 0.75
+    assert fid.label_accuracy(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 4])) == 0.75
     with pytest.raises(ValueError, match=r'shape \(2,\).*shape \(3,\)'):
-        metrics.label_accuracy(np.zeros(2), np.zeros(3))
+        fid.label_accuracy(np.zeros(2), np.zeros(3))
     with pytest.raises(ValueError, match='at least 1'):
-        metrics.label_accuracy(np.zeros(0), np.zeros(0))
+        fid.label_accuracy(np.zeros(0), np.zeros(0))

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax.diffusion import microbatch as parts_lib
+from dpp_jax.diffusion import model as model_lib
 from dpp_jax.privacy.mechanism import clipped_gradient_sum
-from dpp_jax.stages import workdir as workdir_lib
-from dpp_jax.training import devices, parts
-from dpp_jax.training import model as model_lib
+from dpp_jax.run import folder as workdir_lib
+from dpp_jax.training import devices
 from dpp_jax.training.state import FlatParams
 
 # Activations of one layer at full size that stay in a CPU core's cache between two layers: with more, the
@@ -61,7 +62,7 @@ def choose(config: ConfigDict) -> Sizes:
     images = config.loop.images_at_once or _by_rule(config)
     draws = config.finetune.draws
     microbatch = config.finetune.microbatch or max(1, images // draws)
-    return Sizes(images, microbatch, draws // parts.count(draws, max(1, images // microbatch)))
+    return Sizes(images, microbatch, draws // parts_lib.count(draws, max(1, images // microbatch)))
 
 
 def settle(

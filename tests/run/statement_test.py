@@ -4,8 +4,8 @@ from decimal import Decimal
 import json
 
 from dpp_jax.privacy.ledger import Entry
-from dpp_jax.stages import statement
-from dpp_jax.stages import workdir as workdir_lib
+from dpp_jax.run import folder as workdir_lib
+from dpp_jax.run import statement
 
 
 def entries(count=3, sigma=2.0, randomness='abc'):

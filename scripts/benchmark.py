@@ -159,7 +159,7 @@ def contenders(config, model, sizes, count: int) -> list[timing.Contender]:
 def capacity(config, sizes) -> int:
     """Rows of a padded batch of the config, as the stage would have them."""
     data, batch_size = config.data, config.finetune.batch_size
-    sampler = poisson.PoissonSampler(data.train_images, batch_size / data.train_images, key=0)
+    sampler = poisson.PoissonSampler(size=data.train_images, probability=batch_size / data.train_images, key=0)
     return sampler.capacity(sizes.microbatch * devices.count())
 
 

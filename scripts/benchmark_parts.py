@@ -263,7 +263,7 @@ class TrainingLoop:
         settings, at_once = config.finetune, sizes_lib.choose(config)
         count = _private_images(config)
         self.images, self.labels = random_images(config, count)
-        self.sampler = poisson.PoissonSampler(count, batch / count, key=1)
+        self.sampler = poisson.PoissonSampler(size=count, probability=batch / count, key=1)
         self.microbatch = at_once.microbatch
         self.capacity = self.sampler.capacity(self.microbatch * devices.count())
         self.mechanism = GaussianMechanism('dp_sgd', 1.0, batch / count, settings.clip_norm, 'benchmark')

@@ -42,7 +42,7 @@ def errors(config, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     ask = jax.jit(central._make_query(config, mechanism, len(images) * query.sampling_probability))
     results = []
     for key in range(KEYS):
-        sampler = poisson.PoissonSampler(len(images), query.sampling_probability, key)
+        sampler = poisson.PoissonSampler(size=len(images), probability=query.sampling_probability, key=key)
         indices, mask = poisson.pad(sampler.indices(0), sampler.capacity(1))
         noisy = ask(images[indices], labels[indices], mask, jax.random.key(key))
         results.append(np.mean((np.clip(noisy, 0, 1) - truth) ** 2))

@@ -26,7 +26,7 @@ from dp_accounting.pld import PLDAccountant
 import numpy as np
 from scipy import optimize, stats
 
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import accounting, checks
 
 # Candidates for the threshold: so many quantiles of the scores that choose.
 _QUANTILES = 500
@@ -76,10 +76,10 @@ def clopper_pearson(
         ValueError: an argument is out of range.
     """
     successes = np.asarray(successes)
-    _require('trials', trials, isinstance(trials, numbers.Integral) and trials >= 1, 'at least 1')
+    checks.require('trials', trials, isinstance(trials, numbers.Integral) and trials >= 1, 'at least 1')
     is_good = bool(np.all((successes >= 0) & (successes <= trials)))
-    _require('successes', successes, is_good, f'in [0, trials] = [0, {trials}]')
-    _require('confidence', confidence, 0 < confidence < 1, 'in (0, 1)')
+    checks.require('successes', successes, is_good, f'in [0, trials] = [0, {trials}]')
+    checks.require('confidence', confidence, 0 < confidence < 1, 'in (0, 1)')
     tail = (1 - confidence) / 2
     failures = trials - successes
     # The beta distribution is not defined where an end is that of the unit interval.
@@ -101,8 +101,8 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
     Raises:
         ValueError: an argument is out of range.
     """
-    _require('epsilon', epsilon, math.isfinite(epsilon) and epsilon >= 0, 'finite and >= 0')
-    _require('mu', mu, math.isfinite(mu) and mu > 0, 'finite and > 0')
+    checks.require('epsilon', epsilon, math.isfinite(epsilon) and epsilon >= 0, 'finite and >= 0')
+    checks.require('mu', mu, math.isfinite(mu) and mu > 0, 'finite and > 0')
     second = math.exp(epsilon + stats.norm.logcdf(-epsilon / mu - mu / 2))
     return float(stats.norm.cdf(-epsilon / mu + mu / 2) - second)
 
@@ -117,8 +117,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     Raises:
         ValueError: an argument is out of range.
     """
-    _require('mu', mu, math.isfinite(mu), 'finite')
-    _require('delta', delta, 0 < delta < 1, 'in (0, 1)')
+    checks.require('mu', mu, math.isfinite(mu), 'finite')
+    checks.require('delta', delta, 0 < delta < 1, 'in (0, 1)')
     if mu <= 0 or gaussian_delta(0, mu) <= delta:
         return 0.0
     # The first term alone is δ here, so the root is below.
@@ -145,7 +145,7 @@ def plain_bound(
     Raises:
         ValueError: an argument is out of range, or a score is not a finite number.
     """
-    _require('delta', delta, 0 <= delta < 1, 'in [0, 1)')
+    checks.require('delta', delta, 0 <= delta < 1, 'in [0, 1)')
 
     def bounds(inside_with, with_trials, inside_without, without_trials, confidence):
         low_with, high_with = clopper_pearson(inside_with, with_trials, confidence)
@@ -180,7 +180,7 @@ def gaussian_bound(
 
     Arguments as for `plain_bound`, with δ in (0, 1).
     """
-    _require('delta', delta, 0 < delta < 1, 'in (0, 1)')
+    checks.require('delta', delta, 0 < delta < 1, 'in (0, 1)')
 
     measured = _measure(with_canary, without, _distances, confidence)
     return dataclasses.replace(measured, epsilon=gaussian_epsilon(measured.epsilon, delta))
@@ -220,8 +220,8 @@ def family_bound(
     """
     least, most = noise_multipliers
     is_good = bool(0 < least < most < math.inf)
-    _require('noise_multipliers', noise_multipliers, is_good, '(least, most), 0 < least < most')
-    _require('delta', delta, 0 < delta < 1, 'in (0, 1)')
+    checks.require('noise_multipliers', noise_multipliers, is_good, '(least, most), 0 < least < most')
+    checks.require('delta', delta, 0 < delta < 1, 'in (0, 1)')
     measured = _measure(with_canary, without, _distances, confidence)
     trials = [np.size(scores) - np.size(scores) // 2 for scores in (with_canary, without)]
     said = [
@@ -272,7 +272,7 @@ def _measure(with_canary, without, bounds, confidence) -> Bound:
     `bounds` takes counts inside events and trials, with and without the canary, and a confidence; it
     returns a row for each direction. The result's `epsilon` is its value, or 0 if that is less.
     """
-    _require('confidence', confidence, 0 < confidence < 1, 'in (0, 1)')
+    checks.require('confidence', confidence, 0 < confidence < 1, 'in (0, 1)')
     choosing, measuring = zip(_halves('with_canary', with_canary), _halves('without', without), strict=True)
     thresholds = np.unique(
         np.quantile(np.concatenate(choosing), np.linspace(0, 1, _QUANTILES + 1), method='inverted_cdf')
@@ -302,15 +302,9 @@ def _measure(with_canary, without, bounds, confidence) -> Bound:
 def _halves(name: str, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First and second half as float64, checked."""
     scores = np.asarray(scores, np.float64)
-    _require(name, scores.shape, scores.ndim == 1 and scores.size >= 2, '(n,) with n >= 2')
+    checks.require(name, scores.shape, scores.ndim == 1 and scores.size >= 2, '(n,) with n >= 2')
     finite = np.isfinite(scores)
     if not finite.all():
         first = int(np.argmin(finite))
         raise ValueError(f'{name}[{first}] is {scores[first]}; scores must be finite')
     return scores[: scores.size // 2], scores[scores.size // 2 :]
-
-
-def _require(name: str, value: object, is_good: bool, allowed: str) -> None:
-    """Raise a ValueError with name, value and range."""
-    if not is_good:
-        raise ValueError(f'{name} is {value!r}; it must be {allowed}')

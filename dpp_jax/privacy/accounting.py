@@ -8,12 +8,13 @@ if one has exactly one example more (add or remove one).
 from collections.abc import Callable, Iterable
 import decimal
 import math
-import numbers
 
 import dp_accounting
 from dp_accounting import DpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+
+from dpp_jax.privacy import checks
 
 # Orders of the Rényi divergence. Every order gives a valid bound and the least bound is taken: the
 # choice decides how tight ε is, never whether it holds.
@@ -28,6 +29,12 @@ RDP_ORDERS = (
     *(float(order) for order in range(11, 64)),
     *(128.0, 256.0, 512.0, 1024.0),
 )
+# Name → a function of the neighboring relation. 'rdp': Rényi divergences, as the paper; 'pld': privacy loss
+# distributions, rounded towards more loss; tighter and slower.
+ACCOUNTANTS = {
+    'rdp': lambda relation: RdpAccountant(RDP_ORDERS, relation),
+    'pld': PLDAccountant,
+}
 # Relative accuracy of a calibrated noise multiplier, and where the search for it ends.
 _TOLERANCE = 1e-4
 _LEAST_NOISE = 2.0**-7
@@ -58,15 +65,16 @@ def subsampled_gaussian(noise_multiplier: float, sampling_probability: float, co
     Raises:
         ValueError: an argument is out of range. σ = 0 is refused: it gives no guarantee.
     """
-    _require('noise_multiplier', noise_multiplier, _is_positive(noise_multiplier), 'finite and > 0')
-    _require(
+    checks.require(
+        'noise_multiplier', noise_multiplier, checks.is_positive(noise_multiplier), 'finite and > 0'
+    )
+    checks.require(
         'sampling_probability',
         sampling_probability,
-        _is_positive(sampling_probability) and sampling_probability <= 1,
+        checks.is_positive(sampling_probability) and sampling_probability <= 1,
         'in (0, 1]',
     )
-    is_count = isinstance(count, numbers.Integral) and not isinstance(count, bool) and count >= 1
-    _require('count', count, is_count, 'a whole number, at least 1')
+    checks.require('count', count, checks.is_whole(count, 1), 'a whole number, at least 1')
     event = dp_accounting.GaussianDpEvent(float(noise_multiplier))
     if sampling_probability < 1:
         event = dp_accounting.PoissonSampledDpEvent(float(sampling_probability), event)
@@ -84,8 +92,7 @@ def epsilon(event: DpEvent, delta: float, accountant: str = 'rdp') -> float:
     Args:
         event: from `subsampled_gaussian` or `compose`.
         delta: δ in (0, 1).
-        accountant: 'rdp' (Rényi divergences at `RDP_ORDERS`, as the paper) or 'pld' (privacy loss
-            distributions, rounded towards more loss; tighter and slower).
+        accountant: a name in `ACCOUNTANTS`.
 
     Raises:
         ValueError: `delta` or `accountant` is out of range.
@@ -139,7 +146,7 @@ def calibrate(
         make_event: everything that a run will do, given the σ that is free. ε must not rise with σ.
         epsilon: the budget ε, finite and > 0.
         delta: δ in (0, 1).
-        accountant: 'rdp' or 'pld'.
+        accountant: a name in `ACCOUNTANTS`.
 
     Returns:
         σ, at most 1e-4 (relative) above the least one. ε(make_event(σ)) by the same accountant was
@@ -150,7 +157,7 @@ def calibrate(
             it alone.
         ValueError: an argument is out of range.
     """
-    _require('epsilon', epsilon, _is_positive(epsilon), 'finite and > 0')
+    checks.require('epsilon', epsilon, checks.is_positive(epsilon), 'finite and > 0')
     _check(delta, accountant)
 
     def spent(sigma: float) -> float:
@@ -207,11 +214,8 @@ def _bracket(
 
 
 def _make_accountant(name: str) -> dp_accounting.PrivacyAccountant:
-    """An empty accountant for add or remove one."""
-    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    if name == 'rdp':
-        return RdpAccountant(RDP_ORDERS, relation)
-    return PLDAccountant(relation)
+    """Make an empty accountant for add or remove one."""
+    return ACCOUNTANTS[name](dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
 
 
 def _spent(event: DpEvent, delta: float, accountant: str) -> float:
@@ -219,17 +223,7 @@ def _spent(event: DpEvent, delta: float, accountant: str) -> float:
     return float(_make_accountant(accountant).compose(event).get_epsilon(delta))
 
 
-def _is_positive(value: float) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value) and value > 0
-
-
 def _check(delta: float, accountant: str) -> None:
     """Raise unless both are in range."""
-    _require('delta', delta, _is_positive(delta) and delta < 1, 'in (0, 1)')
-    _require('accountant', accountant, accountant in ('rdp', 'pld'), "'rdp' or 'pld'")
-
-
-def _require(name: str, value: object, is_good: bool, allowed: str) -> None:
-    """Raise a ValueError with name, value and range."""
-    if not is_good:
-        raise ValueError(f'{name} is {value!r}; it must be {allowed}')
+    checks.require('delta', delta, checks.is_positive(delta) and delta < 1, 'in (0, 1)')
+    checks.require('accountant', accountant, accountant in ACCOUNTANTS, ' or '.join(map(repr, ACCOUNTANTS)))

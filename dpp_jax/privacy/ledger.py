@@ -18,18 +18,14 @@ found by who knows how many there must be: a checkpoint after n steps needs n en
 accidents and clumsiness; a forger can compute them too.
 """
 
-from collections import Counter
-from collections.abc import Iterable
 import dataclasses
 import hashlib
 import json
 import logging
 import numbers
-import os
 from pathlib import Path
 
-from dp_accounting import DpEvent
-
+from dpp_jax import files
 from dpp_jax.privacy import accounting
 
 _logger = logging.getLogger(__name__)
@@ -74,12 +70,8 @@ class Entry:
             raise ValueError(f'index is {self.index}; it must be at least 0')
         if not 0 < self.sensitivity < float('inf'):
             raise ValueError(f'sensitivity is {self.sensitivity}; it must be finite and > 0')
-        _ = self.event  # checks σ and q
-
-    @property
-    def event(self) -> DpEvent:
-        """What dp_accounting needs to know of this release."""
-        return accounting.subsampled_gaussian(self.noise_multiplier, self.sampling_probability, 1)
+        # Its own checks of σ and q.
+        accounting.subsampled_gaussian(self.noise_multiplier, self.sampling_probability, 1)
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -91,32 +83,28 @@ class Ledger:
     """The ledger in one file: read once when opened, then kept in memory and on the disk alike."""
 
     def __init__(self, path: str | Path, *, read_only: bool = False):
-        """Open the ledger, or create it with its folder, so that a bad place fails at once.
+        """Open the ledger; the first entry makes the file and its folder.
 
         A last line that a crash cut short is removed: its `append` never returned, so its release
         was never used. A last entry that lacks only its line end is kept.
 
         Args:
             path: of the file.
-            read_only: change and create nothing; `append` is refused. A file that is not there is an
-                empty ledger, and an unfinished last line is not looked at: another process may be
-                writing it.
+            read_only: change nothing; `append` is refused. An unfinished last line is not looked at:
+                another process may be writing it.
 
         Raises:
             ValueError: any other line cannot be read, or was changed since it was written; the
                 message names file and line number.
-            OSError: the file cannot be read or created.
+            OSError: the file cannot be read.
         """
         self.path = Path(path)
         self._entries: dict[tuple[str, int, str], Entry] = {}
         self._hash = ''
+        self._size = 0
         self._read_only = read_only
         if not self.path.exists():
-            if read_only:
-                return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            sync_folder(self.path.parent)
+            return
         content = self.path.read_bytes()
         self._size = len(content)
         *lines, tail = content.split(b'\n')
@@ -155,14 +143,6 @@ class Ledger:
     def count(self, mechanism: str) -> int:
         """How many releases of `mechanism` there were."""
         return sum(entry.mechanism == mechanism for entry in self._entries.values())
-
-    def event(self) -> DpEvent:
-        """Everything that ran, composed."""
-        return composition(self._entries.values())
-
-    def epsilon(self, delta: float, accountant: str = 'rdp') -> float:
-        """ε of everything that ran, at δ (see `accounting.epsilon`)."""
-        return accounting.epsilon(self.event(), delta, accountant)
 
     def _is_new(self, entry: Entry) -> bool:
         """Whether the release is not recorded yet; raises if it is, with other parameters."""
@@ -206,40 +186,17 @@ class Ledger:
             if _is_object(tail):
                 raise
             _logger.warning('Removed %d bytes of an unfinished entry from %s', len(tail), self.path)
-            with open(self.path, 'r+b') as file:
-                file.truncate(self._size - len(tail))
-                os.fsync(file.fileno())
             self._size -= len(tail)
+            files.truncate(self.path, self._size)
         else:
             self._write(b'\n')
 
     def _write(self, data: bytes) -> None:
         """Append to the file and wait for the disk; all of `data` or nothing."""
-        with open(self.path, 'r+b', buffering=0) as file:
-            if file.seek(0, os.SEEK_END) != self._size:
-                raise OSError(
-                    f'{self.path} has {file.tell()} bytes, this process knows {self._size}; '
-                    'another process changed it. Only one may run in a work directory'
-                )
-            try:
-                if file.write(data) != len(data):
-                    raise OSError(f'{self.path}: the disk took only a part of an entry')
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(self._size)
-                raise
+        if not self._size and not self.path.exists():
+            files.create(self.path)
+        files.append(self.path, data, self._size)
         self._size += len(data)
-
-
-def composition(entries: Iterable[Entry]) -> DpEvent:
-    """What dp_accounting needs to know of all these releases together.
-
-    Equal (σ, q) are counted first: thousands of steps stay one event.
-    """
-    counts = Counter((e.noise_multiplier, e.sampling_probability) for e in entries)
-    return accounting.compose(
-        accounting.subsampled_gaussian(sigma, q, count) for (sigma, q), count in counts.items()
-    )
 
 
 def _hash(previous: str, entry: Entry) -> str:
@@ -254,12 +211,3 @@ def _is_object(text: bytes) -> bool:
         return isinstance(json.loads(text), dict)
     except ValueError:
         return False
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a new file's name is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

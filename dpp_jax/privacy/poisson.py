@@ -5,15 +5,18 @@ of whatever size results. Batches are therefore padded to a fixed shape (so that
 and never truncated, and a step with an empty batch is a step like any other.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 
 import numpy as np
 
+from dpp_jax.privacy import checks
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PoissonSampler:
-    """Poisson batches of `size` examples, a function of the batch's index alone.
+    """Poisson batches of `size` examples; each is a function of its index alone.
 
     Attributes:
         size: number N of private examples, > 0.
@@ -27,11 +30,9 @@ class PoissonSampler:
     key: int = dataclasses.field(repr=False)
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f'size is {self.size}; sampling needs at least 1 example')
-        if not 0 < self.probability <= 1:
-            raise ValueError(f'probability is {self.probability}; it must be in (0, 1]')
-        if not 0 <= self.key < 2**128:
+        checks.require('size', self.size, self.size >= 1, 'at least 1')
+        checks.require('probability', self.probability, 0 < self.probability <= 1, 'in (0, 1]')
+        if not 0 <= self.key < 2**128:  # its value must not be printed
             raise ValueError('key must be an integer of 128 bits')
 
     @property
@@ -40,7 +41,7 @@ class PoissonSampler:
         return self.probability * self.size
 
     def indices(self, batch: int) -> np.ndarray:
-        """The examples in batch number `batch`: sorted, distinct int64, shape (n,), n >= 0.
+        """Draw the examples in batch number `batch`: sorted, distinct int64, shape (n,), n >= 0.
 
         Philox is a counter-based generator, so any batch can be drawn again without its
         predecessors: a run resumed after a crash uses the same batches. Its 53-bit uniforms
@@ -50,7 +51,7 @@ class PoissonSampler:
         return np.flatnonzero(generator.random(self.size) < self.probability)
 
     def capacity(self, multiple: int) -> int:
-        """A padded batch size, divisible by `multiple`, that a batch exceeds with p < 1e-12.
+        """Return a padded batch size, divisible by `multiple`, that a batch exceeds with p < 1e-12.
 
         Bernstein's inequality: P(n >= qN + t) <= exp(-t² / (2 (qN(1-q) + t/3))). A batch that
         is larger all the same is padded to a larger shape: it costs a compilation, not privacy.
@@ -62,12 +63,25 @@ class PoissonSampler:
         return math.ceil(size / multiple) * multiple
 
 
-def pad(indices: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices padded with zeros, and the mask of the real ones, both of shape (m,).
+def fetch(
+    arrays: Mapping[str, np.ndarray], indices: np.ndarray, capacity: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Fetch the rows of a batch, padded to a fixed shape with zeros: a padding row holds nobody's data.
 
-    m is the smallest multiple of `capacity` that holds all indices, at least `capacity`.
+    Args:
+        arrays: name → (N, ...), one row per private example.
+        indices: (n,), who is in the batch.
+        capacity: rows to pad to.
+
+    Returns:
+        name → (m, ...), the rows and then zeros, and the mask (m,) of the rows. m is the smallest
+        multiple of `capacity` that holds all rows, at least `capacity`.
     """
-    size = capacity * max(1, math.ceil(len(indices) / capacity))
-    padded = np.zeros(size, np.int64)
-    padded[: len(indices)] = indices
-    return padded, np.arange(size) < len(indices)
+    count = len(indices)
+    size = capacity * max(1, math.ceil(count / capacity))
+    padded = {}
+    for name, array in arrays.items():
+        rows = np.zeros((size, *array.shape[1:]), array.dtype)
+        rows[:count] = array[indices]
+        padded[name] = rows
+    return padded, np.arange(size) < count

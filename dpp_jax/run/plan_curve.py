@@ -1,14 +1,14 @@
 """What a larger share of ε for the query costs fine-tuning, as a picture."""
 
 from collections.abc import Callable
+import dataclasses
 import io
 import math
 
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 
 from dpp_jax.privacy import accounting
-from dpp_jax.stages.plan import Plan
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget
 
 # Noise of the query, relative to the plan's: some of it beyond every budget, which is left out.
 _FACTORS = (4, 2, 1, 1 / 2, 1 / 4)
@@ -16,40 +16,42 @@ _LARGEST_SHARE = 0.9
 _TOLERANCE = 1e-3  # relative, of ε: less than the width of a line
 
 
-def points(config: ConfigDict, plan: Plan) -> list[tuple[float, float, float]]:
-    """(share of ε that the queries spend alone, their σ, σ of fine-tuning), the least share first.
+def points(budget: Budget) -> list[tuple[float, float, float]]:
+    """Compute (share of ε that the queries spend alone, their σ, σ of fine-tuning), the least share first.
 
     The query's noise is what is chosen, so that only fine-tuning's is searched for, from the plan's
     outwards. The plan is one of the points; the others are right to 0.1 % of ε: for the eye.
     """
-    dp, query = config.dp, config.query
+    query, dp_sgd = budget.of(CENTRAL_QUERY), budget.of(DP_SGD)
 
-    def spent(*events) -> float:
-        return accounting.epsilon(accounting.compose(events), dp.delta, dp.accountant)
+    def share(*events) -> float:
+        spent = accounting.epsilon(accounting.compose(events), budget.delta, budget.accountant)
+        return spent / budget.epsilon
 
-    def queries(sigma: float):
-        return accounting.subsampled_gaussian(sigma, query.sampling_probability, query.queries)
+    def event(releases, sigma: float):
+        mechanism = dataclasses.replace(releases.mechanism, noise_multiplier=sigma)
+        return dataclasses.replace(releases, mechanism=mechanism).event
 
-    def steps(sigma: float):
-        return accounting.subsampled_gaussian(sigma, plan.sampling_probability, plan.steps)
+    def noise_beside(asked, start: float) -> float:
+        return _search(lambda sigma: share(asked, event(dp_sgd, sigma)), start)
 
     own = _FACTORS.index(1)
-    found = [(plan.epsilon_query / dp.epsilon, plan.query_noise_multiplier, plan.noise_multiplier)]
+    own_noise = query.mechanism.noise_multiplier
+    found = [(share(query.event), own_noise, dp_sgd.mechanism.noise_multiplier)]
     for factors in (reversed(_FACTORS[:own]), _FACTORS[own + 1 :]):
-        start = plan.noise_multiplier
+        sigma = dp_sgd.mechanism.noise_multiplier
         for factor in factors:
-            query_sigma = factor * plan.query_noise_multiplier
-            asked = queries(query_sigma)
-            share = spent(asked) / dp.epsilon
-            if share > _LARGEST_SHARE:
+            asked = event(query, factor * own_noise)
+            own_share = share(asked)
+            if own_share > _LARGEST_SHARE:
                 break
-            start = _search(lambda sigma: spent(asked, steps(sigma)) / dp.epsilon, start)
-            found.append((share, query_sigma, start))
+            sigma = noise_beside(asked, sigma)
+            found.append((own_share, factor * own_noise, sigma))
     return sorted(found)
 
 
 def _search(relative: Callable[[float], float], sigma: float) -> float:
-    """σ at which `relative` (ε / budget, falling in σ) is 1, found by secants from a σ near it.
+    """Find the σ at which `relative` (ε / budget, falling in σ) is 1, by secants from a σ near it.
 
     Between logarithms of σ and of ε the curve is nearly a line. A step is at most a factor of two:
     distributions of privacy losses take memory in proportion to ε.
@@ -66,21 +68,23 @@ def _search(relative: Callable[[float], float], sigma: float) -> float:
     return math.exp(x)
 
 
-def draw(config: ConfigDict, plan: Plan) -> bytes:
-    """PNG: the noise multiplier of fine-tuning against the share of ε that the query may spend."""
+def draw(budget: Budget, title: str) -> bytes:
+    """Draw the noise multiplier of fine-tuning against the query's share of ε, as a PNG file."""
     noise, exact = accounting.format_noise, accounting.format_exact
-    curve = points(config, plan)
+    curve = points(budget)
+    query_noise = budget.of(CENTRAL_QUERY).mechanism.noise_multiplier
+    own_noise = budget.of(DP_SGD).mechanism.noise_multiplier
     shares, _, sigmas = zip(*curve)
     figure = Figure(figsize=(7, 4.2), dpi=120, layout='constrained')
     axes = figure.add_subplot()
     axes.plot(shares, sigmas, color='#1f6f8b', marker='o', markersize=4)
-    chosen = plan.epsilon_query / plan.epsilon_budget
-    axes.plot(chosen, plan.noise_multiplier, 'o', color='#c8553d', markersize=9)
+    chosen = budget.spent(CENTRAL_QUERY) / budget.epsilon
+    axes.plot(chosen, own_noise, 'o', color='#c8553d', markersize=9)
     axes.annotate(
-        f'this config: query σ = {noise(plan.query_noise_multiplier)}, '
+        f'this config: query σ = {noise(query_noise)}, '
         f'{accounting.format_epsilon(100 * chosen, 1)} % of ε\n'
-        f'fine-tuning σ = {noise(plan.noise_multiplier)}',
-        (chosen, plan.noise_multiplier),
+        f'fine-tuning σ = {noise(own_noise)}',
+        (chosen, own_noise),
         xytext=(0.04, 0.82),
         textcoords='axes fraction',
         color='#c8553d',
@@ -103,8 +107,7 @@ def draw(config: ConfigDict, plan: Plan) -> bytes:
     axes.set_xlabel("share of ε that the query's releases spend alone")
     axes.set_ylabel('noise multiplier σ of fine-tuning')
     axes.set_title(
-        f'{config.name}: ε = {exact(plan.epsilon_budget)}, δ = {exact(plan.delta)} '
-        f'({plan.accountant.upper()})',
+        f'{title}: ε = {exact(budget.epsilon)}, δ = {exact(budget.delta)} ({budget.accountant.upper()})',
         loc='left',
     )
     axes.xaxis.set_major_formatter(lambda value, _: f'{100 * value:g} %')

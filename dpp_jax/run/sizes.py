@@ -1,7 +1,7 @@
 """How many noised images pass through the network at once, and what follows from it.
 
 What is best depends on caches and cores. A rule gives a good guess; before a training that takes long, its
-neighbours are tried on random images (`settle`). Another choice changes rounding only, so a work directory
+neighbors are tried on random images (`settle`). Another choice changes rounding only, so a work directory
 keeps the one that it began with.
 """
 
@@ -12,16 +12,17 @@ import json
 import math
 from pathlib import Path
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax import files
 from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.diffusion import model as model_lib
-from dpp_jax.privacy.mechanism import clipped_gradient_sum
-from dpp_jax.run import folder as workdir_lib
+from dpp_jax.diffusion.model import Model
+from dpp_jax.privacy.clipping import clipped_gradient_sum
 from dpp_jax.training import devices
 from dpp_jax.training.state import FlatParams
 
@@ -42,7 +43,7 @@ _WORTH = 1.03
 _TURNS = 4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
     """What is in work at once on one device. Another choice changes rounding only.
 
@@ -57,64 +58,66 @@ class Sizes:
     draws: int
 
 
-def choose(config: ConfigDict) -> Sizes:
-    """The sizes that the config sets, and for others what suits the device by a rule."""
-    images = config.loop.images_at_once or _by_rule(config)
-    draws = config.finetune.draws
-    microbatch = config.finetune.microbatch or max(1, images // draws)
-    return Sizes(images, microbatch, draws // parts_lib.count(draws, max(1, images // microbatch)))
-
-
-def settle(
-    config: ConfigDict,
-    model: model_lib.Model,
-    workdir: workdir_lib.WorkDir,
-    noised_images: int,
-) -> ConfigDict:
-    """`config` with its `loop.images_at_once` set, for good as far as this folder and device go.
+def choose(
+    model: Model, *, draws: int, images_at_once: int | None = None, microbatch: int | None = None
+) -> Sizes:
+    """Choose the sizes: those that are set, and for others what suits the device by a rule.
 
     Args:
-        config: as the user gave it. What it sets is kept.
-        model: the config's.
-        workdir: remembers the choice in private/.
+        model: whose activations have to fit.
+        draws: K, noise draws of a private image in fine-tuning.
+        images_at_once: as set by the user; None: by the rule.
+        microbatch: likewise.
+    """
+    images = images_at_once or _by_rule(model)
+    microbatch = microbatch or max(1, images // draws)
+    parts = parts_lib.count(draws, max(1, images // microbatch))
+    return Sizes(images=images, microbatch=microbatch, draws=draws // parts)
+
+
+def settle(path: Path, model: Model, noised_images: int, **trial: Any) -> int:
+    """Choose how many noised images are in work at once, for good as far as this folder and device go.
+
+    Args:
+        path: file in private/ that remembers the choice.
+        model: of the run.
         noised_images: of both trainings. A long training is worth a measurement, which the user's
             cache folder keeps for other runs of this network on this kind of device.
+        **trial: keyword arguments of `measured`.
     """
-    if config.loop.images_at_once:
-        return config
-    path = workdir.private / 'images_at_once.json'
     known = _read(path)
     if devices.kind() not in known:
         operations = _OPERATIONS * model_lib.size(model.shapes()) * np.prod(model.image_shape[:2])
         longest = _LONG.get(jax.default_backend(), _LONG_ON_ACCELERATORS)
         is_long = noised_images / devices.count() * operations > longest
-        known[devices.kind()] = measured(config, model) if is_long else _by_rule(config)
-        workdir_lib.write_json(path, known)
-    return _with_images(config, known[devices.kind()])
+        known[devices.kind()] = measured(model, **trial) if is_long else _by_rule(model)
+        files.write_json(path, known)
+    return known[devices.kind()]
 
 
-def measured(config: ConfigDict, model: model_lib.Model) -> int:
-    """The fastest number of noised images at once for the sum of clipped gradients, near the rule's."""
+def measured(model: Model, *, draws: int, microbatch: int | None, label_dropout: float) -> int:
+    """Measure the fastest number of noised images for the sum of clipped gradients, near the rule's."""
     path = devices.cache_folder() / 'images_at_once.json'
-    name = hashlib.sha256(
-        repr((devices.kind(), model.network, model.image_shape, config.model.denoiser,
-              config.finetune.draws, config.finetune.microbatch)).encode()
-    ).hexdigest()  # fmt: skip
+    described = repr((devices.kind(), model.network, model.image_shape, draws, microbatch))
+    name = hashlib.sha256(described.encode()).hexdigest()
     known = _read(path)
     if name not in known:
         print('Trying how many noised images at once are fastest on this device ...', flush=True)
-        rule = _by_rule(config)
-        tried = {images: _trial(config, model, images) for images in {int(f * rule) for f in _FACTORS}}
+        rule = _by_rule(model)
+        tried = {}
+        for images in {int(factor * rule) for factor in _FACTORS}:
+            sizes = choose(model, draws=draws, images_at_once=images, microbatch=microbatch)
+            tried[images] = _trial(model, sizes, draws=draws, label_dropout=label_dropout)
         known[name] = fastest({n: call for n, call in tried.items() if call}, rule)
         try:
-            workdir_lib.write_json(path, known)
+            files.write_json(path, known)
         except OSError:
             pass  # measured again next time
     return known[name]
 
 
 def fastest(calls: dict[int, Callable[[], int]], preferred: int) -> int:
-    """The number whose call, which returns how many images it did, is fastest; all take turns.
+    """Return the number whose call, which returns how many images it did, is fastest; all take turns.
 
     `preferred` stays unless another is clearly faster: rates on a busy machine scatter.
     """
@@ -131,14 +134,10 @@ def fastest(calls: dict[int, Callable[[], int]], preferred: int) -> int:
     return best if is_better else preferred
 
 
-def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[[], int] | None:
-    """Two microbatches of fine-tuning with so many noised images at once; None if memory is too small."""
-    at_once = choose(_with_images(config, images))
-    settings = config.finetune
-    loss = model.example_loss(
-        draws=settings.draws, label_dropout=settings.label_dropout, draws_at_once=at_once.draws
-    )
-    n = 2 * at_once.microbatch  # on each device: they share caches and memory
+def _trial(model: Model, sizes: Sizes, *, draws: int, label_dropout: float) -> Callable[[], int] | None:
+    """Make a call of two microbatches of fine-tuning; None if they do not fit into memory."""
+    loss = model.example_loss(draws=draws, label_dropout=label_dropout, draws_at_once=sizes.draws)
+    n = 2 * sizes.microbatch  # on each device: they share caches and memory
     all_of_them = (len(devices.local()), n)
     arguments = (
         devices.replicate(FlatParams.of(model.init(jax.random.key(0)))),  # as a step has them
@@ -150,15 +149,19 @@ def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[
     def clipped_sum(params, *examples):
         return clipped_gradient_sum(
             lambda params, example: loss(params.tree(), *example),
-            params, examples, jnp.ones(n, bool),
-            clip_norm=settings.clip_norm, microbatch=at_once.microbatch, microbatches=2,
-        )  # fmt: skip
+            params,
+            examples,
+            jnp.ones(n, bool),
+            clip_norm=1.0,
+            microbatch=sizes.microbatch,
+            microbatches=2,
+        )
 
     program = devices.parallel(clipped_sum, in_axes=(0, 0, 0, 0))
 
     def call():
         jax.block_until_ready(program(*arguments))
-        return all_of_them[0] * n * settings.draws
+        return all_of_them[0] * n * draws
 
     try:
         call()
@@ -167,16 +170,10 @@ def _trial(config: ConfigDict, model: model_lib.Model, images: int) -> Callable[
     return call
 
 
-def _with_images(config: ConfigDict, images: int) -> ConfigDict:
-    changed = config.copy_and_resolve_references()
-    changed.loop.images_at_once = images
-    return changed
-
-
-def _by_rule(config: ConfigDict) -> int:
-    """A power of two, from 4: what a CPU's caches hold, or a part of an accelerator's memory."""
-    layer = config.model.width * config.model.multipliers[0] * config.data.image_size**2
-    layer *= jnp.dtype(config.model.dtype).itemsize
+def _by_rule(model: Model) -> int:
+    """Return a power of two, from 4: what a CPU's caches hold, or a part of an accelerator's memory."""
+    network, (height, width, _) = model.network, model.image_shape
+    layer = network.width * network.multipliers[0] * height * width * jnp.dtype(network.dtype).itemsize
     if jax.default_backend() == 'cpu':
         fitting = max(1, devices.cores() / len(devices.local())) * _CACHE_BYTES_PER_CORE / layer
     else:
@@ -186,7 +183,7 @@ def _by_rule(config: ConfigDict) -> int:
 
 
 def _read(path: Path) -> dict:
-    """A JSON file's content; nothing if there is none, or none that can be read."""
+    """Read a JSON file; nothing if there is none, or none that can be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

@@ -4,20 +4,23 @@ Made from the releases that the ledger names (or, before a run, from those that 
 that nobody types what ran.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 import importlib.metadata
 from pathlib import Path
 import subprocess
 from typing import Any
 
 import dpp_jax
+from dpp_jax import files
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy.ledger import Entry, composition
-from dpp_jax.run import folder as workdir_lib
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases, group, total_event
+from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.keys import Keys, is_seeded
 
-TITLES = {'central_query': 'central images (query)', 'dp_sgd': 'fine-tuning (DP-SGD)'}
+TITLES = {CENTRAL_QUERY: 'central images (query)', DP_SGD: 'fine-tuning (DP-SGD)'}
 UNIT = 'one image with its label'
-NEIGHBOURS = 'two sets are neighbours if one has exactly one image more (add or remove one)'
+NEIGHBORS = 'two sets are neighbors if one has exactly one image more (add or remove one)'
 COVERED = (
     'everything in release/: central images, models, synthetic images, and whatever is computed from them',
     'any number of synthetic images, drawn by anybody from the released model',
@@ -46,52 +49,47 @@ _MOST_FOR_PLD = 100.0  # the distributions' memory grows with ε
 
 
 def make(
-    entries: Iterable[Entry],
+    releases: Sequence[Releases],
     *,
+    is_private: bool,
     delta: float,
     accountant: str,
     budget: float,
     code_of_stages: dict[str, list] | None = None,
 ) -> dict[str, Any]:
-    """The statement as JSON's types.
+    """Make the statement, in JSON's types.
 
     Args:
-        entries: the releases, one per query and per step. Keys made from a seed show in their names:
-            such a run is not private.
+        releases: what was released, or would be.
+        is_private: whether all keys came from the operating system; a run from a seed is not private.
         delta: δ at which ε is stated.
-        accountant: 'rdp' or 'pld': whose ε is the run's own.
+        accountant: a name in `accounting.ACCOUNTANTS`: whose ε is the run's own.
         budget: the ε that the run was planned for.
         code_of_stages: stage → versions of the code that ran it, see `record_code`.
     """
-    entries = list(entries)
-    groups = {}
-    for e in entries:
-        kind = (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity)
-        groups.setdefault(kind, []).append(e)
-    mechanisms = [
-        {
-            'mechanism': name,
-            'kind': 'Poisson-sampled Gaussian',
-            'noise_multiplier': sigma,
-            'sampling_probability': q,
-            'count': len(group),
-            'sensitivity': sensitivity,
-            'epsilon': _epsilons(composition(group), delta, accountant),
-        }
-        for (name, sigma, q, sensitivity), group in groups.items()
-    ]
-    epsilon = _epsilons(composition(entries), delta, accountant)
+    epsilon = _epsilons(releases, delta, accountant)
     return {
-        'private': not any(workdir_lib.is_seeded(e.randomness) for e in entries),
+        'private': is_private,
         'epsilon': epsilon[accountant],
         'epsilon_rounded_up': accounting.format_epsilon(epsilon[accountant]),
         'delta': delta,
         'accountant': accountant,
         'budget': budget,
         'unit_of_privacy': UNIT,
-        'neighbouring_relation': NEIGHBOURS,
+        'neighboring_relation': NEIGHBORS,
         'epsilon_by_accountant': epsilon,
-        'mechanisms': mechanisms,
+        'mechanisms': [
+            {
+                'mechanism': part.mechanism.name,
+                'kind': 'Poisson-sampled Gaussian',
+                'noise_multiplier': part.mechanism.noise_multiplier,
+                'sampling_probability': part.mechanism.sampling_probability,
+                'count': part.count,
+                'sensitivity': part.mechanism.sensitivity,
+                'epsilon': _epsilons([part], delta, accountant),
+            }
+            for part in releases
+        ],
         'covered': list(COVERED),
         'not_covered': list(NOT_COVERED),
         'assumptions': list(ASSUMPTIONS),
@@ -100,25 +98,55 @@ def make(
     }
 
 
-def write(workdir: workdir_lib.WorkDir, statement: dict[str, Any]) -> None:
-    """release/privacy_statement.json and .md."""
-    workdir_lib.write_json(workdir.release / 'privacy_statement.json', statement)
-    workdir_lib.write_text(workdir.release / 'privacy_statement.md', markdown(statement))
+def of_ledger(workdir: WorkDir, ledger: Ledger, budget: Budget) -> dict[str, Any]:
+    """Make the statement of what a work directory's ledger names."""
+    return make(
+        group(ledger.entries),
+        is_private=not any(is_seeded(entry.randomness) for entry in ledger.entries),
+        delta=budget.delta,
+        accountant=budget.accountant,
+        budget=budget.epsilon,
+        code_of_stages=codes(workdir),
+    )
 
 
-def exists(workdir: workdir_lib.WorkDir) -> bool:
-    return all((workdir.release / f'privacy_statement.{kind}').exists() for kind in ('json', 'md'))
+def write(workdir: WorkDir, statement: dict[str, Any]) -> None:
+    """Write release/privacy_statement.json and .md."""
+    files.write_json(workdir.statement, statement)
+    files.write_text(workdir.statement_text, markdown(statement))
 
 
-def stated(workdir: workdir_lib.WorkDir, mechanism: str) -> int:
-    """How many releases of `mechanism` the written statement names."""
-    path = workdir.release / 'privacy_statement.json'
-    if not path.exists():
+def exists(workdir: WorkDir) -> bool:
+    """Whether both files of the statement are there."""
+    return workdir.statement.exists() and workdir.statement_text.exists()
+
+
+def stated(workdir: WorkDir, mechanism: str) -> int:
+    """Return how many releases of `mechanism` the written statement names."""
+    if not workdir.statement.exists():
         return 0
-    rows = workdir_lib.read_json(
-        path, 'Restore it; or delete it: --stage=all writes it again from ledger.jsonl'
-    )['mechanisms']
-    return sum(row['count'] for row in rows if row['mechanism'] == mechanism)
+    statement = files.read_json(
+        workdir.statement, 'Restore it; or delete it: --stage=all writes it again from ledger.jsonl'
+    )
+    return sum(row['count'] for row in statement['mechanisms'] if row['mechanism'] == mechanism)
+
+
+def check_lost(workdir: WorkDir, keys: Keys, budget: Budget, done: dict[str, bool]) -> None:
+    """Refuse to repeat a release of which nothing tells what it was.
+
+    Raises:
+        ValueError: the statement covers what a stage released, which is not there any more, and the keys
+            of its mechanism do not tell what it was.
+    """
+    for stage, name in (('central', CENTRAL_QUERY), ('finetune', DP_SGD)):
+        is_stated = 0 < budget.count(name) == stated(workdir, name)
+        if not done[stage] and is_stated and not keys.may_repeat(name):
+            raise ValueError(
+                f'what --stage={stage} writes to {workdir.release} was released, or was about to be, as '
+                'the privacy statement says, and is not there. private/keys.json does not tell what it '
+                'was: made again, on other devices or with other versions, it could be a second release '
+                'under the same noise. Restore it, or use another --workdir'
+            )
 
 
 def markdown(statement: dict[str, Any]) -> str:
@@ -138,7 +166,7 @@ def markdown(statement: dict[str, Any]) -> str:
         f'(budget: ε = {exact(statement["budget"])}).',
         '',
         f'- Unit of privacy: {statement["unit_of_privacy"]}.',
-        f'- Neighbouring relation: {statement["neighbouring_relation"]}.',
+        f'- Neighboring relation: {statement["neighboring_relation"]}.',
         f'- By Rényi differential privacy: ε = {show(epsilon["rdp"])}, at order {epsilon["rdp_order"]:g}.',
         '- By privacy loss distributions: '
         + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else 'not computed.'),
@@ -175,21 +203,20 @@ def markdown(statement: dict[str, Any]) -> str:
     return '\n'.join([*lines, ''])
 
 
-def record_code(workdir: workdir_lib.WorkDir, stage: str) -> None:
+def record_code(workdir: WorkDir, stage: str) -> None:
     """Note in release/code.json that this version of the code runs (a part of) a stage."""
     recorded, version = codes(workdir), code_version()
     if version not in recorded.get(stage, []):
         recorded.setdefault(stage, []).append(version)
-        workdir_lib.write_json(workdir.release / 'code.json', recorded)
+        files.write_json(workdir.code, recorded)
 
 
-def codes(workdir: workdir_lib.WorkDir) -> dict[str, list[dict[str, str]]]:
+def codes(workdir: WorkDir) -> dict[str, list[dict[str, str]]]:
     """Stage → versions of the code that ran it."""
-    path = workdir.release / 'code.json'
-    if not path.exists():
+    if not workdir.code.exists():
         return {}
-    return workdir_lib.read_json(
-        path, 'Restore it; or delete it: only the statement names the versions in it'
+    return files.read_json(
+        workdir.code, 'Restore it; or delete it: only the statement names the versions in it'
     )
 
 
@@ -215,8 +242,9 @@ def code_version() -> dict[str, str]:
     return versions
 
 
-def _epsilons(event: Any, delta: float, accountant: str) -> dict[str, float | None]:
+def _epsilons(releases: Sequence[Releases], delta: float, accountant: str) -> dict[str, float | None]:
     """ε by both accountants, and the order at which RDP attains it; PLD's only where it is cheap or asked."""
+    event = total_event(releases)
     rdp, order = accounting.epsilon_and_order(event, delta)
     computed = accountant == 'pld' or rdp <= _MOST_FOR_PLD
     pld = accounting.epsilon(event, delta, 'pld') if computed else None

@@ -1,77 +1,74 @@
 """Stage `evaluate`: synthetic images against real ones. No guarantee: results stay in private/."""
 
 from ml_collections import ConfigDict
+import numpy as np
 
-from dpp_jax.data.sources import Images
+from dpp_jax.data.images import Images
 from dpp_jax.evaluation import classifiers, features
-from dpp_jax.run import folder as workdir_lib
-from dpp_jax.stages import generate
+from dpp_jax.run.artefacts import Evaluation, SyntheticImages
+from dpp_jax.run.folder import WorkDir, flatten
+from dpp_jax.run.keys import Keys
 from dpp_jax.training import progress
 
 
-def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
-    results = load(config, workdir)
-    return (not config.evaluate.fid or 'fid' in results) and all(
-        name in results.get('accuracy', {}) for name in config.evaluate.classifiers
-    )
+def check(config: ConfigDict, train: Images) -> None:
+    """Check that the private images are enough for what is to be computed.
+
+    Raises:
+        ValueError: FID is asked for, and a class has fewer than two images.
+    """
+    fewest = np.bincount(train.labels, minlength=config.data.classes).min()
+    if config.evaluate.fid and fewest < 2:
+        raise ValueError(
+            f'config.evaluate.fid is True; a class of {config.data.source} has {fewest} image, and the '
+            'features of FID are trained on at least 2 of each. Set config.evaluate.fid=False'
+        )
 
 
-def load(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict:
-    """The results so far; nothing if they are of other images, or by other settings, than now."""
-    path = workdir.private / 'evaluation.json'
-    if not path.exists():
-        return {}
-    results = workdir_lib.read_json(path, 'Delete it: --stage=evaluate computes it again')
-    return results if results.get('of') == _subject(config, workdir) else {}
-
-
-def _subject(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict:
-    """What results are of: the images, and the settings that change a result."""
-    settings = workdir_lib.flatten({'evaluate': config.evaluate})
-    chosen = ('evaluate.fid', 'evaluate.classifiers')  # which results there are
-    return {
-        'images': generate.identity(config, workdir),
-        'settings': {name: value for name, value in settings.items() if name not in chosen},
-    }
-
-
-def run(config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images, test: Images) -> None:
-    """FID against the real training images; accuracy on real test images per classifier.
+def run(
+    config: ConfigDict,
+    workdir: WorkDir,
+    keys: Keys,
+    *,
+    images: SyntheticImages,
+    train: Images,
+    test: Images,
+) -> None:
+    """Compute FID against the real training images, and each classifier's accuracy on real test images.
 
     Results are written as they come, and what is there already is not computed again.
+
+    Args:
+        config: the settings.
+        workdir: keeps the feature network.
+        keys: of the run.
+        images: the synthetic images.
+        train: the private images.
+        test: real images that no training saw.
     """
     settings = config.evaluate
-    results = load(config, workdir) or {
-        '_note': 'Computed from private images without a guarantee. Do not publish.',
-        'of': _subject(config, workdir),
-        'accuracy': {},
-    }
-
-    def save():
-        workdir_lib.write_json(workdir.private / 'evaluation.json', results, mode=0o600)
-
-    paths = generate.files(config, workdir)
+    evaluation = Evaluation(workdir, flatten(config.to_dict()))
+    evaluation.begin()
+    results = evaluation.results
     if settings.fid and 'fid' not in results:
-        synthetic = generate.load(paths['images'])['images']
-        network = _feature_network(config, workdir, train)
+        synthetic = images.load(images.paths['images'])['images']
+        network = _feature_network(config, workdir, keys, train)
         results['fid'] = features.fid(network, train.images, synthetic)
         # What a perfect generator would score: real images that training did not see.
         results['fid_of_real_test_images'] = features.fid(network, train.images, test.images)
         results['fid_features'] = network.name
-        save()
-    data = generate.load(paths.get('classifier_images', paths['images']))
-    images, labels = data['images'], data['labels']
+        evaluation.save()
+    data = images.load(images.for_classifiers)
     for kind in settings.classifiers:
         if kind in results['accuracy']:
             continue
-        key = workdir.keys(f'evaluate/{kind}', config.seed).noise
         with progress.bar(settings.epochs, f'train {kind}', 'step') as bar:
             classifier = classifiers.train_classifier(
                 kind,
-                images,
-                labels,
+                data['images'],
+                data['labels'],
                 classes=config.data.classes,
-                key=key,
+                key=keys.of_part(f'evaluate/{kind}').random,
                 epochs=settings.epochs,
                 batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
@@ -81,14 +78,14 @@ def run(config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images, test: I
             )
         results['accuracy'][kind] = classifiers.accuracy(classifier, test.images, test.labels)
         results.setdefault('held_out_accuracy', {})[kind] = classifier.held_out_accuracy
-        save()
+        evaluation.save()
 
 
 def _feature_network(
-    config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images
+    config: ConfigDict, workdir: WorkDir, keys: Keys, train: Images
 ) -> features.FeatureNetwork:
-    """The network whose features FID compares, trained once per work directory and number of epochs."""
-    path = workdir.private / f'feature_network_{config.evaluate.feature_epochs}.npz'
+    """Return the network whose features FID compares, trained once per work directory and number of epochs."""
+    path = workdir.feature_network(config.evaluate.feature_epochs)
     if path.exists():
         return features.FeatureNetwork.load(path)
     with progress.bar(config.evaluate.feature_epochs, 'fid features', 'step') as bar:
@@ -96,7 +93,7 @@ def _feature_network(
             train.images,
             train.labels,
             classes=config.data.classes,
-            key=workdir.keys('evaluate/features', config.seed).noise,
+            key=keys.of_part('evaluate/features').random,
             epochs=config.evaluate.feature_epochs,
             progress=_advance(bar),
         )
@@ -105,7 +102,7 @@ def _feature_network(
 
 
 def _advance(bar):
-    """A callback (done, total, note) that moves a progress bar."""
+    """Make a callback (done, total, note) that moves a progress bar."""
 
     def advance(done, total, note):
         bar.total = total

@@ -4,75 +4,81 @@ from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
+from dpp_jax.data.images import Images
 from dpp_jax.diffusion.model import Model
-from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.run import folder as workdir_lib
-from dpp_jax.run import sizes
-from dpp_jax.stages.plan import Plan, finetune_mechanism
+from dpp_jax.privacy.budget import DP_SGD, Releases
+from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.keys import Keys
+from dpp_jax.run.sizes import Sizes
 from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
 
 
-def is_done(workdir: workdir_lib.WorkDir) -> bool:
-    return (workdir.release / 'model' / 'finetune').exists()
-
-
 def run(
     config: ConfigDict,
-    workdir: workdir_lib.WorkDir,
-    ledger: ledger_lib.Ledger,
-    plan: Plan,
+    workdir: WorkDir,
+    keys: Keys,
+    ledger: Ledger,
+    private: Images,
+    before_release: Callable[[], object],
+    *,
+    releases: Releases,
     model: Model,
-    images: np.ndarray,
-    labels: np.ndarray,
-    before_release: Callable[[], None] = lambda: None,
+    sizes: Sizes,
 ) -> None:
-    """Take the plan's steps; save weights and averaged weights in release/.
+    """Take the budget's steps; save weights and averaged weights in release/.
 
-    `before_release` is called when the ledger holds all steps and nothing of them is in release/.
+    Args:
+        config: the settings.
+        workdir: to write to.
+        keys: of the run.
+        ledger: gets every step before its result is used.
+        private: the private images.
+        before_release: called when the ledger holds all steps and nothing of them is in release/.
+        releases: the budget's steps.
+        model: to train.
+        sizes: what is in work at once.
     """
-    settings = config.finetune
-    at_once = sizes.choose(config)
-    keys = workdir.secret_keys(ledger, 'dp_sgd', config.seed)
-    mechanism = finetune_mechanism(plan, config, keys.identifier)
-    sampler = poisson.PoissonSampler(len(images), plan.sampling_probability, keys.sampling)
-    capacity = sampler.capacity(at_once.microbatch * devices.count())
+    settings, mechanism = config.finetune, releases.mechanism
+    own_keys = keys.of_mechanism(DP_SGD, ledger)
+    sample = poisson.PoissonSampler(
+        size=len(private.images), probability=mechanism.sampling_probability, key=own_keys.sampling
+    )
+    capacity = sample.capacity(sizes.microbatch * devices.count())
     optimizer = optax.adam(settings.learning_rate)
-    release = mechanism.recorded(
-        steps.make_dp_step(
-            model.example_loss(
-                draws=settings.draws,
-                label_dropout=settings.label_dropout,
-                draws_at_once=at_once.draws,
-            ),
-            optimizer,
-            mechanism,
-            expected_batch_size=sampler.expected_size,
-            microbatch=at_once.microbatch,
-            ema_decay=settings.ema_decay,
-        )
+    dp_step = steps.make_dp_step(
+        model.example_loss(
+            draws=settings.draws, label_dropout=settings.label_dropout, draws_at_once=sizes.draws
+        ),
+        optimizer,
+        mechanism,
+        own_keys.noise,
+        expected_batch_size=sample.expected_size,
+        microbatch=sizes.microbatch,
+        ema_decay=settings.ema_decay,
     )
 
     def step(state, number):
-        indices = sampler.indices(number)
-        batch = devices.deal(steps.make_batch(images, labels, indices, capacity))
-        used = steps.used_microbatches(len(indices), at_once.microbatch)
-        result, entry = release(number, state, batch, used, keys.noise)
+        indices = sample.indices(number)
+        batch = devices.deal(steps.make_batch(private.images, private.labels, indices, capacity))
+        used = steps.used_microbatches(len(indices), sizes.microbatch)
+        result, entry = dp_step(number, state, batch, used)
         ledger.append(entry)  # the device computes on meanwhile
         return result
 
     with (
-        checkpoint.TrainingStore(workdir.private / 'resume' / 'finetune') as store,
-        tensorboard.writer(workdir.private / 'metrics' / 'finetune') as write,
+        checkpoint.TrainingStore(workdir.checkpoints('finetune')) as store,
+        tensorboard.writer(workdir.metrics('finetune')) as write,
     ):
         final = loop.train(
             step,
-            state_lib.create(_initial_params(config, workdir, model), optimizer),
-            total_steps=plan.steps,
+            state_lib.create(_initial_params(config, workdir, keys, model), optimizer),
+            total_steps=releases.count,
             store=store,
             name='finetune',
             write=write,
@@ -80,17 +86,13 @@ def run(
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
         )
     released = final.weights()
-    workdir.bind_release('dp_sgd', jax.tree.leaves(released))
+    keys.bind_release(DP_SGD, jax.tree.leaves(released))
     before_release()
-    checkpoint.save_model(workdir.release / 'model' / 'finetune', released)
+    checkpoint.save_model(workdir.model('finetune'), released)
 
 
-def _initial_params(config: ConfigDict, workdir: workdir_lib.WorkDir, model: Model):
-    """The pre-trained weights (not their average, as the paper), or fresh ones."""
+def _initial_params(config: ConfigDict, workdir: WorkDir, keys: Keys, model: Model):
+    """Return the pre-trained weights (not their average, as the paper), or fresh ones."""
     if not config.pretrain.enabled:
-        return model.init(workdir.keys('init', config.seed).noise)
-    shapes = model.shapes()
-    saved = checkpoint.load_model(
-        workdir.release / 'model' / 'pretrain', {'params': shapes, 'ema_params': shapes}
-    )
-    return saved['params']
+        return model.init(keys.of_part('init').random)
+    return artefacts.weights(workdir, 'pretrain', model.shapes())['params']

@@ -1,167 +1,88 @@
-"""Stage `generate`: labelled synthetic images. Post-processing: it costs no privacy."""
+"""Stage `generate`: labeled synthetic images. Post-processing: it costs no privacy."""
 
 import collections
 from collections.abc import Callable
 from pathlib import Path
 import shutil
-import zipfile
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax import files
 from dpp_jax.data import image_grid
 from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.diffusion.model import Model
-from dpp_jax.run import folder as workdir_lib
-from dpp_jax.run import sizes
-from dpp_jax.training import checkpoint, devices, progress
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.keys import Keys
+from dpp_jax.run.sizes import Sizes
+from dpp_jax.training import devices, progress
 
 PICTURE_COLUMNS = 12
-_SETTINGS = 'settings.json'
-_MOVE = 'move {folder} away: the same command then makes new images from the released model'
 _IN_FLIGHT = 2  # batches: an accelerator goes on while the older one is written to the disk
-
-
-def files(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, Path]:
-    """Purpose of the images → file: 'images' for FID and use, 'classifier_images' if separate."""
-    folder = workdir.release / 'synthetic'
-    names = ['images']
-    if config.generate.separate_classifier_images:
-        names.append('classifier_images')
-    return {name: folder / f'{name}.npz' for name in names}
-
-
-def check(config: ConfigDict, workdir: workdir_lib.WorkDir) -> None:
-    """Raise a ValueError if the images that are there, or begun, were made with other settings."""
-    folder = workdir.release / 'synthetic'
-    path = folder / _SETTINGS
-    if not path.exists():
-        return
-    recorded = workdir_lib.read_json(path, f'Restore it; or {_MOVE.format(folder=folder)}')
-    found = workdir_lib.differences(recorded, _settings(config), workdir_lib.FREE_SETTINGS)
-    if found:
-        raise ValueError(
-            f'{files(config, workdir)["images"]} was made, or begun, with other settings:\n  '
-            + '\n  '.join(found)
-            + f'\nUse those settings; or {_MOVE.format(folder=folder)}.'
-        )
-
-
-def _settings(config: ConfigDict) -> dict:
-    """The settings of a set of images, by their full names."""
-    return workdir_lib.flatten({'generate': config.generate})
-
-
-def identity(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict[str, list[int]] | None:
-    """Name of every file → checksums of its arrays; None if it cannot be read. Takes no time."""
-    found = {}
-    for name, path in files(config, workdir).items():
-        try:
-            with zipfile.ZipFile(path) as file:
-                found[name] = [member.CRC for member in file.infolist()]
-        except workdir_lib.DAMAGE:
-            return None
-    return found
-
-
-def load(path: Path) -> dict[str, np.ndarray]:
-    """`images` (n, H, W, C) uint8 and `labels` (n,) of one of `files`."""
-    return workdir_lib.load_npz(path, 'Run --stage=generate: it makes a damaged file again')
-
-
-def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
-    png_tree = workdir.release / 'synthetic' / 'png'
-    if config.generate.png_tree and not png_tree.exists():
-        return False
-    return all(_is_whole(path) for path in files(config, workdir).values())
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether all of `path` is there, by its checksums. The same keys make a damaged file again.
-
-    Files appear when they are complete, but not every file system keeps that order when power fails.
-    """
-    if not path.exists():
-        return False
-    try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip() is None:
-                return True
-    except (*workdir_lib.DAMAGE, NotImplementedError):  # of a compression that zipfile does not know
-        pass
-    print(f'{path} is damaged; --stage=generate makes it again', flush=True)
-    return False
 
 
 def run(
     config: ConfigDict,
-    workdir: workdir_lib.WorkDir,
+    workdir: WorkDir,
+    keys: Keys,
+    *,
+    images: artefacts.SyntheticImages,
     model: Model,
     samplers: dict[str, Callable],
+    sizes: Sizes,
 ) -> None:
     """Sample every set of images with the averaged weights of the fine-tuned model.
 
-    `samplers` maps 'images' (and 'classifier_images') to (denoise, z, label, noise) → images.
+    Args:
+        config: the settings.
+        workdir: to read the model from.
+        keys: of the run.
+        images: where they go.
+        model: whose weights are loaded.
+        samplers: 'images' and 'classifier_images' → (denoise, z, label, noise) → images.
+        sizes: what is in work at once.
     """
-    params = devices.replicate(load_weights(workdir, model)['ema_params'])
-    _record(config, workdir)
-    settings = {'images': config.generate.sampler, 'classifier_images': config.generate.classifier_sampler}
-    for name, path in files(config, workdir).items():
-        if _is_whole(path):
+    settings = config.generate
+    params = devices.replicate(artefacts.weights(workdir, 'finetune', model.shapes())['ema_params'])
+    images.record()
+    guidance = {'images': settings.sampler, 'classifier_images': settings.classifier_sampler}
+    for name, path in images.paths.items():
+        if images.is_whole(path):
             continue
         if name == 'images':  # they may come from other keys than those in the tree
-            shutil.rmtree(workdir.release / 'synthetic' / 'png', ignore_errors=True)
-        key = workdir.keys(f'generate/{name}', config.seed).noise
-        at_once = images_at_once(config, settings[name])
-        images = _sample_all(
+            shutil.rmtree(images.png_tree, ignore_errors=True)
+        # With guidance the network takes each image twice.
+        at_once = max(1, sizes.images // 2) if guidance[name].guidance else sizes.images
+        unfinished = path.parent / f'.parts_{name}'
+        pixels = _sample_all(
             sample_function(model, samplers[name], at_once),
             params,
-            key,
-            total=config.generate.images,
-            batch_size=config.generate.batch_size,
+            keys.of_part(f'generate/{name}').random,
+            total=settings.images,
+            batch_size=settings.batch_size,
             at_once=at_once,
-            parts=path.parent / f'.parts_{name}',
+            parts=unfinished,
             title='generate' if name == 'images' else 'generate (2)',
         )
-        labels = image_labels(np.arange(len(images)), model.classes)
-        picture = image_grid.rows_by_class(images, labels, model.classes, PICTURE_COLUMNS)
-        workdir_lib.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
-        workdir_lib.write_npz(path, images=images, labels=labels)
-        shutil.rmtree(path.parent / f'.parts_{name}', ignore_errors=True)
-    if config.generate.png_tree:
-        write_png_tree(workdir.release / 'synthetic' / 'png', **load(files(config, workdir)['images']))
-
-
-def _record(config: ConfigDict, workdir: workdir_lib.WorkDir) -> None:
-    """Bind the images to the settings that make them, before the first one is there."""
-    path = workdir.release / 'synthetic' / _SETTINGS
-    if not path.exists():
-        workdir_lib.write_json(path, _settings(config))
-
-
-def load_weights(workdir: workdir_lib.WorkDir, model: Model) -> dict:
-    """`params` and `ema_params` of the fine-tuned model; errors as of `checkpoint.load_model`."""
-    shapes = model.shapes()
-    return checkpoint.load_model(
-        workdir.release / 'model' / 'finetune', {'params': shapes, 'ema_params': shapes}
-    )
-
-
-def images_at_once(config: ConfigDict, sampler: ConfigDict) -> int:
-    """How many images go through a sampler together; with guidance the network takes each twice."""
-    images = sizes.choose(config).images
-    return max(1, images // 2) if sampler.guidance else images
+        labels = image_labels(np.arange(len(pixels)), model.classes)
+        picture = image_grid.rows_by_class(pixels, labels, model.classes, PICTURE_COLUMNS)
+        files.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
+        files.write_npz(path, images=pixels, labels=labels)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if settings.png_tree:
+        write_png_tree(images.png_tree, **images.load(images.paths['images']))
 
 
 def image_labels(index: np.ndarray, classes: int) -> np.ndarray:
-    """Label of image number `index`: the classes in turn, so that every prefix is balanced."""
+    """Return the labels of images by number: the classes in turn, so that every prefix is balanced."""
     return (index % classes).astype(np.int32)
 
 
 def sample_function(model: Model, sampler: Callable, at_once: int) -> Callable:
-    """(params, index (n,) int32, key) → (n, H, W, C) uint8, for devices.
+    """Make (params, index (n,) int32, key) → (n, H, W, C) uint8, for devices.
 
     At most `at_once` images, in equal groups, go through the sampler together.
 
@@ -201,7 +122,7 @@ def _sample_all(
     parts: Path,
     title: str,
 ) -> np.ndarray:
-    """Images 0 .. total - 1, going on after the parts that an interrupted run left."""
+    """Sample images 0 .. total - 1, after the parts that an interrupted run left."""
     per_device = min(batch_size, -(-total // devices.count()))
     groups = -(-per_device // at_once)
     batch = devices.count() * groups * -(-per_device // groups)  # groups of equal size
@@ -213,7 +134,7 @@ def _sample_all(
     def keep_oldest():
         first, rows = in_flight.popleft()
         images = devices.collect(rows)[: total - first]
-        workdir_lib.write_npz(parts / f'{first:010d}.npz', images=images)
+        files.write_npz(parts / f'{first:010d}.npz', images=images)
         done.append(images)
         bar.update(len(images))
 
@@ -229,7 +150,7 @@ def _sample_all(
 
 
 def _read_parts(folder: Path) -> list[np.ndarray]:
-    """The parts in order, as far as none is missing or damaged."""
+    """Read the parts in order, as far as none is missing or damaged."""
     parts, expected = [], 0
     for path in sorted(folder.glob('[0-9]*.npz')):
         if int(path.stem) != expected:
@@ -237,7 +158,7 @@ def _read_parts(folder: Path) -> list[np.ndarray]:
         try:
             with np.load(path) as data:
                 parts.append(data['images'])
-        except workdir_lib.DAMAGE:
+        except files.DAMAGE:
             print(f'{path} is damaged; it is made again', flush=True)
             break
         expected += len(parts[-1])
@@ -245,14 +166,11 @@ def _read_parts(folder: Path) -> list[np.ndarray]:
 
 
 def write_png_tree(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """folder/<class>/<number>.png for every image; the folder appears when it is complete."""
-    temporary = workdir_lib.unfinished(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    for label in np.unique(labels):
-        (temporary / str(label)).mkdir(parents=True)
-    with progress.bar(len(images), 'png files', 'image') as bar:
-        for number, (image, label) in enumerate(zip(images, labels)):
-            (temporary / str(label) / f'{number:07d}.png').write_bytes(image_grid.png(image))
-            bar.update()
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    """Write folder/<class>/<number>.png for every image; the folder appears when it is complete."""
+    with files.whole_folder(folder) as unfinished:
+        for label in np.unique(labels):
+            (unfinished / str(label)).mkdir()
+        with progress.bar(len(images), 'png files', 'image') as bar:
+            for number, (image, label) in enumerate(zip(images, labels)):
+                (unfinished / str(label) / f'{number:07d}.png').write_bytes(image_grid.png(image))
+                bar.update()

@@ -1,268 +1,119 @@
 """Stage `plan`: what a run spends and needs, from the config alone. It touches no image."""
 
-import dataclasses
-import json
+from collections.abc import Iterable
 import math
+import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax import files
 from dpp_jax.diffusion import model as model_lib
+from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy.ledger import Entry, Ledger
-from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import folder as workdir_lib
-from dpp_jax.run import sizes
-from dpp_jax.stages import central
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.run import statement
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.plan import Plan
+from dpp_jax.run.sizes import Sizes
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The mechanisms of a run, calibrated to its budget, and its size."""
-
-    private_images: int
-    delta: float
-    accountant: str
-    epsilon_budget: float
-    epsilon_query: float
-    epsilon_finetune: float
-    epsilon_total: float
-    query_noise_multiplier: float | None
-    query_sampling_probability: float | None
-    query_count: int
-    noise_multiplier: float
-    sampling_probability: float
-    steps: int
-    expected_batch_size: float
-    pretrain_steps: int
-    parameters: int
-    pretrain_noised_images: int
-    finetune_noised_images: int
-    memory_bytes_per_device: int
-
-
-# What of a plan the guarantee rests on, other than noise that was calibrated: that is taken from the
-# plan, because another version may calibrate it differently in the last digits.
-_BINDING = (
-    'private_images delta accountant epsilon_budget query_noise_multiplier '
-    'query_sampling_probability query_count sampling_probability steps expected_batch_size'
-).split()
-
-
-def make(
+def run(
     config: ConfigDict,
-    model: model_lib.Model,
-    noise_multiplier: float | None = None,
-    query_noise_multiplier: float | None = None,
-) -> Plan:
-    """Calibrate the fine-tuning noise so that query and fine-tuning together stay within (ε, δ).
-
-    q = 1 / ceil(N / batch_size), steps = epochs / q, as in the paper.
-
-    Args:
-        config: the settings; `query.epsilon_share`, if set, decides the query's noise.
-        model: whose parameters are counted.
-        noise_multiplier: of fine-tuning, where it is known already.
-        query_noise_multiplier: of a query whose noise `query.epsilon_share` decides, likewise.
-
-    Raises:
-        ValueError: a setting is out of range, or the query alone exceeds the budget.
-    """
-    check(config)
-    dp, query, finetune = config.dp, config.query, config.finetune
-    images = config.data.train_images
-    batches = math.ceil(images / finetune.batch_size)
-    steps = max(1, round(finetune.epochs * batches))
-    asked = query.queries if config.pretrain.enabled else 0
-    query_sigma = _query_sigma(config, query_noise_multiplier) if asked else None
-
-    def everything(sigma):
-        return accounting.compose([*queries, accounting.subsampled_gaussian(sigma, 1 / batches, steps)])
-
-    def spent(event):
-        return accounting.epsilon(event, dp.delta, dp.accountant)
-
-    queries = (
-        [accounting.subsampled_gaussian(query_sigma, query.sampling_probability, asked)] if asked else []
-    )
-    sigma = noise_multiplier
-    if sigma is None:
-        sigma = accounting.calibrate(everything, dp.epsilon, dp.delta, dp.accountant)
-    shapes = model.shapes()
-    central_count = asked * config.data.classes
-    pretrain_batch = min(config.pretrain.batch_size, max(central_count, 1))
-    pretrain_steps = config.pretrain.epochs * math.ceil(central_count / pretrain_batch)
-    return Plan(
-        private_images=images,
-        delta=dp.delta,
-        accountant=dp.accountant,
-        epsilon_budget=dp.epsilon,
-        epsilon_query=spent(accounting.compose(queries)),
-        epsilon_finetune=spent(accounting.subsampled_gaussian(sigma, 1 / batches, steps)),
-        epsilon_total=spent(everything(sigma)),
-        query_noise_multiplier=query_sigma,
-        query_sampling_probability=query.sampling_probability if asked else None,
-        query_count=asked,
-        noise_multiplier=sigma,
-        sampling_probability=1 / batches,
-        steps=steps,
-        expected_batch_size=images / batches,
-        pretrain_steps=pretrain_steps,
-        parameters=model_lib.size(shapes),
-        pretrain_noised_images=pretrain_steps * pretrain_batch * config.pretrain.draws,
-        finetune_noised_images=round(steps * images / batches * finetune.draws),
-        memory_bytes_per_device=_memory(config, model, shapes),
-    )
-
-
-def load(config: ConfigDict, model: model_lib.Model, workdir: workdir_lib.WorkDir) -> Plan:
-    """The plan that this work directory follows, or the one that it would be given.
-
-    Of the folder's plan the noise is taken; every figure that follows from it is computed again.
-
-    Raises:
-        ValueError: the folder's plan is not one that this config can have: it takes other steps or
-            batches, asks other queries, or does not stay within the budget.
-    """
-    path = workdir.release / 'plan.json'
-    if not path.exists():
-        return make(config, model)
-    try:
-        plan = Plan(**json.loads(path.read_text()))
-        again = make(config, model, plan.noise_multiplier, plan.query_noise_multiplier)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f'{path} is not a plan ({error}); restore it') from error
-    for name in _BINDING:
-        if getattr(plan, name) != getattr(again, name):
-            raise ValueError(
-                f'{path} has {name} = {getattr(plan, name)}; this config gives '
-                f'{getattr(again, name)}. The plan was changed: restore it, or use another --workdir'
-            )
-    budget, share = config.dp.epsilon, config.query.epsilon_share
-    for_query = math.inf if share is None else share * budget
-    for name, spent, limit, allowed in (
-        ('query_noise_multiplier', again.epsilon_query, "the query's share", for_query),
-        ('noise_multiplier', again.epsilon_total, 'the budget', budget),
-    ):
-        if spent > allowed:
-            raise ValueError(
-                f'{path} has {name} = {getattr(plan, name)}, which spends ε = '
-                f'{accounting.format_epsilon(spent, 6)}; it must be within {limit}, '
-                f'{accounting.format_exact(allowed)}. The plan was changed: restore it, or use '
-                'another --workdir'
-            )
-    return again
-
-
-def save(plan: Plan, workdir: workdir_lib.WorkDir) -> None:
-    """Fix the plan of a work directory that has none."""
-    path = workdir.release / 'plan.json'
-    if not path.exists():
-        workdir_lib.write_json(path, dataclasses.asdict(plan))
-
-
-def entries(plan: Plan, config: ConfigDict) -> list[Entry]:
-    """What the ledger will hold when everything ran."""
-    randomness = 'planned' if config.seed is None else workdir_lib.seeded(config.seed)
-    steps = finetune_mechanism(plan, config, randomness)
-    found = [steps.entry(n) for n in range(plan.steps)]
-    if plan.query_count:
-        query = central.make_mechanism(config, plan.query_noise_multiplier, randomness)
-        found = [query.entry(n) for n in range(plan.query_count)] + found
-    return found
-
-
-def finetune_mechanism(plan: Plan, config: ConfigDict, randomness: str) -> GaussianMechanism:
-    """One step of fine-tuning: the sum of gradients, each clipped to norm C."""
-    return GaussianMechanism(
-        name='dp_sgd',
-        noise_multiplier=plan.noise_multiplier,
-        sampling_probability=plan.sampling_probability,
-        sensitivity=config.finetune.clip_norm,
-        randomness=randomness,
-    )
-
-
-def check_ledger(plan: Plan, config: ConfigDict, ledger: Ledger, made: dict[str, int]) -> None:
-    """Raise a ValueError if the ledger does not fit the plan or what was released.
+    workdir: WorkDir,
+    *,
+    plan: Plan,
+    todo: Iterable[str],
+    model: Model,
+    sizes: Sizes,
+) -> None:
+    """Print what would be run and spent, and draw what another budget for the query would do.
 
     Args:
-        made: mechanism → how many of its releases are known to have been used.
+        config: the settings.
+        workdir: gets the picture.
+        plan: of the run.
+        todo: stages that are not done yet.
+        model: whose memory is estimated.
+        sizes: what is in work at once.
     """
-    planned = {(e.mechanism, e.index): e for e in entries(plan, config)}
-    for entry in ledger.entries:
-        expected = planned.get((entry.mechanism, entry.index))
-        if expected is None or dataclasses.replace(expected, randomness=entry.randomness) != entry:
-            raise ValueError(
-                f'{ledger.path} names {entry}, which is not in the plan ({expected}): its ε no longer '
-                'covers what ran. Restore ledger.jsonl and plan.json, or use another --workdir'
-            )
-    for mechanism, count in made.items():
-        if ledger.count(mechanism) < count:
-            raise ValueError(
-                f'{ledger.path} names {ledger.count(mechanism)} releases of {mechanism}; {count} '
-                'were made. Restore the ledger: no ε can be stated without it'
-            )
-
-
-def text(plan: Plan, config: ConfigDict, done: dict[str, bool] | None = None) -> str:
-    """The plan for people to read; every ε rounded up, every σ down."""
-    show, noise, exact = (
-        accounting.format_epsilon,
-        accounting.format_noise,
-        accounting.format_exact,
+    memory = _memory(config, model, sizes) / 2**20
+    todo = ', '.join(todo) or 'nothing: everything is done'
+    print(text(config, plan))
+    print(
+        f'memory         about {memory:,.0f} MiB per device ({sizes.microbatch} images x {sizes.draws} draws '
+        f'at once, estimate), {jax.device_count()} {jax.devices()[0].platform} device(s)\n\n'
+        f'would run      {todo}\n\nThe statement of such a run:\n\n{statement.markdown(_statement(config, plan))}'
     )
-    at_once = sizes.choose(config)
+    if plan.budget.of(CENTRAL_QUERY):
+        from dpp_jax.run import plan_curve  # imports matplotlib, which nothing else needs
+
+        picture = plan_curve.draw(plan.budget, config.name)
+        try:
+            files.write_bytes(workdir.curve, picture)
+            print(f"Fine-tuning's noise against the query's share of ε: {workdir.curve}")
+        except OSError as error:  # all that matters was printed
+            print(
+                f'dpp-jax: {workdir.curve} was not drawn ({error}); --workdir cannot be written',
+                file=sys.stderr,
+            )
+
+
+def text(config: ConfigDict, plan: Plan) -> str:
+    """Describe the plan for people; every ε is rounded up, every σ down."""
+    exact = accounting.format_exact
+    budget, dp_sgd = plan.budget, plan.budget.of(DP_SGD)
+    titles = {
+        CENTRAL_QUERY: f'central images ({config.query.kind} query)',
+        DP_SGD: 'fine-tuning (DP-SGD)',
+    }
     lines = [
         f'Plan for {config.name}: {plan.private_images:,} private images, '
-        f'ε = {exact(plan.epsilon_budget)}, δ = {exact(plan.delta)} ({plan.accountant.upper()} accountant)',
-        'Unit of privacy: one image; neighbours differ by adding or removing one.',
+        f'ε = {exact(budget.epsilon)}, δ = {exact(budget.delta)} ({budget.accountant.upper()} accountant)',
+        'Unit of privacy: one image; neighbors differ by adding or removing one.',
         '',
         f'{"mechanism (Poisson-sampled Gaussian)":38}{"σ":>9}{"q":>10}{"count":>8}{"ε alone":>9}',
     ]
-    if plan.query_count:
+    for part in budget.releases:
+        mechanism = part.mechanism
         lines.append(
-            f'{"central images (" + config.query.kind + " query)":38}'
-            f'{noise(plan.query_noise_multiplier):>9}{plan.query_sampling_probability:10.6f}'
-            f'{plan.query_count:8d}{show(plan.epsilon_query):>9}'
+            f'{titles[mechanism.name]:38}{accounting.format_noise(mechanism.noise_multiplier):>9}'
+            f'{mechanism.sampling_probability:10.6f}{part.count:8d}'
+            f'{accounting.format_epsilon(budget.spent(mechanism.name)):>9}'
         )
     lines += [
-        f'{"fine-tuning (DP-SGD)":38}{noise(plan.noise_multiplier):>9}{plan.sampling_probability:10.6f}'
-        f'{plan.steps:8d}{show(plan.epsilon_finetune):>9}',
-        f'{"together":38}{"":27}{show(plan.epsilon_total):>9}',
+        f'{"together":38}{"":27}{accounting.format_epsilon(budget.spent()):>9}',
         '',
         f'network        {plan.parameters:,} parameters, denoiser {config.model.denoiser}',
         f'pre-training   {plan.pretrain_steps:,} steps, {plan.pretrain_noised_images:,} noised images',
-        f'fine-tuning    {plan.steps:,} steps of {plan.expected_batch_size:,.1f} expected images'
+        f'fine-tuning    {dp_sgd.count:,} steps of {plan.expected_batch_size:,.1f} expected images'
         f' x {config.finetune.draws} draws, {plan.finetune_noised_images:,} noised images',
         f'generation     {config.generate.images:,} images, {config.generate.sampler.name} '
         f'with {config.generate.sampler.steps} steps',
-        f'memory         about {plan.memory_bytes_per_device / 2**20:,.0f} MiB per device '
-        f'({at_once.microbatch} images x {at_once.draws} draws at once, estimate), '
-        f'{jax.device_count()} {jax.devices()[0].platform} device(s)',
     ]
-    if done is not None:
-        todo = [name for name, is_done in done.items() if not is_done]
-        lines += ['', 'would run      ' + (', '.join(todo) if todo else 'nothing: everything is done')]
     return '\n'.join(lines)
 
 
-def _query_sigma(config: ConfigDict, known: float | None) -> float:
-    """σ of the query: the setting, which nobody calibrates; or the known one; or calibrated."""
-    if config.query.epsilon_share is None or known is None:
-        return central.noise_multiplier(config)
-    return known
+def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:
+    """The privacy statement of a run that follows the plan."""
+    budget = plan.budget
+    return statement.make(
+        budget.releases,
+        is_private=config.seed is None,
+        delta=budget.delta,
+        accountant=budget.accountant,
+        budget=budget.epsilon,
+    )
 
 
-def _memory(config: ConfigDict, model: model_lib.Model, shapes) -> int:
-    """Bytes of state, per-example gradients and activations of one microbatch of fine-tuning."""
-    finetune = config.finetune
-    at_once = sizes.choose(config)
+def _memory(config: ConfigDict, model: Model, sizes: Sizes) -> int:
+    """Estimate the bytes of state, per-example gradients and activations of one microbatch."""
+    shapes, n = model.shapes(), sizes.microbatch
     # One part's: the gradient of a part is finished before the next part starts.
-    loss = model.example_loss(draws=at_once.draws, label_dropout=finetune.label_dropout)
-    n = at_once.microbatch
+    loss = model.example_loss(draws=sizes.draws, label_dropout=config.finetune.label_dropout)
 
     def residuals(params, images, labels, keys):
         return jax.vjp(lambda p: jax.vmap(loss, (None, 0, 0, 0))(p, images, labels, keys), params)
@@ -279,104 +130,5 @@ def _memory(config: ConfigDict, model: model_lib.Model, shapes) -> int:
         for leaf in jax.tree.leaves(kept)
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
     )
-    parameters = model_lib.size(shapes)
     # Weights, average, two moments of Adam, the sum, the noisy sum; two gradients per example.
-    return activations + 4 * parameters * (6 + 2 * n)
-
-
-def check(config: ConfigDict) -> None:
-    """Raise a ValueError that names the first setting out of range, its value and the range."""
-
-    def require(name: str, is_good, allowed: str):
-        value = config
-        for part in name.split('.'):
-            value = value[part]
-        if not is_good(value):
-            raise ValueError(f'config.{name} is {value!r}; it must be {allowed}')
-
-    def positive(value):
-        return math.isfinite(value) and value > 0
-
-    def probability(value):
-        return 0 < value <= 1
-
-    def share(value):
-        return 0 <= value < 1
-
-    def one_of(*values):
-        return lambda value: value in values, ' or '.join(repr(value) for value in values)
-
-    images = config.data.train_images
-    require('dp.epsilon', positive, 'a finite number > 0')
-    require('dp.delta', lambda d: 0 < d < 1, 'in (0, 1)')
-    require('dp.accountant', *one_of('rdp', 'pld'))
-    require('data.train_images', lambda n: n >= 1, 'at least 1')
-    require('dp.delta', lambda d: d < 1 / images, f'below 1 / data.train_images = {1 / images:.3g}')
-    require('data.channels', *one_of(1, 3))
-    for name in (
-        'data.image_size data.classes data.average_down query.queries query.downsample model.width '
-        'model.blocks pretrain.batch_size pretrain.epochs pretrain.draws finetune.batch_size '
-        'finetune.draws generate.images generate.batch_size '
-        'generate.sampler.steps generate.classifier_sampler.steps evaluate.feature_epochs '
-        'evaluate.epochs evaluate.batch_size loop.log_every_steps'
-    ).split():
-        require(name, lambda n: isinstance(n, int) and n >= 1, 'a whole number, at least 1')
-    for name in ('finetune.microbatch', 'loop.images_at_once'):
-        require(
-            name,
-            lambda n: n is None or isinstance(n, int) and n >= 1,
-            'a whole number, at least 1, or not set',
-        )
-    require('query.kind', *one_of('mean', 'mode'))
-    require('query.noise_multiplier', positive, 'a finite number > 0')
-    require('query.sampling_probability', probability, 'in (0, 1]')
-    require('query.epsilon_share', lambda s: s is None or 0 < s < 1, 'in (0, 1), or not set')
-    require('query.clip_norm', lambda c: c is None or positive(c), 'a finite number > 0, or not set')
-    require('query.class_counts', *one_of('public', 'noisy'))
-    for name in ('clip_norm', 'class_counts'):
-        if config.query.kind == 'mode' and config.query[name] not in (None, 'public'):
-            raise ValueError(
-                f'config.query.{name} is {config.query[name]!r}, which the mode query cannot use; it '
-                "must be left as in configs/default.py, or config.query.kind be 'mean'"
-            )
-    require('query.pixel_center', lambda c: 0 <= c <= 0.5, 'in [0, 0.5]')
-    require('query.bins', lambda n: 2 <= n <= 256, 'in [2, 256]')
-    require('model.multipliers', lambda m: len(m) and all(k >= 1 for k in m), 'numbers, at least 1')
-    halvings = 2 ** (len(config.model.multipliers) - 1)
-    require(
-        'data.image_size',
-        lambda n: n % halvings == 0,
-        f'divisible by {halvings}, because config.model.multipliers = '
-        f'{tuple(config.model.multipliers)} halves images {len(config.model.multipliers) - 1} times',
-    )
-    levels = [config.data.image_size // 2**level for level in range(len(config.model.multipliers))]
-    require('model.attention_resolutions', lambda r: set(r) <= set(levels), f'a selection of {levels}')
-    require('model.denoiser', *one_of('edm', 'vp', 've', 'v'))
-    require('model.dtype', *one_of('float32', 'bfloat16'))
-    for part in ('pretrain', 'finetune'):
-        require(f'{part}.learning_rate', positive, 'a finite number > 0')
-        require(f'{part}.ema_decay', share, 'in [0, 1)')
-        require(f'{part}.label_dropout', share, 'in [0, 1)')
-    require('finetune.epochs', positive, 'a finite number > 0')
-    require('finetune.clip_norm', positive, 'a finite number > 0')
-    require('finetune.batch_size', lambda n: n <= images, f'at most data.train_images = {images}')
-    for part in ('sampler', 'classifier_sampler'):
-        require(f'generate.{part}.name', *one_of('heun', 'ddim'))
-        for name in ('s_churn', 's_min', 's_noise'):
-            require(f'generate.{part}.{name}', lambda v: v >= 0, 'at least 0')
-        require(f'generate.{part}.rho', positive, 'a finite number > 0')
-        require(f'generate.{part}.guidance', lambda g: g >= 0, 'at least 0')
-        require(f'generate.{part}.t_min', positive, 'a finite number > 0')
-        low = config.generate[part].t_min
-        require(f'generate.{part}.t_max', lambda t: low < t < math.inf, f'above t_min = {low}')
-    require(
-        'evaluate.classifiers',
-        lambda names: set(names) <= {'cnn', 'mlp', 'logistic'},
-        "a selection of 'cnn', 'mlp', 'logistic'",
-    )
-    least = 2 * config.data.classes
-    require('generate.images', lambda n: n >= least, f'at least {least}, two per class')
-    require('evaluate.learning_rate', positive, 'a finite number > 0')
-    require('evaluate.ema_decay', share, 'in [0, 1)')
-    require('evaluate.held_out', lambda s: 0 < s < 1, 'in (0, 1)')
-    central.make_mechanism(config, config.query.noise_multiplier, 'check')  # its own checks
+    return activations + 4 * model_lib.size(shapes) * (6 + 2 * n)

@@ -7,29 +7,29 @@ import numpy as np
 import optax
 
 from dpp_jax.diffusion.model import Model
-from dpp_jax.run import folder as workdir_lib
-from dpp_jax.run import sizes
-from dpp_jax.stages import central
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.keys import Keys
+from dpp_jax.run.sizes import Sizes
 from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
 
 
-def is_done(workdir: workdir_lib.WorkDir) -> bool:
-    return (workdir.release / 'model' / 'pretrain').exists()
-
-
 def run(
     config: ConfigDict,
-    workdir: workdir_lib.WorkDir,
+    workdir: WorkDir,
+    keys: Keys,
+    *,
     model: Model,
     augment: steps.Augmentation,
+    sizes: Sizes,
     total_steps: int,
 ) -> None:
-    """Train from scratch and save weights and averaged weights in release/."""
+    """Train from scratch; save weights and averaged weights in release/."""
     settings = config.pretrain
-    saved = central.load(workdir)
+    saved = artefacts.central_images(workdir)
     images, labels = saved['images'], saved['labels']
-    keys = workdir.keys('pretrain', config.seed)
+    own_keys = keys.of_part('pretrain')
     batch_size = min(settings.batch_size, len(images))
     capacity = math.ceil(batch_size / devices.count()) * devices.count()
     optimizer = optax.adam(settings.learning_rate)
@@ -39,18 +39,18 @@ def run(
         optimizer,
         augment=augment,
         ema_decay=settings.ema_decay,
-        images_at_once=sizes.choose(config).images,
+        images_at_once=sizes.images,
     )
 
     def step(state, number):
-        indices = epoch_stream(len(images), batch_size, number, keys.sampling)
+        indices = epoch_stream(len(images), batch_size, number, own_keys.order)
         batch = devices.deal(steps.make_batch(images, labels, indices, capacity))
-        return device_step(state, batch, keys.noise)
+        return device_step(state, batch, own_keys.random)
 
-    start = state_lib.create(model.init(keys.noise), optimizer)
+    start = state_lib.create(model.init(own_keys.random), optimizer)
     with (
-        checkpoint.TrainingStore(workdir.private / 'resume' / 'pretrain') as store,
-        tensorboard.writer(workdir.private / 'metrics' / 'pretrain') as write,
+        checkpoint.TrainingStore(workdir.checkpoints('pretrain')) as store,
+        tensorboard.writer(workdir.metrics('pretrain')) as write,
     ):
         final = loop.train(
             step,
@@ -62,11 +62,11 @@ def run(
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
         )
-    checkpoint.save_model(workdir.release / 'model' / 'pretrain', final.weights())
+    checkpoint.save_model(workdir.model('pretrain'), final.weights())
 
 
 def epoch_stream(size: int, batch_size: int, batch: int, seed: int) -> np.ndarray:
-    """Indices (batch_size,) of batch number `batch` in an endless sequence of shuffled passes."""
+    """Return the indices (batch_size,) of batch number `batch` in an endless sequence of shuffled passes."""
     first = batch * batch_size
     epochs = range(first // size, (first + batch_size - 1) // size + 1)
     passes = [

@@ -1,74 +1,98 @@
-"""Stage `report`: the final table, and a page with the images. Both show results without guarantee."""
+"""Stage `report`: the final table, and a page with the images. Both show results without a guarantee."""
 
 import base64
 import html
+from typing import Any
 
 from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax import files
 from dpp_jax.data import image_grid
 from dpp_jax.privacy import accounting
-from dpp_jax.run import folder as workdir_lib
-from dpp_jax.run import statement
-from dpp_jax.stages import central, evaluate, generate
+from dpp_jax.run import artefacts, statement
+from dpp_jax.run.folder import WorkDir, flatten
 
 _CLASSIFIERS = {'logistic': 'logistic regression', 'mlp': 'MLP', 'cnn': "CNN (the paper's)"}
+_COLUMNS = 12  # images of a class that the page shows
 
 
-def is_done(config: ConfigDict, workdir: workdir_lib.WorkDir) -> bool:
-    path = workdir.private / 'report.json'
-    if not path.exists() or not (workdir.private / 'report.html').exists():
+def is_done(workdir: WorkDir, images: artefacts.SyntheticImages, evaluation: artefacts.Evaluation) -> bool:
+    """Whether the report that is there shows these images and results."""
+    if not workdir.report.exists() or not workdir.report_page.exists():
         return False
-    reported = workdir_lib.read_json(path, 'Delete it: --stage=report writes it again')
+    reported = files.read_json(workdir.report, 'Delete it: --stage=report writes it again')
     reported.pop('privacy', None)
-    return statement.exists(workdir) and reported == _shown(config, workdir)
+    return statement.exists(workdir) and reported == _shown(images, evaluation)
 
 
-def _shown(config: ConfigDict, workdir: workdir_lib.WorkDir) -> dict:
+def _shown(images: artefacts.SyntheticImages, evaluation: artefacts.Evaluation) -> dict[str, Any]:
     """What a report shows, other than the privacy statement."""
-    return {'images': generate.identity(config, workdir), **evaluate.load(config, workdir)}
+    return {'images': images.identity(), **evaluation.results}
 
 
-def run(config: ConfigDict, workdir: workdir_lib.WorkDir, privacy: dict) -> None:
-    """Write private/report.txt, .json and .html from the privacy statement and the evaluation."""
-    results = _shown(config, workdir)
+def run(
+    config: ConfigDict,
+    workdir: WorkDir,
+    *,
+    images: artefacts.SyntheticImages,
+    privacy: dict[str, Any],
+) -> None:
+    """Write private/report.txt, .json and .html.
+
+    Args:
+        config: the settings.
+        workdir: to write to.
+        images: the synthetic images.
+        privacy: the statement, see `run.statement`.
+    """
+    evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
+    results = evaluation.results
+    rows = _privacy_rows(privacy) + _score_rows(results)
+    note = f'FID features: {results["fid_features"]}' if 'fid' in results else ''
+    text = _text(config, workdir, images, rows, note)
+    files.write_text(workdir.report_text, text, mode=0o600)
+    shown = {'privacy': privacy, **_shown(images, evaluation)}
+    files.write_json(workdir.report, shown, mode=0o600)
+    files.write_text(workdir.report_page, _page(config, workdir, images, rows, note), mode=0o600)
+
+
+def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of the table about ε: (what, figure)."""
     show, exact = accounting.format_epsilon, accounting.format_exact
     accountant = privacy['accountant']
     rows = [
         (statement.TITLES.get(row['mechanism'], row['mechanism']), f'ε = {show(row["epsilon"][accountant])}')
         for row in privacy['mechanisms']
     ]
-    rows += [
-        ('total (by the ledger)', f'ε = {show(privacy["epsilon"])}, δ = {exact(privacy["delta"])}'),
-        ('budget', f'ε = {exact(privacy["budget"])}'),
-    ]
+    total = f'ε = {show(privacy["epsilon"])}, δ = {exact(privacy["delta"])}'
+    return [*rows, ('total (by the ledger)', total), ('budget', f'ε = {exact(privacy["budget"])}')]
+
+
+def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of the table about quality: (what, figure)."""
+    rows = []
     if 'fid' in results:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))
         rows.append(('  real test images for scale', f'{results["fid_of_real_test_images"]:.2f}'))
     for kind, accuracy in results.get('accuracy', {}).items():
         rows.append((f'accuracy {_CLASSIFIERS.get(kind, kind)}', f'{100 * accuracy:.1f} %'))
-    note = f'FID features: {results["fid_features"]}' if 'fid' in results else ''
-    text = _text(config, workdir, rows, note)
-    workdir_lib.write_text(workdir.private / 'report.txt', text, mode=0o600)
-    workdir_lib.write_json(workdir.private / 'report.json', {'privacy': privacy, **results}, mode=0o600)
-    page = _page(config, workdir, rows, note)
-    workdir_lib.write_text(workdir.private / 'report.html', page, mode=0o600)
+    return rows
 
 
-def _text(config: ConfigDict, workdir: workdir_lib.WorkDir, rows, note: str) -> str:
+def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImages, rows, note: str) -> str:
     """The table, and where the files are."""
-    release, private = workdir.release, workdir.private
-    files = [
+    found = [
         *(
             ('synthetic images' if name == 'images' else 'for classifiers', path)
-            for name, path in generate.files(config, workdir).items()
+            for name, path in images.paths.items()
         ),
-        ('picture of them', release / 'synthetic' / 'images.png'),
-        ('model', release / 'model' / 'finetune'),
-        ('privacy statement', release / 'privacy_statement.md'),
-        ('privacy ledger', release / 'ledger.jsonl'),
-        ('page (private)', private / 'report.html'),
-        ('metrics (private)', private / 'metrics'),
+        ('picture of them', images.picture),
+        ('model', workdir.model('finetune')),
+        ('privacy statement', workdir.statement_text),
+        ('privacy ledger', workdir.ledger),
+        ('page (private)', workdir.report_page),
+        ('metrics (private)', workdir.metrics('finetune').parent),
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines = [f'{config.name}: {config.generate.images:,} synthetic images', '']
@@ -77,7 +101,7 @@ def _text(config: ConfigDict, workdir: workdir_lib.WorkDir, rows, note: str) -> 
     lines += [f'  {name:<{width}}{value}' for name, value in rows]
     lines += ['', f'  {note}'] if note else []
     lines += ['  Scores are computed from real images without a guarantee: do not publish them.', '']
-    lines += [f'  {name:<{width}}{path}' for name, path in files]
+    lines += [f'  {name:<{width}}{path}' for name, path in found]
     return '\n'.join(lines) + '\n'
 
 
@@ -95,7 +119,7 @@ figcaption { color: #56636f; font-size: .9rem }
 """
 
 
-def _page(config: ConfigDict, workdir: workdir_lib.WorkDir, rows, note: str) -> str:
+def _page(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImages, rows, note: str) -> str:
     """One HTML file with everything inside."""
     table = '\n'.join(
         f'<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>' for name, value in rows
@@ -106,14 +130,13 @@ def _page(config: ConfigDict, workdir: workdir_lib.WorkDir, rows, note: str) -> 
         if config.seed is not None
         else ''
     )
-    figures = []
-    data = generate.load(generate.files(config, workdir)['images'])
-    grid = image_grid.rows_by_class(data['images'], data['labels'], config.data.classes, 12)
-    figures.append(_figure(grid, 'Synthetic images, one class per row'))
+    figures = [
+        _figure(config, images.load(images.paths['images']), 'Synthetic images, one class per row', _COLUMNS)
+    ]
     if config.pretrain.enabled:
-        data, columns = central.load(workdir), min(config.query.queries, 12)
-        grid = image_grid.rows_by_class(data['images'], data['labels'], config.data.classes, columns)
-        figures.append(_figure(grid, 'Central images, one query per column'))
+        columns = min(config.query.queries, _COLUMNS)
+        central = artefacts.central_images(workdir)
+        figures.append(_figure(config, central, 'Central images, one query per column', columns))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(config.name)} · dpp_jax</title><style>{_STYLE}</style></head><body>
@@ -132,10 +155,11 @@ page inside; what may be published lies in <code>release/</code>.</p>
 """
 
 
-def _figure(grid: np.ndarray, caption: str) -> str:
-    """An image with its caption, embedded."""
-    data = base64.b64encode(image_grid.png(grid)).decode()
+def _figure(config: ConfigDict, data: dict[str, np.ndarray], caption: str, columns: int) -> str:
+    """An image grid with its caption, embedded."""
+    grid = image_grid.rows_by_class(data['images'], data['labels'], config.data.classes, columns)
+    encoded = base64.b64encode(image_grid.png(grid)).decode()
     return (
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{encoded}">'
         f'<figcaption>{html.escape(caption)}</figcaption></figure>'
     )

@@ -18,8 +18,9 @@ import numpy as np
 import optax
 
 from dpp_jax.diffusion import microbatch as parts_lib
-from dpp_jax.privacy import mechanism as mechanism_lib
 from dpp_jax.privacy import poisson
+from dpp_jax.privacy.clipping import clipped_gradient_sum
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey, NoisySum
 from dpp_jax.training import devices
 from dpp_jax.training.state import TrainState, apply_gradient
 
@@ -33,13 +34,16 @@ Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 def make_batch(
     images: np.ndarray, labels: np.ndarray, indices: np.ndarray, capacity: int
 ) -> dict[str, np.ndarray]:
-    """The rows `indices` of images and labels, padded to a multiple of `capacity` rows."""
-    padded, mask = poisson.pad(indices, capacity)
+    """Fetch the rows `indices` of images and labels, padded with zeros to a multiple of `capacity` rows."""
+    arrays = {'image': images, 'label': labels}
+    batch, mask = poisson.fetch(arrays, indices, capacity)
+    index = np.zeros(len(mask), np.int32)
+    index[: len(indices)] = indices
     return {
-        'image': images[padded],
-        'label': labels[padded].astype(np.int32),
-        'index': padded.astype(np.int32),
-        'position': np.arange(len(padded), dtype=np.int32),
+        'image': batch['image'],
+        'label': batch['label'].astype(np.int32),
+        'index': index,
+        'position': np.arange(len(mask), dtype=np.int32),
         'mask': mask,
     }
 
@@ -108,10 +112,13 @@ def make_pretrain_step(
 
 
 def _in_equal_parts(rows: dict, at_once: int | None) -> tuple[dict, int]:
-    """Rows that can be cut into as few equal parts of at most `at_once` (None: all) as there can be, and how many.
+    """Pad the rows so that they can be cut into equal parts, as few as `at_once` (None: all) allows.
 
-    The last row is repeated, without its mask, where that takes more rows: 25 rows of which 4 go at once would
-    otherwise be 25 parts of one, and every part adds up a gradient of all weights.
+    The last row is repeated, without its mask: 25 rows of which 4 go at once would otherwise be 25 parts of
+    one, and every part adds up a gradient of all weights.
+
+    Returns:
+        the rows and the number of parts.
     """
     size = rows['mask'].size
     number = math.ceil(size / (at_once or size))
@@ -124,62 +131,83 @@ def _in_equal_parts(rows: dict, at_once: int | None) -> tuple[dict, int]:
 def make_dp_step(
     loss: ExampleLoss,
     optimizer: optax.GradientTransformation,
-    mechanism: mechanism_lib.GaussianMechanism,
+    mechanism: GaussianMechanism,
+    noise_key: NoiseKey,
     *,
     expected_batch_size: float,
     microbatch: int,
     ema_decay: float,
-) -> Callable:
-    """(state, batch, microbatches, key) → (state, metrics), for devices; the state is reused.
+) -> NoisySum:
+    """Make (index, state, batch, microbatches) → ((state, metrics), ledger entry), for devices.
 
-    Per-example gradients, clipped to the mechanism's sensitivity, are summed over microbatches and
-    devices; the noise is added to that sum once (every device draws the same noise from the same
-    key); the result is divided by the expected batch size, a public constant.
+    Per-example gradients, clipped to the mechanism's sensitivity, are summed over microbatches and devices.
+    The mechanism adds its noise to that sum once: every device draws the same noise from the same key. The
+    noisy sum is divided by the expected batch size, a public constant. The state's memory is reused.
 
-    `microbatches` (int32) is how many microbatches per device hold real rows. `key` is secret.
     The metrics are sums and means over private examples WITHOUT noise: for private/ only. The loss is NaN,
     which stops the training, if no example's is finite in a batch of more than half of the expected size
     (and more than one); in a smaller one, as in an empty one, it is 0 and `non_finite` tells.
+
+    Args:
+        loss: of one example.
+        optimizer: of the weights.
+        mechanism: its sensitivity is the clip norm C.
+        noise_key: secret; the loss draws its random numbers from it, too, by the image's own number.
+        expected_batch_size: q N.
+        microbatch: examples of a device whose gradients exist at once.
+        ema_decay: of the averaged weights.
+
+    Returns:
+        the steps; `microbatches` (int32) is how many microbatches per device hold real rows.
     """
 
-    def step(state: TrainState, batch: dict, microbatches: jax.Array, key: jax.Array):
-        noise_key, draw_key = jax.random.split(jax.random.fold_in(key, state.step))
-
+    def clipped_sum(draw_key, state: TrainState, batch: dict, microbatches: jax.Array):
         def example_loss(params, example):
             # By the image's own number: who else is in the batch must not change its draws.
             example_key = jax.random.fold_in(draw_key, example['index'])
             image = to_model_range(example['image'])
             return loss(params.tree(), image, example['label'], example_key)
 
-        examples = {name: batch[name] for name in ('image', 'label', 'index')}
-        device_sum, sums = mechanism_lib.clipped_gradient_sum(
+        device_sums = clipped_gradient_sum(
             example_loss,
             state.params,
-            examples,
+            {name: batch[name] for name in ('image', 'label', 'index')},
             batch['mask'],
             clip_norm=mechanism.sensitivity,
             microbatch=microbatch,
             microbatches=microbatches,
         )
-        total, sums = jax.lax.psum((device_sum, sums), devices.AXIS)
-        noisy = mechanism.privatise(total, noise_key)
-        gradient = jax.tree.map(lambda leaf: leaf / expected_batch_size, noisy)
-        finite = sums['examples'] - sums['non_finite']
-        rows = jnp.maximum(finite, 1)
-        # One example that is not finite counts as zero, also where it is alone in a small sample. None
-        # finite in a batch of usual size is no matter of examples any more.
-        usual = jnp.maximum(1, expected_batch_size / 2)
-        lost = (finite == 0) & (sums['examples'] > usual)
-        metrics = {
-            'loss': jnp.where(lost, jnp.nan, sums['loss'] / rows),
-            'gradient_norm': sums['norm'] / rows,
-            'clipped_share': sums['clipped'] / rows,
-            'non_finite': sums['non_finite'],
-            'batch_size': sums['examples'],
-        }
-        return apply_gradient(state, gradient, optimizer, ema_decay), metrics
+        return jax.lax.psum(device_sums, devices.AXIS)
 
-    return devices.parallel(step, in_axes=(0, 0, None, None), donate=(0,))
+    def update(noisy_sum, sums, state: TrainState, *_):
+        gradient = jax.tree.map(lambda leaf: leaf / expected_batch_size, noisy_sum)
+        state = apply_gradient(state, gradient, optimizer, ema_decay)
+        return state, _dp_metrics(sums, expected_batch_size)
+
+    return mechanism.noisy(
+        clipped_sum,
+        noise_key,
+        then=update,
+        compiled=lambda step: devices.parallel(step, in_axes=(None, None, 0, 0, None), donate=(2,)),
+        is_random=True,
+    )
+
+
+def _dp_metrics(sums: dict[str, jax.Array], expected_batch_size: float) -> dict[str, jax.Array]:
+    """Compute what is written to private/ of the sums over a batch, see `make_dp_step`."""
+    finite = sums['examples'] - sums['non_finite']
+    rows = jnp.maximum(finite, 1)
+    # One example that is not finite counts as zero, also where it is alone in a small sample. None
+    # finite in a batch of usual size is no matter of examples any more.
+    usual = jnp.maximum(1, expected_batch_size / 2)
+    lost = (finite == 0) & (sums['examples'] > usual)
+    return {
+        'loss': jnp.where(lost, jnp.nan, sums['loss'] / rows),
+        'gradient_norm': sums['norm'] / rows,
+        'clipped_share': sums['clipped'] / rows,
+        'non_finite': sums['non_finite'],
+        'batch_size': sums['examples'],
+    }
 
 
 def used_microbatches(rows: int, microbatch: int) -> np.int32:

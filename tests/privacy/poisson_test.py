@@ -7,24 +7,24 @@ KEY = 0x0123456789ABCDEF0123456789ABCDEF
 
 
 def test_a_batch_depends_on_its_number_and_the_key_alone():
-    sampler = poisson.PoissonSampler(500, 0.2, KEY)
+    sampler = poisson.PoissonSampler(size=500, probability=0.2, key=KEY)
     later = sampler.indices(7)
-    np.testing.assert_array_equal(poisson.PoissonSampler(500, 0.2, KEY).indices(7), later)
+    np.testing.assert_array_equal(poisson.PoissonSampler(size=500, probability=0.2, key=KEY).indices(7), later)
     assert not np.array_equal(later, sampler.indices(8))
-    assert not np.array_equal(later, poisson.PoissonSampler(500, 0.2, KEY + 1).indices(7))
+    assert not np.array_equal(later, poisson.PoissonSampler(size=500, probability=0.2, key=KEY + 1).indices(7))
 
 
 def test_probability_one_takes_everybody():
-    indices = poisson.PoissonSampler(50, 1.0, KEY).indices(3)
+    indices = poisson.PoissonSampler(size=50, probability=1.0, key=KEY).indices(3)
     np.testing.assert_array_equal(indices, np.arange(50))
 
 
 def test_capacity_holds_all_batches_and_is_not_wasteful():
-    sampler = poisson.PoissonSampler(60000, 1 / 15, KEY)
+    sampler = poisson.PoissonSampler(size=60000, probability=1 / 15, key=KEY)
     capacity = sampler.capacity(64)
     assert capacity % 64 == 0
     assert max(len(sampler.indices(batch)) for batch in range(200)) < capacity < 1.2 * 4000
-    assert poisson.PoissonSampler(100, 1.0, KEY).capacity(8) == 104
+    assert poisson.PoissonSampler(size=100, probability=1.0, key=KEY).capacity(8) == 104
 
 
 def test_padding_never_truncates():

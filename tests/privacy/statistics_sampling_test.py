@@ -22,7 +22,7 @@ def inclusions(sampler, batches):
 @pytest.mark.parametrize('q', [1 / 15, 0.3])
 def test_every_example_is_included_with_probability_q_in_every_batch(q, statistics):
     size, batches = 2000, 6000
-    included = inclusions(poisson.PoissonSampler(size, q, KEY), range(batches))
+    included = inclusions(poisson.PoissonSampler(size=size, probability=q, key=KEY), range(batches))
     statistics.assert_plausible(stats.binom(included.size, q), included.sum())
     for axis in (0, 1):  # every example, and the size of every batch: neither too even nor too uneven
         counts, n = included.sum(axis), included.shape[axis]
@@ -32,10 +32,10 @@ def test_every_example_is_included_with_probability_q_in_every_batch(q, statisti
 
 
 def test_inclusions_are_independent_between_examples_batches_and_keys(statistics):
-    sampler = poisson.PoissonSampler(500, 0.5, KEY)
+    sampler = poisson.PoissonSampler(size=500, probability=0.5, key=KEY)
     statistics.assert_unrelated(2.0 * inclusions(sampler, range(5000)) - 1)  # examples
     keys = (KEY, KEY ^ 1, KEY ^ (1 << 64), KEY ^ (1 << 127))
-    samplers = [poisson.PoissonSampler(20000, 0.5, key) for key in keys]
+    samplers = [poisson.PoissonSampler(size=20000, probability=0.5, key=key) for key in keys]
     batches = np.concatenate([inclusions(sampler, range(100)) for sampler in samplers])
     statistics.assert_unrelated(2.0 * batches.T - 1)
 
@@ -43,7 +43,7 @@ def test_inclusions_are_independent_between_examples_batches_and_keys(statistics
 def test_no_batch_is_another_one_shifted(statistics):
     """As it would be if the streams of two batches or keys overlapped."""
     size = 20000
-    samplers = [poisson.PoissonSampler(size, 0.5, key) for key in (KEY, KEY ^ 1)]
+    samplers = [poisson.PoissonSampler(size=size, probability=0.5, key=key) for key in (KEY, KEY ^ 1)]
     rows = np.concatenate([2.0 * inclusions(sampler, range(6)) - 1 for sampler in samplers])
     spectra = np.fft.rfft(rows)
     for i in range(len(rows)):
@@ -65,7 +65,7 @@ def visited(indices, microbatch, capacity):
 )
 def test_a_batch_is_the_same_for_any_devices_microbatch_and_padding(number, microbatch, capacity):
     """Nobody is left out or met twice, also if a batch is far larger than expected."""
-    sampler = poisson.PoissonSampler(500, 0.25, KEY)
+    sampler = poisson.PoissonSampler(size=500, probability=0.25, key=KEY)
     with devices.limited_to(number):
         for indices in (*map(sampler.indices, range(20)), np.arange(500), np.arange(0)):
             met = visited(indices, microbatch, capacity)
@@ -74,7 +74,7 @@ def test_a_batch_is_the_same_for_any_devices_microbatch_and_padding(number, micr
 
 def test_hosts_meet_parts_of_one_batch(monkeypatch):
     """Two hosts of four devices: together every image of the batch once."""
-    sampler = poisson.PoissonSampler(500, 0.25, KEY)
+    sampler = poisson.PoissonSampler(size=500, probability=0.25, key=KEY)
     monkeypatch.setattr(devices, 'local', lambda: jax.local_devices()[:4])
     monkeypatch.setattr(devices, 'count', lambda: 8)
     for number in range(20):

@@ -55,7 +55,7 @@ def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
     assert mechanism.sensitivity == config.finetune.clip_norm
     assert settings['expected_batch_size'] == pytest.approx(plan.sampling_probability * count)
     assert settings['expected_batch_size'] == pytest.approx(plan.expected_batch_size)
-    sampler = poisson.PoissonSampler(count, plan.sampling_probability, keys.sampling)
+    sampler = poisson.PoissonSampler(size=count, probability=plan.sampling_probability, key=keys.sampling)
     assert len(seen) == plan.steps == ledger.count('dp_sgd')
     for number, (batch, used, key) in enumerate(seen):
         drawn = sampler.indices(number)

@@ -1,0 +1,169 @@
+"""From the names and numbers in a config to objects: model, query, budget, augmentation, samplers, images."""
+
+from collections.abc import Callable
+import functools
+import math
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dpp_jax.data import augment, sources
+from dpp_jax.diffusion import model as model_lib
+from dpp_jax.diffusion import sampler
+from dpp_jax.diffusion.model import Model
+from dpp_jax.privacy import budget as budget_lib
+from dpp_jax.privacy import queries
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Releases
+from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.run import plan as plan_lib
+from dpp_jax.run import sizes as sizes_lib
+
+
+def model(config: ConfigDict) -> Model:
+    """Make the model: network, denoiser and loss by their names."""
+    raise SystemExit('filled in after the merge of helper diffusion')
+
+
+def query(config: ConfigDict) -> queries.Query:
+    """Make the query for central images.
+
+    Raises:
+        ValueError: a setting of config.query is out of range, or the query cannot use it.
+    """
+    data, settings = config.data, config.query
+    side = -(-data.image_size // settings.downsample)
+    return queries.make_query(
+        settings.kind,
+        classes=data.classes,
+        dimensions=data.channels * side * side,
+        settings=settings.to_dict(),
+    )
+
+
+def plan(
+    config: ConfigDict,
+    run_model: Model,
+    noise_multiplier: float | None = None,
+    query_noise_multiplier: float | None = None,
+) -> plan_lib.Plan:
+    """Make the plan: calibrate the noise so that query and fine-tuning together stay within (ε, δ).
+
+    Args:
+        config: the settings; `query.epsilon_share`, if set, decides the query's noise.
+        run_model: whose parameters are counted.
+        noise_multiplier: of fine-tuning, where it is decided already.
+        query_noise_multiplier: of a query whose noise `query.epsilon_share` decides, likewise.
+
+    Raises:
+        ValueError: the query alone exceeds the budget, or no noise keeps it within its share.
+    """
+    dp, finetune, pretrain, images = config.dp, config.finetune, config.pretrain, config.data.train_images
+    limits = {'epsilon': dp.epsilon, 'delta': dp.delta, 'accountant': dp.accountant}
+    q, steps = budget_lib.schedule(images, finetune.batch_size, finetune.epochs)
+    asked = []
+    if pretrain.enabled:
+        make_query = functools.partial(_query_releases, config)
+        sigma = config.query.noise_multiplier
+        if config.query.epsilon_share is not None:
+            sigma = query_noise_multiplier or budget_lib.calibrate_share(
+                make_query, config.query.epsilon_share, **limits
+            )
+        asked = [make_query(sigma)]
+
+    def dp_sgd(sigma: float) -> Releases:
+        mechanism = GaussianMechanism(
+            name=DP_SGD, noise_multiplier=sigma, sampling_probability=q, sensitivity=finetune.clip_norm
+        )
+        return Releases(mechanism=mechanism, count=steps)
+
+    budget = budget_lib.calibrate(asked, dp_sgd, noise_multiplier=noise_multiplier, **limits)
+    central = budget.count(CENTRAL_QUERY) * config.data.classes
+    batch = min(pretrain.batch_size, max(central, 1))
+    pretrain_steps = pretrain.epochs * math.ceil(central / batch)
+    return plan_lib.Plan(
+        budget=budget,
+        private_images=images,
+        parameters=model_lib.size(run_model.shapes()),
+        pretrain_steps=pretrain_steps,
+        pretrain_noised_images=pretrain_steps * batch * pretrain.draws,
+        finetune_noised_images=round(steps * images / round(1 / q) * finetune.draws),
+    )
+
+
+def _query_releases(config: ConfigDict, sigma: float) -> Releases:
+    """The queries with this noise multiplier."""
+    mechanism = GaussianMechanism(
+        name=CENTRAL_QUERY,
+        noise_multiplier=sigma,
+        sampling_probability=config.query.sampling_probability,
+        sensitivity=query(config).sensitivity,
+    )
+    return Releases(mechanism=mechanism, count=config.query.queries)
+
+
+def sizes(config: ConfigDict, run_model: Model) -> sizes_lib.Sizes:
+    """Choose what is in work at once, as set or by the rule."""
+    return sizes_lib.choose(
+        run_model,
+        draws=config.finetune.draws,
+        images_at_once=config.loop.images_at_once,
+        microbatch=config.finetune.microbatch,
+    )
+
+
+def settled_sizes(config: ConfigDict, run_model: Model, path: Path, noised_images: int) -> sizes_lib.Sizes:
+    """Choose what is in work at once, as set or for good for this folder and device, see `sizes.settle`."""
+    settings = config.finetune
+    images = config.loop.images_at_once or sizes_lib.settle(
+        path,
+        run_model,
+        noised_images,
+        draws=settings.draws,
+        microbatch=settings.microbatch,
+        label_dropout=settings.label_dropout,
+    )
+    return sizes_lib.choose(
+        run_model, draws=settings.draws, images_at_once=images, microbatch=settings.microbatch
+    )
+
+
+def augmentation(config: ConfigDict) -> Callable:
+    """Make the augmentation of pre-training, (key, image) → image."""
+    settings = config.pretrain
+    return augment.make_augmentation(
+        settings.augmentation, **settings.get(settings.augmentation, ConfigDict())
+    )
+
+
+def samplers(config: ConfigDict) -> dict[str, Callable]:
+    """Make the samplers: purpose of the images → (denoise, z, label, noise) → images in [-1, 1]."""
+    settings, no_class = config.generate, config.data.classes
+    return {
+        'images': sampler.make_sampler(no_class=no_class, **settings.sampler),
+        'classifier_images': sampler.make_sampler(no_class=no_class, **settings.classifier_sampler),
+    }
+
+
+def images(config: ConfigDict, split: str) -> sources.Images:
+    """Load the real images of one split ('train' is the private set) and compare them with the config.
+
+    Raises:
+        ValueError, FileNotFoundError: they are not as the config says, or not there.
+    """
+    data = config.data
+    found = sources.load(
+        data.source, split, data_dir=data.dir, average_down=data.average_down, classes=data.classes
+    )
+    wanted = (data.image_size, data.image_size, data.channels)
+    if found.images.shape[1:] != wanted:
+        raise ValueError(
+            f'config.data.image_size and data.channels say {wanted}; the images of '
+            f'{data.source} are {found.images.shape[1:]} after average_down={data.average_down}'
+        )
+    if split == 'train' and len(found.images) != data.train_images:
+        raise ValueError(
+            f'config.data.train_images is {data.train_images}; {data.source} has '
+            f'{len(found.images)}. The privacy of the run is computed from this number: set it '
+            'to the number of private images'
+        )
+    return found

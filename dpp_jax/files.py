@@ -1,0 +1,186 @@
+"""Whole files or none: the only place of fsync, rename and lock.
+
+A file appears under its name when it is complete and on the disk, so that a crash or a power failure
+leaves the old file or none.
+"""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+import shutil
+import tempfile
+from typing import Any, BinaryIO
+import zipfile
+import zlib
+
+import filelock
+import numpy as np
+
+# What NumPy and zipfile raise for files that lost their end, or have zeros where data was.
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_UNFINISHED = '.new_'  # how names of what is not complete begin
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Yield a binary file that appears under its name when it is complete, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_UNFINISHED, delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, mode)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)  # the new name, too, survives a power failure
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `path` when it is complete, or not at all."""
+    unfinished = path.with_name(_UNFINISHED + path.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished  # after an error the remains are removed by the next run
+    shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
+
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write `data` so that the file is there whole or not at all."""
+    with whole_file(path, mode) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write text in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode(), mode)
+
+
+def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+    """Write readable JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n', mode)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write a compressed .npz file, whole or not at all."""
+    with whole_file(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """Read the JSON object in `path`, which must be there.
+
+    Raises:
+        ValueError: the file holds something else, as a power failure or an editor may leave it. The
+            message names the file and ends with `advice`: what to do then.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError('it holds no JSON object')
+    except (OSError, ValueError) as error:  # ValueError: of UTF-8 and of JSON alike
+        raise ValueError(f'{path} cannot be read ({error}). {advice}') from error
+    return value
+
+
+def read_npz(path: Path, advice: str) -> dict[str, np.ndarray]:
+    """Read all arrays in `path`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the file is damaged, see `read_json`.
+    """
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except DAMAGE as error:
+        raise ValueError(f'{path} cannot be read ({error}). {advice}') from error
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """Return the SHA-256 of types, shapes and bytes, in hexadecimal."""
+    result = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        result.update(f'{array.dtype} {array.shape} '.encode())
+        result.update(np.ascontiguousarray(array))
+    return result.hexdigest()
+
+
+def create(path: Path) -> None:
+    """Make an empty file, with its folder, whose name survives a power failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    sync_folder(path.parent)
+
+
+def append(path: Path, data: bytes, known_size: int) -> None:
+    """Append `data` and wait for the disk; all of it or nothing.
+
+    Args:
+        path: of the file.
+        data: to append.
+        known_size: bytes that the file must have now.
+
+    Raises:
+        OSError: the disk took only a part, or the file has another size: another process changed it.
+    """
+    with open(path, 'r+b', buffering=0) as file:
+        if file.seek(0, os.SEEK_END) != known_size:
+            raise OSError(
+                f'{path} has {file.tell()} bytes; this process knows {known_size}: another process changed '
+                'it. Only one process may run in a work directory'
+            )
+        try:
+            if file.write(data) != len(data):
+                raise OSError(f'{path}: the disk took only a part of an entry')
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(known_size)
+            raise
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut the file to `size` bytes and wait for the disk."""
+    with open(path, 'r+b') as file:
+        file.truncate(size)
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of new files are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def locked(path: Path) -> contextlib.AbstractContextManager:
+    """Return a context that holds an exclusive lock on `path`, for this process alone.
+
+    The system releases the lock however the process ends. Entering the context raises
+    `filelock.Timeout` if another process holds it.
+    """
+    return filelock.FileLock(path, timeout=0)
+
+
+def remove_unfinished(root: Path, folders: Iterable[Path]) -> None:
+    """Remove what a killed process left unfinished in `folders`, and files directly in `root`."""
+    found = [path for path in root.glob(f'{_UNFINISHED}*') if not path.is_dir()]
+    for folder in folders:
+        for name in (f'{_UNFINISHED}*', '*.orbax-checkpoint-tmp*'):
+            found += folder.rglob(name)
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,195 @@
+"""From (ε, δ) to the noise of every mechanism, and from a ledger back to the budget.
+
+A run has two mechanisms: the query for central images (none without pre-training) and DP-SGD. The query's
+noise is given, or follows from its share of ε; DP-SGD gets the least noise with which both together stay
+within (ε, δ). `Budget` holds the result: numbers alone, no settings, no network.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+import dataclasses
+import math
+
+from dp_accounting import DpEvent
+
+from dpp_jax.privacy import accounting, checks
+from dpp_jax.privacy.ledger import Entry, Ledger
+from dpp_jax.privacy.mechanism import GaussianMechanism
+
+# Names of the mechanisms, as ledgers and key files record them.
+CENTRAL_QUERY = 'central_query'
+DP_SGD = 'dp_sgd'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Releases:
+    """Equal releases of one mechanism, each on a fresh Poisson sample.
+
+    Attributes:
+        mechanism: adds the noise.
+        count: how many releases, ≥ 1; they have the indices 0 .. count - 1.
+    """
+
+    mechanism: GaussianMechanism
+    count: int
+
+    def __post_init__(self):
+        checks.require('count', self.count, checks.is_whole(self.count, 1), 'a whole number, at least 1')
+
+    @property
+    def event(self) -> DpEvent:
+        """What dp_accounting needs to know of all of them."""
+        mechanism = self.mechanism
+        return accounting.subsampled_gaussian(
+            mechanism.noise_multiplier, mechanism.sampling_probability, self.count
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """(ε, δ) and the releases that were calibrated to it.
+
+    Attributes:
+        epsilon: the ε that all releases together must not exceed.
+        delta: δ, at which every ε is stated.
+        accountant: a name in `accounting.ACCOUNTANTS`.
+        releases: one item for each mechanism, in the order in which they run.
+    """
+
+    epsilon: float
+    delta: float
+    accountant: str
+    releases: tuple[Releases, ...]
+
+    def of(self, name: str) -> Releases | None:
+        """Return the releases of the mechanism of this name; None if there are none."""
+        return next((part for part in self.releases if part.mechanism.name == name), None)
+
+    def count(self, name: str) -> int:
+        """Return how often the mechanism of this name runs."""
+        part = self.of(name)
+        return part.count if part else 0
+
+    def spent(self, *names: str) -> float:
+        """Compute the ε of the named mechanisms together, or of all."""
+        chosen = [part for part in self.releases if not names or part.mechanism.name in names]
+        return accounting.epsilon(total_event(chosen), self.delta, self.accountant)
+
+    def check_ledger(self, ledger: Ledger, used: dict[str, int]) -> None:
+        """Check that the ledger fits this budget and what is known to have been used.
+
+        Args:
+            ledger: what ran.
+            used: mechanism → how many of its releases are known to have been used.
+
+        Raises:
+            ValueError: the ledger names a release that this budget does not have, or lacks one.
+        """
+        for entry in ledger.entries:
+            part = self.of(entry.mechanism)
+            is_planned = part is not None and entry.index < part.count
+            planned = part.mechanism.entry(entry.index, entry.randomness) if is_planned else None
+            if planned != entry:
+                raise ValueError(
+                    f'{ledger.path} names {entry}, which is not in the plan ({planned}): the ε of the plan does '
+                    'not cover what ran. Restore ledger.jsonl and plan.json, or use another --workdir'
+                )
+        for mechanism, count in used.items():
+            if ledger.count(mechanism) < count:
+                raise ValueError(
+                    f'{ledger.path} names {ledger.count(mechanism)} releases of {mechanism}; {count} '
+                    'were made. Restore the ledger: no ε can be stated without it'
+                )
+
+
+def total_event(releases: Iterable[Releases]) -> DpEvent:
+    """Compose all releases; none spend ε = 0."""
+    return accounting.compose(part.event for part in releases)
+
+
+def group(entries: Iterable[Entry]) -> list[Releases]:
+    """Count equal ledger entries: one item for each mechanism, σ, q and Δ, in order of appearance."""
+    counts = Counter(
+        (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity) for e in entries
+    )
+    return [
+        Releases(
+            mechanism=GaussianMechanism(
+                name=name, noise_multiplier=sigma, sampling_probability=q, sensitivity=sensitivity
+            ),
+            count=count,
+        )
+        for (name, sigma, q, sensitivity), count in counts.items()
+    ]
+
+
+def calibrate(
+    known: Iterable[Releases],
+    free: Callable[[float], Releases],
+    *,
+    epsilon: float,
+    delta: float,
+    accountant: str,
+    noise_multiplier: float | None = None,
+) -> Budget:
+    """Make the budget in which the free mechanism has the least noise.
+
+    Args:
+        known: releases with their noise, here the queries.
+        free: noise multiplier → the other releases, here DP-SGD's. Their ε must not rise with it.
+        epsilon: ε > 0 of all together.
+        delta: δ in (0, 1).
+        accountant: a name in `accounting.ACCOUNTANTS`.
+        noise_multiplier: of the free mechanism where it is decided already; nothing is searched then.
+
+    Raises:
+        accounting.BudgetTooSmall: the known releases exceed the budget alone.
+        ValueError: an argument is out of range.
+    """
+    known = tuple(known)
+    if noise_multiplier is None:
+        noise_multiplier = accounting.calibrate(
+            lambda sigma: total_event([*known, free(sigma)]), epsilon, delta, accountant
+        )
+    releases = (*known, free(noise_multiplier))
+    return Budget(epsilon=epsilon, delta=delta, accountant=accountant, releases=releases)
+
+
+def calibrate_share(
+    make_query: Callable[[float], Releases],
+    share: float,
+    *,
+    epsilon: float,
+    delta: float,
+    accountant: str,
+) -> float:
+    """Compute the least σ with which the queries alone spend no more than share · ε.
+
+    Raises:
+        ValueError: no noise keeps them within their share.
+    """
+    try:
+        return accounting.calibrate(lambda sigma: make_query(sigma).event, share * epsilon, delta, accountant)
+    except accounting.BudgetTooSmall as error:
+        least = accounting.format_epsilon(error.least)
+        raise ValueError(
+            f'config.query.epsilon_share is {share:g}, which leaves the queries '
+            f'{share:g} x dp.epsilon = {share * epsilon:.6g}; with any noise the accountant '
+            f"'{accountant}' states at least {least} for them: it must be at least "
+            f'{accounting.format_epsilon(error.least / epsilon)} at this dp.epsilon'
+        ) from error
+
+
+def schedule(images: int, batch_size: int, epochs: float) -> tuple[float, int]:
+    """Compute DP-SGD's sampling probability and number of steps, as in the paper.
+
+    Args:
+        images: N, number of private images.
+        batch_size: expected images per step, at most N.
+        epochs: expected uses of each image; may be a fraction.
+
+    Returns:
+        q = 1 / ceil(N / batch_size), and epochs / q steps, at least 1.
+    """
+    batches = math.ceil(images / batch_size)
+    return 1 / batches, max(1, round(epochs * batches))

@@ -1,0 +1,218 @@
+"""The queries for central images: what one image contributes, its norm, and the estimate (DP-FETA, section 4.1).
+
+A query takes a Poisson sample of the private images and releases, for every class, the sum of its sampled
+images' contributions, with Gaussian noise of standard deviation σ·Δ (`mechanism`). One image belongs to one
+class, so adding or removing it changes all classes' sums together by at most the norm Δ of one contribution:
+
+| query | contribution of an image with d pixels in [0, 1] | sensitivity Δ |
+|---|---|---|
+| mean | pixels minus `pixel_center` c | sqrt(d) max(c, 1 - c) |
+| mean, `clip_norm` B | the same, scaled down to norm B where it is longer | min(B, the above) |
+| mean, `class_counts` noisy | one more coordinate w = 0.2 Δ, which counts the image | sqrt(Δ² + w²) |
+| mode | d one-hot histograms of `bins` bins | sqrt(d) |
+
+The estimate divides by n_c = q N / classes, a public constant, or by the noisy counts: post-processing. (The
+PyTorch code divides by the sampled count of the class, which the noise does not cover.)
+
+A new query is one class here and one entry in `QUERIES`. Its fields are settings of `config.query` by name.
+"""
+
+import abc
+from collections.abc import Mapping
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpp_jax.privacy import checks
+from dpp_jax.privacy.clipping import clip_weights
+
+PyTree = Any
+# Of a noisy class count, relative to the image's norm: 2 % more noise on the image, and on the count of a
+# class noise of 5 σ images (MNIST in the paper's query: 26 of 600).
+COUNT_WEIGHT = 0.2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Query(abc.ABC):
+    """A query for central images: one value for every pixel and class.
+
+    Attributes:
+        classes: number of classes, ≥ 1.
+        dimensions: d, the number of values of an image.
+    """
+
+    classes: int
+    dimensions: int
+
+    def __post_init__(self):
+        checks.require('classes', self.classes, self.classes >= 1, 'at least 1')
+        checks.require('dimensions', self.dimensions, self.dimensions >= 1, 'at least 1')
+
+    @property
+    @abc.abstractmethod
+    def sensitivity(self) -> float:
+        """Δ: the largest L2 norm of one image's contribution to the sums of all classes together."""
+
+    @abc.abstractmethod
+    def sums(self, images: jax.Array, labels: jax.Array, mask: jax.Array) -> PyTree:
+        """Add up the contributions of a sample.
+
+        Args:
+            images: (n, ...) uint8 with `dimensions` values each.
+            labels: (n,) int32 in [0, classes).
+            mask: (n,) bool, False for padding, whose images count as nothing.
+
+        Returns:
+            float32 arrays with a leading axis of the classes.
+        """
+
+    @abc.abstractmethod
+    def estimate(self, noisy: PyTree, expected_size: float) -> jax.Array:
+        """Compute central images from the noisy sums.
+
+        Args:
+            noisy: what `sums` returned, with noise.
+            expected_size: q N, the expected size of the sample: a public constant.
+
+        Returns:
+            (classes, ...) float32, in [0, 1] but for the noise.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanQuery(Query):
+    """The mean image of every class.
+
+    Attributes:
+        pixel_center: c in [0, 0.5], subtracted from pixels in [0, 1] before the sum and added back.
+        clip_norm: B > 0, the L2 norm to which centered images are scaled down; None: no bound.
+        class_counts: 'public': a class's sum is divided by q N / classes; 'noisy': by its noisy count.
+    """
+
+    pixel_center: float = 0.0
+    clip_norm: float | None = None
+    class_counts: str = 'public'
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.require('pixel_center', self.pixel_center, 0 <= self.pixel_center <= 0.5, 'in [0, 0.5]')
+        is_norm = self.clip_norm is None or checks.is_positive(self.clip_norm)
+        checks.require('clip_norm', self.clip_norm, is_norm, 'a finite number > 0, or not set')
+        is_known = self.class_counts in ('public', 'noisy')
+        checks.require('class_counts', self.class_counts, is_known, "'public' or 'noisy'")
+
+    @property
+    def image_norm(self) -> float:
+        """The largest norm of an image's pixels as they are summed."""
+        longest = math.sqrt(self.dimensions) * max(self.pixel_center, 1 - self.pixel_center)
+        return longest if self.clip_norm is None else min(longest, self.clip_norm)
+
+    @property
+    def count_weight(self) -> float | None:
+        """w, with which an image counts in its class; None: classes are not counted."""
+        return COUNT_WEIGHT * self.image_norm if self.class_counts == 'noisy' else None
+
+    @property
+    def sensitivity(self) -> float:
+        return math.hypot(self.image_norm, self.count_weight or 0.0)
+
+    def sums(self, images, labels, mask):
+        centered = images / jnp.float32(255) - self.pixel_center
+        if self.clip_norm is not None:
+            weights, _ = clip_weights(centered, mask, self.clip_norm)
+            centered = weights.reshape((-1,) + (1,) * (images.ndim - 1)) * centered
+        rows = jnp.where(mask, labels, self.classes)
+        total = _exact_sums(centered, rows, self.classes)
+        if self.count_weight is None:
+            return total
+        counts = _sums(mask.astype(jnp.int32), rows, self.classes)
+        return total, self.count_weight * counts.astype(jnp.float32)
+
+    def estimate(self, noisy, expected_size):
+        if self.count_weight is None:
+            return noisy / (expected_size / self.classes) + self.pixel_center
+        total, weighted = noisy
+        # Fewer than one image in a class of the sample: whatever is divided by is as good as any.
+        sizes = jnp.maximum(weighted / self.count_weight, 1.0)
+        return total / sizes.reshape((-1,) + (1,) * (total.ndim - 1)) + self.pixel_center
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModeQuery(Query):
+    """The most frequent gray value of every pixel and class.
+
+    Attributes:
+        bins: how many equal bins the gray values fall into, in [2, 256].
+    """
+
+    bins: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.require('bins', self.bins, checks.is_whole(self.bins, 2, 256), 'a whole number in [2, 256]')
+
+    @property
+    def sensitivity(self) -> float:
+        return math.sqrt(self.dimensions)
+
+    def sums(self, images, labels, mask):
+        rows = jnp.where(mask, labels, self.classes)
+        values = (images.astype(jnp.int32) * self.bins) // 256
+        histograms = [_sums((values == b).astype(jnp.int32), rows, self.classes) for b in range(self.bins)]
+        return jnp.stack(histograms, axis=-1).astype(jnp.float32)
+
+    def estimate(self, noisy, expected_size):
+        """Return bin / (bins - 1): the first bin is black, the last white."""
+        del expected_size
+        return jnp.argmax(noisy, axis=-1).astype(jnp.float32) / (self.bins - 1)
+
+
+QUERIES: dict[str, type[Query]] = {'mean': MeanQuery, 'mode': ModeQuery}
+# Settings that promise less noise or other sums: a query that cannot keep them must not drop them silently.
+_PROMISES: Mapping[str, Any] = {'clip_norm': None, 'class_counts': 'public'}
+
+
+def make_query(kind: str, *, classes: int, dimensions: int, settings: Mapping[str, Any]) -> Query:
+    """Make the query of this kind.
+
+    Args:
+        kind: a name in `QUERIES`.
+        classes: number of classes.
+        dimensions: values of an image.
+        settings: by name; those that are fields of the query's class are used.
+
+    Raises:
+        ValueError: the kind is unknown, a setting is out of range, or the query cannot use it.
+    """
+    names = ' or '.join(repr(name) for name in QUERIES)
+    checks.require('kind', kind, kind in QUERIES, names)
+    query = QUERIES[kind]
+    own = {field.name for field in dataclasses.fields(query)}
+    for name, unused in _PROMISES.items():
+        if name not in own and settings.get(name, unused) != unused:
+            raise ValueError(
+                f'{name} is {settings[name]!r}, which the {kind} query cannot use; it must be {unused!r}, or '
+                'another kind be chosen'
+            )
+    used = {name: value for name, value in settings.items() if name in own}
+    return query(classes=classes, dimensions=dimensions, **used)
+
+
+def _sums(values: jax.Array, rows: jax.Array, classes: int) -> jax.Array:
+    """Add up integers (n, ...) per row in [0, classes); row `classes` is left out."""
+    return jax.ops.segment_sum(values, rows, classes + 1)[:-1]
+
+
+def _exact_sums(values: jax.Array, rows: jax.Array, classes: int) -> jax.Array:
+    """Add up values in [-1, 1] per class as if without error, and round once.
+
+    The values are cut, towards zero, so that no norm grows, to whole multiples of the smallest power of two
+    with which an int32 holds the sum of all. Sums of integers are exact in any order; float32 takes the
+    result with a relative error of 2^-24.
+    """
+    scale = 2.0 ** math.floor(math.log2((2**31 - 1) / len(values)))
+    whole = (values * scale).astype(jnp.int32)
+    return _sums(whole, rows, classes).astype(jnp.float32) / scale

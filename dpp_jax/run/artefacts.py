@@ -1,0 +1,200 @@
+"""What a stage leaves for others: each artefact's files and loader, written once."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+import zipfile
+
+from clu import parameter_overview
+import numpy as np
+
+from dpp_jax import files
+from dpp_jax.diffusion.model import Model
+from dpp_jax.run.folder import FREE_SETTINGS, WorkDir, differences
+from dpp_jax.training import checkpoint
+
+PyTree = Any
+_CLASSIFIER_IMAGES = 'classifier_images'
+
+
+def central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
+    """Load the released central images: `images` (n, H, W, C) uint8 and `labels` (n,)."""
+    return files.read_npz(
+        workdir.central_images,
+        'Restore it; or move it away, if private/ is whole: --stage=central then makes the same images '
+        'again, with the keys in there',
+    )
+
+
+def weights(workdir: WorkDir, training: str, shapes: PyTree) -> dict[str, PyTree]:
+    """Load `params` and `ema_params` of the model that 'pretrain' or 'finetune' released.
+
+    Raises:
+        FileNotFoundError, ValueError: see `checkpoint.load_model`.
+    """
+    return checkpoint.load_model(workdir.model(training), {'params': shapes, 'ema_params': shapes})
+
+
+def write_parameters(workdir: WorkDir, model: Model) -> None:
+    """Write clu's overview of the network, for people."""
+    overview = parameter_overview.get_parameter_overview(model.shapes(), include_stats=False)
+    files.write_text(workdir.parameters, overview + '\n')
+    print(f'parameters     overview in {workdir.parameters}\n', flush=True)
+
+
+def check_models(workdir: WorkDir, shapes: PyTree) -> None:
+    """Check that the models and checkpoints that are there belong to the network of these shapes.
+
+    Raises:
+        ValueError: one belongs to another network.
+    """
+    for training in ('pretrain', 'finetune'):
+        saved = checkpoint.latest_training(workdir.checkpoints(training))
+        for folder in (workdir.model(training), saved and saved[1]):
+            if folder and folder.exists():
+                checkpoint.check_params(folder, shapes)
+
+
+class SyntheticImages:
+    """The synthetic images of a work directory.
+
+    Attributes:
+        folder: of all of them.
+        paths: purpose → file: 'images' for FID and use, 'classifier_images' if they are separate.
+        png_tree: folder of single PNG files, if asked for.
+    """
+
+    def __init__(self, workdir: WorkDir, settings: Mapping[str, Any]):
+        """`settings` are those of `config.generate`, by their full names ('generate.images')."""
+        self.folder = workdir.synthetic
+        names = ['images']
+        if settings['generate.separate_classifier_images']:
+            names.append(_CLASSIFIER_IMAGES)
+        self.paths = {name: self.folder / f'{name}.npz' for name in names}
+        self.png_tree = self.folder / 'png'
+        self._settings = {name: value for name, value in settings.items() if name.startswith('generate.')}
+        self._settings_file = self.folder / 'settings.json'
+
+    @property
+    def picture(self) -> Path:
+        """The image grid of the images for FID and use."""
+        return self.paths['images'].with_suffix('.png')
+
+    @property
+    def for_classifiers(self) -> Path:
+        """The file of the images that classifiers are trained on."""
+        return self.paths.get(_CLASSIFIER_IMAGES, self.paths['images'])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all files are there and whole, and the tree of PNG files if it is asked for."""
+        has_tree = not self._settings['generate.png_tree'] or self.png_tree.exists()
+        return has_tree and all(self.is_whole(path) for path in self.paths.values())
+
+    def check(self) -> None:
+        """Check that the images that are there, or begun, were made with these settings.
+
+        Raises:
+            ValueError: they were made with others; the message lists the differences.
+        """
+        if not self._settings_file.exists():
+            return
+        move = f'move {self.folder} away: the same command then makes new images from the released model'
+        recorded = files.read_json(self._settings_file, f'Restore it; or {move}')
+        found = differences(recorded, self._settings, FREE_SETTINGS)
+        if found:
+            raise ValueError(
+                f'{self.paths["images"]} was made, or begun, with other settings:\n  '
+                + '\n  '.join(found)
+                + f'\nUse those settings; or {move}.'
+            )
+
+    def record(self) -> None:
+        """Bind the images to the settings that make them, before the first one is there."""
+        if not self._settings_file.exists():
+            files.write_json(self._settings_file, self._settings)
+
+    def load(self, path: Path) -> dict[str, np.ndarray]:
+        """Load `images` (n, H, W, C) uint8 and `labels` (n,) of one of `paths`."""
+        return files.read_npz(path, 'Run --stage=generate: it makes a damaged file again')
+
+    def identity(self) -> dict[str, list[int]] | None:
+        """Return file → checksums of its arrays, read from the files' directories; None if one is damaged."""
+        found = {}
+        for name, path in self.paths.items():
+            try:
+                with zipfile.ZipFile(path) as file:
+                    found[name] = [member.CRC for member in file.infolist()]
+            except files.DAMAGE:
+                return None
+        return found
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether all of a file is there, by its checksums. The same keys make a damaged file again.
+
+        Files appear when they are complete, but not every file system keeps that order when power fails.
+        """
+        if not path.exists():
+            return False
+        try:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() is None:
+                    return True
+        except (*files.DAMAGE, NotImplementedError):  # of a compression that zipfile does not know
+            pass
+        print(f'{path} is damaged; --stage=generate makes it again', flush=True)
+        return False
+
+
+class Evaluation:
+    """The scores of the synthetic images, in private/.
+
+    Attributes:
+        results: so far: fid, accuracy by classifier, ...; without what they are of, if nothing is there yet.
+    """
+
+    def __init__(self, workdir: WorkDir, settings: Mapping[str, Any]):
+        """`settings` are those of `config.generate` and `config.evaluate`, by their full names."""
+        self._path = workdir.evaluation
+        self._settings = settings
+        self._images = SyntheticImages(workdir, settings)
+        self.results = self._load()
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        """What results are of: the images, and the settings that change a result."""
+        which = ('evaluate.fid', 'evaluate.classifiers')  # which results there are
+        return {
+            'images': self._images.identity(),
+            'settings': {
+                name: value
+                for name, value in self._settings.items()
+                if name.startswith('evaluate.') and name not in which
+            },
+        }
+
+    def _load(self) -> dict[str, Any]:
+        """The results so far; nothing if they are of other images, or by other settings, than now."""
+        if not self._path.exists():
+            return {}
+        results = files.read_json(self._path, 'Delete it: --stage=evaluate computes it again')
+        return results if results.get('of') == self.subject else {}
+
+    def begin(self) -> None:
+        """Say what the results will be of, if there are none."""
+        self.results = self.results or {
+            '_note': 'Computed from private images without a guarantee. Do not publish.',
+            'of': self.subject,
+            'accuracy': {},
+        }
+
+    def save(self) -> None:
+        """Write the results so far."""
+        files.write_json(self._path, self.results, mode=0o600)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every score that the settings ask for is there."""
+        has_fid = not self._settings['evaluate.fid'] or 'fid' in self.results
+        accuracy = self.results.get('accuracy', {})
+        return has_fid and all(name in accuracy for name in self._settings['evaluate.classifiers'])

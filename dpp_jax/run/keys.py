@@ -1,0 +1,164 @@
+"""The secret keys of a run, in private/keys.json: the only door to them.
+
+Every part of a run has keys of its own, made on first use from the operating system's entropy, or from a seed
+in tests. A mechanism that touches private images gets its keys from `of_mechanism` alone, which refuses keys
+other than those that the ledger names: with its old keys a mechanism repeats what it released; with new ones
+it would release, and spend, a second time. What is random without private images (initial weights, the order
+of central images, synthetic images) takes `of_part`.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import hashlib
+from pathlib import Path
+import secrets
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpp_jax import files
+from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.privacy.mechanism import NoiseKey
+
+NOTE = (
+    'Computed from the private images WITHOUT a privacy guarantee, or secret keys on which the '
+    'guarantee rests. Nothing in this folder may be published.'
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MechanismKeys:
+    """Keys of a mechanism on private images. Who learns one of them loses the guarantee.
+
+    Attributes:
+        sampling: 128 bits, for Poisson sampling (Philox).
+        noise: for the noise.
+    """
+
+    sampling: int = dataclasses.field(repr=False)
+    noise: NoiseKey
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartKeys:
+    """Keys of a part of the run that sees no private image.
+
+    Attributes:
+        order: 128 bits, for the order of examples (Philox).
+        random: JAX key, for everything else.
+    """
+
+    order: int = dataclasses.field(repr=False)
+    random: jax.Array = dataclasses.field(repr=False)
+
+
+class Keys:
+    """The keys of one run."""
+
+    def __init__(self, path: Path, seed: int | None):
+        """Keys in the file `path`, from the operating system's entropy; from `seed` where it is set."""
+        self._path = path
+        self._seed = seed
+
+    def of_mechanism(self, name: str, ledger: Ledger) -> MechanismKeys:
+        """Return the keys of a mechanism, made on first use.
+
+        Raises:
+            ValueError: the ledger names releases with other keys, or the file's keys were not made from
+                this seed.
+        """
+        found = self._get(name)
+        others = {entry.randomness for entry in ledger.entries if entry.mechanism == name}
+        if others - {found['identifier']}:
+            raise ValueError(
+                f'{ledger.path} names releases of {name} with keys that {self._path} does not hold; going on '
+                'would spend its budget a second time. Restore private/, or use another --workdir'
+            )
+        noise = NoiseKey(identifier=found['identifier'], key=_jax_key(found))
+        return MechanismKeys(sampling=int(found['sampling'], 16), noise=noise)
+
+    def of_part(self, name: str) -> PartKeys:
+        """Return the keys of a part of the run ('pretrain', 'generate/images', ...), made on first use.
+
+        Raises:
+            ValueError: the file's keys were not made from this seed.
+        """
+        found = self._get(name)
+        return PartKeys(order=int(found['sampling'], 16), random=_jax_key(found))
+
+    def bind_release(self, name: str, arrays: Iterable[np.ndarray]) -> None:
+        """Note beside the keys of a mechanism what is about to be released with them.
+
+        A release that was lost may be made again if it is the same, bit for bit. The same noise on
+        something else, as another device rounds it, would be a second release.
+
+        Raises:
+            ValueError: something else was released with these keys, or was about to be.
+        """
+        known, digest = self._read(), files.digest(arrays)
+        before = known[name].setdefault('released', digest)
+        if before != digest:
+            raise ValueError(
+                f'{name} came out differently this time: SHA-256 {digest[:12]} now, {before[:12]} in '
+                f'{self._path}. The same noise on other values would be a second release, so nothing is '
+                'released. Restore what was released; or repeat the stage with the devices and versions of '
+                'release/code.json; or use another --workdir'
+            )
+        files.write_json(self._path, known, mode=0o600)
+
+    def may_repeat(self, name: str) -> bool:
+        """Whether `bind_release` can tell if what the mechanism makes is what was released with its keys."""
+        known = self._read()
+        return name not in known or 'released' in known[name]
+
+    def _get(self, name: str) -> dict[str, str]:
+        """The secrets of one part, in hexadecimal, made if there are none."""
+        known = self._read()
+        if name not in known:
+            known[name] = _fresh_secrets(name, self._seed)
+            files.write_json(self._path, known, mode=0o600)
+        identifier = known[name]['identifier']
+        expected = None if self._seed is None else seeded_identifier(self._seed)
+        if is_seeded(identifier) != (expected is not None) or expected not in (None, identifier):
+            raise ValueError(
+                f'config.seed is {self._seed}; {self._path} holds keys of {name} that were made otherwise '
+                f'({identifier}). Use the seed that the folder was made with, or another --workdir'
+            )
+        return known[name]
+
+    def _read(self) -> dict[str, Any]:
+        if not self._path.exists():
+            return {'_note': NOTE}
+        return files.read_json(
+            self._path,
+            'Restore it: without these keys no private image can be asked again. If release/model/finetune '
+            'is there, nothing else needs them: delete it, and images are drawn with new keys',
+        )
+
+
+def _fresh_secrets(name: str, seed: int | None) -> dict[str, str]:
+    """Make 128 bits for sampling and 64 for noise, in hexadecimal, and a name for the pair."""
+    if seed is None:
+        return {
+            'identifier': secrets.token_hex(8),
+            'sampling': secrets.token_hex(16),
+            'noise': secrets.token_hex(8),
+        }
+    digest = hashlib.sha256(f'{seed}/{name}'.encode()).hexdigest()
+    return {'identifier': seeded_identifier(seed), 'sampling': digest[:32], 'noise': digest[32:48]}
+
+
+def _jax_key(found: dict[str, str]) -> jax.Array:
+    words = np.array([int(found['noise'][:8], 16), int(found['noise'][8:], 16)], np.uint32)
+    return jax.random.wrap_key_data(words, impl='threefry2x32')
+
+
+def seeded_identifier(seed: int) -> str:
+    """Return the public name of keys that were made from a seed."""
+    return f'seed-{seed}-not-private'
+
+
+def is_seeded(identifier: str) -> bool:
+    """Whether the keys of this name were made from a seed."""
+    return identifier.startswith('seed-')

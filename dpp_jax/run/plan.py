@@ -1,0 +1,134 @@
+"""What a run spends and how much it trains, and release/plan.json, which fixes it for a work directory."""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dpp_jax import files
+from dpp_jax.privacy import accounting
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget
+
+# What of a plan the guarantee rests on, other than noise that was calibrated: that is read from the file,
+# because another version may calibrate it differently in the last digits.
+_BINDING = (
+    'private_images',
+    'delta',
+    'accountant',
+    'epsilon_budget',
+    'query_noise_multiplier',
+    'query_sampling_probability',
+    'query_count',
+    'sampling_probability',
+    'steps',
+    'expected_batch_size',
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The mechanisms of a run, calibrated to its budget, and its size.
+
+    Attributes:
+        budget: what may be spent, by which releases.
+        private_images: N.
+        parameters: of the network.
+        pretrain_steps: steps of pre-training.
+        pretrain_noised_images: noised images of pre-training.
+        finetune_noised_images: expected noised images of fine-tuning.
+    """
+
+    budget: Budget
+    private_images: int
+    parameters: int
+    pretrain_steps: int
+    pretrain_noised_images: int
+    finetune_noised_images: int
+
+    @property
+    def expected_batch_size(self) -> float:
+        """q N of fine-tuning; q is one over a whole number of batches."""
+        return self.private_images / round(1 / self.budget.of(DP_SGD).mechanism.sampling_probability)
+
+    def noised_images(self, stages: Iterable[str]) -> int:
+        """Return how many noised images the trainings among these stages take."""
+        trainings = {'pretrain': self.pretrain_noised_images, 'finetune': self.finetune_noised_images}
+        return sum(trainings.get(stage, 0) for stage in stages)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the plan as plan.json holds it, with the ε of each part."""
+        budget = self.budget
+        query, dp_sgd = budget.of(CENTRAL_QUERY), budget.of(DP_SGD)
+        return {
+            'private_images': self.private_images,
+            'delta': budget.delta,
+            'accountant': budget.accountant,
+            'epsilon_budget': budget.epsilon,
+            'epsilon_query': budget.spent(CENTRAL_QUERY),
+            'epsilon_finetune': budget.spent(DP_SGD),
+            'epsilon_total': budget.spent(),
+            'query_noise_multiplier': query and query.mechanism.noise_multiplier,
+            'query_sampling_probability': query and query.mechanism.sampling_probability,
+            'query_count': budget.count(CENTRAL_QUERY),
+            'noise_multiplier': dp_sgd.mechanism.noise_multiplier,
+            'sampling_probability': dp_sgd.mechanism.sampling_probability,
+            'steps': dp_sgd.count,
+            'expected_batch_size': self.expected_batch_size,
+            'pretrain_steps': self.pretrain_steps,
+            'parameters': self.parameters,
+            'pretrain_noised_images': self.pretrain_noised_images,
+            'finetune_noised_images': self.finetune_noised_images,
+        }
+
+
+def load(
+    path: Path, make: Callable[[float | None, float | None], Plan], query_share: float | None = None
+) -> Plan:
+    """Return the plan that a work directory follows, or the one that it would be given.
+
+    Reads the noise multipliers from plan.json and recomputes everything else.
+
+    Args:
+        path: of plan.json.
+        make: (noise multiplier of DP-SGD, of the query; None: calibrate it) → plan.
+        query_share: the share of ε that the queries alone may spend; None: no limit of their own.
+
+    Raises:
+        ValueError: the file's plan is not one that this config can have: it takes other steps or
+            batches, asks other queries, or does not stay within the budget.
+    """
+    if not path.exists():
+        return make(None, None)
+    try:
+        recorded = json.loads(path.read_text())
+        plan = make(recorded['noise_multiplier'], recorded['query_noise_multiplier'])
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f'{path} is not a plan ({error!r}); restore it') from error
+    figures, budget = plan.figures(), plan.budget.epsilon
+    for_query = math.inf if query_share is None else query_share * budget
+    for name in _BINDING:
+        if recorded.get(name) != figures[name]:
+            raise ValueError(
+                f'{path} has {name} = {recorded.get(name)}; this config gives {figures[name]}. '
+                'The plan was changed: restore it, or use another --workdir'
+            )
+    for name, spent, limit, allowed in (
+        ('query_noise_multiplier', figures['epsilon_query'], "the query's share", for_query),
+        ('noise_multiplier', figures['epsilon_total'], 'the budget', budget),
+    ):
+        if spent > allowed:
+            raise ValueError(
+                f'{path} has {name} = {figures[name]}, which spends ε = '
+                f'{accounting.format_epsilon(spent, 6)}; it must be within {limit}, '
+                f'{accounting.format_exact(allowed)}. The plan was changed: restore it, or use '
+                'another --workdir'
+            )
+    return plan
+
+
+def save(path: Path, plan: Plan) -> None:
+    """Fix the plan of a work directory that has none."""
+    if not path.exists():
+        files.write_json(path, plan.figures())

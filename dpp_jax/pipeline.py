@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax import settings
 from dpp_jax.data import augment, sources
 from dpp_jax.diffusion import denoiser, loss, sampler, unet
 from dpp_jax.diffusion.model import Model
@@ -38,17 +39,13 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
         ValueError, FileNotFoundError, PermissionError: a setting, the data or the work directory
             is not as it must be; raised before any privacy is spent.
     """
-    plan.check(config)
+    settings.check(config)
     if jax.process_count() > 1:
         raise ValueError(
             f'{jax.process_count()} processes run together; the files of a run, its ledger among '
             'them, are written by one process: use one, with all devices of its host'
         )
     model = make_model(config)
-    # Settings of later stages are checked before anything starts.
-    make_augmentation(config)
-    for settings in (config.generate.sampler, config.generate.classifier_sampler):
-        make_sampler(settings, config.data.classes)
     workdir = workdir_lib.WorkDir(root)
     workdir.check(config)
     if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):

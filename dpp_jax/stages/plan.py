@@ -62,15 +62,15 @@ def make(
     q = 1 / ceil(N / batch_size), steps = epochs / q, as in the paper.
 
     Args:
-        config: the settings; `query.epsilon_share`, if set, decides the query's noise.
+        config: settings that `settings.check` accepts; `query.epsilon_share`, if set, decides the
+            query's noise.
         model: whose parameters are counted.
         noise_multiplier: of fine-tuning, where it is known already.
         query_noise_multiplier: of a query whose noise `query.epsilon_share` decides, likewise.
 
     Raises:
-        ValueError: a setting is out of range, or the query alone exceeds the budget.
+        ValueError: the query alone exceeds the budget.
     """
-    check(config)
     dp, query, finetune = config.dp, config.query, config.finetune
     images = config.data.train_images
     batches = math.ceil(images / finetune.batch_size)
@@ -282,101 +282,3 @@ def _memory(config: ConfigDict, model: model_lib.Model, shapes) -> int:
     parameters = model_lib.size(shapes)
     # Weights, average, two moments of Adam, the sum, the noisy sum; two gradients per example.
     return activations + 4 * parameters * (6 + 2 * n)
-
-
-def check(config: ConfigDict) -> None:
-    """Raise a ValueError that names the first setting out of range, its value and the range."""
-
-    def require(name: str, is_good, allowed: str):
-        value = config
-        for part in name.split('.'):
-            value = value[part]
-        if not is_good(value):
-            raise ValueError(f'config.{name} is {value!r}; it must be {allowed}')
-
-    def positive(value):
-        return math.isfinite(value) and value > 0
-
-    def probability(value):
-        return 0 < value <= 1
-
-    def share(value):
-        return 0 <= value < 1
-
-    def one_of(*values):
-        return lambda value: value in values, ' or '.join(repr(value) for value in values)
-
-    images = config.data.train_images
-    require('dp.epsilon', positive, 'a finite number > 0')
-    require('dp.delta', lambda d: 0 < d < 1, 'in (0, 1)')
-    require('dp.accountant', *one_of('rdp', 'pld'))
-    require('data.train_images', lambda n: n >= 1, 'at least 1')
-    require('dp.delta', lambda d: d < 1 / images, f'below 1 / data.train_images = {1 / images:.3g}')
-    require('data.channels', *one_of(1, 3))
-    for name in (
-        'data.image_size data.classes data.average_down query.queries query.downsample model.width '
-        'model.blocks pretrain.batch_size pretrain.epochs pretrain.draws finetune.batch_size '
-        'finetune.draws generate.images generate.batch_size '
-        'generate.sampler.steps generate.classifier_sampler.steps evaluate.feature_epochs '
-        'evaluate.epochs evaluate.batch_size loop.log_every_steps'
-    ).split():
-        require(name, lambda n: isinstance(n, int) and n >= 1, 'a whole number, at least 1')
-    for name in ('finetune.microbatch', 'loop.images_at_once'):
-        require(
-            name,
-            lambda n: n is None or isinstance(n, int) and n >= 1,
-            'a whole number, at least 1, or not set',
-        )
-    require('query.kind', *one_of('mean', 'mode'))
-    require('query.noise_multiplier', positive, 'a finite number > 0')
-    require('query.sampling_probability', probability, 'in (0, 1]')
-    require('query.epsilon_share', lambda s: s is None or 0 < s < 1, 'in (0, 1), or not set')
-    require('query.clip_norm', lambda c: c is None or positive(c), 'a finite number > 0, or not set')
-    require('query.class_counts', *one_of('public', 'noisy'))
-    for name in ('clip_norm', 'class_counts'):
-        if config.query.kind == 'mode' and config.query[name] not in (None, 'public'):
-            raise ValueError(
-                f'config.query.{name} is {config.query[name]!r}, which the mode query cannot use; it '
-                "must be left as in configs/default.py, or config.query.kind be 'mean'"
-            )
-    require('query.pixel_center', lambda c: 0 <= c <= 0.5, 'in [0, 0.5]')
-    require('query.bins', lambda n: 2 <= n <= 256, 'in [2, 256]')
-    require('model.multipliers', lambda m: len(m) and all(k >= 1 for k in m), 'numbers, at least 1')
-    halvings = 2 ** (len(config.model.multipliers) - 1)
-    require(
-        'data.image_size',
-        lambda n: n % halvings == 0,
-        f'divisible by {halvings}, because config.model.multipliers = '
-        f'{tuple(config.model.multipliers)} halves images {len(config.model.multipliers) - 1} times',
-    )
-    levels = [config.data.image_size // 2**level for level in range(len(config.model.multipliers))]
-    require('model.attention_resolutions', lambda r: set(r) <= set(levels), f'a selection of {levels}')
-    require('model.denoiser', *one_of('edm', 'vp', 've', 'v'))
-    require('model.dtype', *one_of('float32', 'bfloat16'))
-    for part in ('pretrain', 'finetune'):
-        require(f'{part}.learning_rate', positive, 'a finite number > 0')
-        require(f'{part}.ema_decay', share, 'in [0, 1)')
-        require(f'{part}.label_dropout', share, 'in [0, 1)')
-    require('finetune.epochs', positive, 'a finite number > 0')
-    require('finetune.clip_norm', positive, 'a finite number > 0')
-    require('finetune.batch_size', lambda n: n <= images, f'at most data.train_images = {images}')
-    for part in ('sampler', 'classifier_sampler'):
-        require(f'generate.{part}.name', *one_of('heun', 'ddim'))
-        for name in ('s_churn', 's_min', 's_noise'):
-            require(f'generate.{part}.{name}', lambda v: v >= 0, 'at least 0')
-        require(f'generate.{part}.rho', positive, 'a finite number > 0')
-        require(f'generate.{part}.guidance', lambda g: g >= 0, 'at least 0')
-        require(f'generate.{part}.t_min', positive, 'a finite number > 0')
-        low = config.generate[part].t_min
-        require(f'generate.{part}.t_max', lambda t: low < t < math.inf, f'above t_min = {low}')
-    require(
-        'evaluate.classifiers',
-        lambda names: set(names) <= {'cnn', 'mlp', 'logistic'},
-        "a selection of 'cnn', 'mlp', 'logistic'",
-    )
-    least = 2 * config.data.classes
-    require('generate.images', lambda n: n >= least, f'at least {least}, two per class')
-    require('evaluate.learning_rate', positive, 'a finite number > 0')
-    require('evaluate.ema_decay', share, 'in [0, 1)')
-    require('evaluate.held_out', lambda s: 0 < s < 1, 'in (0, 1)')
-    central.make_mechanism(config, config.query.noise_multiplier, 'check')  # its own checks

@@ -47,7 +47,8 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     query.bins = 2  # bins of the histograms; mode only
     query.post_process = True  # median filter, and sharpening for grey images
 
-    config.model = model = ConfigDict()  # NCSN++ U-Net
+    config.model = model = ConfigDict()
+    model.network = 'unet'  # unet (NCSN++)
     model.width = 32  # channels of the first level
     model.multipliers = (2, 2)  # channels per level, in units of width
     model.blocks = 2  # residual blocks per level

@@ -9,7 +9,6 @@ import pytest
 from configs import digits_8, mnist_28
 from dpp_jax import pipeline
 from dpp_jax.run import folder, sizes
-from dpp_jax.stages import plan
 from dpp_jax.training import devices
 
 
@@ -113,11 +112,3 @@ def test_a_folder_keeps_what_it_began_with_on_the_same_kind_of_device(trials, tm
     assert settle(tmp_path, 10**9) == first and not trials
     monkeypatch.setattr(devices, 'kind', lambda: 'another')
     assert settle(tmp_path, 10**9) == first // 2 and trials
-
-
-@pytest.mark.parametrize('name', ['finetune.microbatch', 'loop.images_at_once'])
-def test_sizes_that_cannot_be_are_named(name):
-    config = mnist_28.get_config('1')
-    config.update_from_flattened_dict({name: 0})
-    with pytest.raises(ValueError, match=f'config.{name} is 0; it must be a whole number'):
-        plan.check(config)

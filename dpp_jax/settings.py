@@ -1,0 +1,364 @@
+"""What every setting may be, section by section, in the order of configs/default.py.
+
+`_table` says what one value may be; `_RELATIONS` says what it may be beside other settings. A query and an
+augmentation check their own settings. Allowed names are those of the registries.
+"""
+
+from collections.abc import Callable, Collection
+import dataclasses
+import math
+import numbers
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dpp_jax.data import augment, sources
+from dpp_jax.diffusion import denoiser
+from dpp_jax.evaluation import classifiers
+from dpp_jax.stages import central
+
+
+def _registries() -> dict[str, Collection[str]]:
+    """Return family → the names that a setting may have."""
+    return {
+        'accountant': ('rdp', 'pld'),
+        'query': ('mean', 'mode'),
+        'source': {kind: source.form for kind, source in sources._READERS.items()},
+        'augmentation': ('rand_augment', 'affine', 'none'),
+        'classifier': classifiers.KINDS,
+        'denoiser': tuple(denoiser.DENOISERS),
+        'sampler': ('heun', 'ddim'),
+        'network': ('unet',),
+    }
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse settings that cannot be.
+
+    Args:
+        config: resolved, see configs/default.py.
+
+    Raises:
+        ValueError: one or more settings are not allowed. The message has one line for each:
+            `config.NAME is VALUE; it must be ALLOWED`.
+    """
+    problems = {}  # the setting's name → its line
+
+    def refuse(name, value, allowed):
+        found = 'is missing' if value is _MISSING else f'is {value!r}'
+        problems[name] = f'config.{name} {found}; it must be {allowed}'
+
+    for name, rule in _table().items():
+        value = _value(config, name)
+        if value is _MISSING or not rule.accepts(value):
+            refuse(name, value, rule.words)
+    for relation in _RELATIONS:
+        if problems.keys().isdisjoint((relation.name, *relation.others)):
+            value = _value(config, relation.name)
+            others = [_value(config, other) for other in relation.others]
+            if not relation.accepts(value, *others):
+                refuse(relation.name, value, relation.words(*others))
+    lines = list(problems.values())
+    # What is built from several settings is built only where each of them is allowed.
+    if not any(name.startswith(('data.', 'query.')) for name in problems):
+        lines += _query(config)
+    if 'pretrain.augmentation' not in problems:
+        lines += _augmentation(config)
+    if lines:
+        raise ValueError('\n'.join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """A condition on one value of any type, and the same in words that follow "it must be"."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Relation:
+    """A condition on the setting `name` beside `others`: asked where each alone is allowed."""
+
+    name: str
+    others: tuple[str, ...]
+    accepts: Callable[..., bool]  # (value, *values of others)
+    words: Callable[..., str]  # (*values of others)
+
+
+# ---- kinds of values ----------------------------------------------------------------------------
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether this is a finite real number; a boolean is not."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and -math.inf < value < math.inf
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, numbers.Integral)
+
+
+def _number(accepts: Callable[[float], bool], words: str) -> _Rule:
+    return _Rule(lambda value: _is_number(value) and accepts(value), words)
+
+
+def _whole(accepts: Callable[[int], bool], words: str) -> _Rule:
+    return _Rule(lambda value: _is_whole(value) and accepts(value), words)
+
+
+def _unset_or(rule: _Rule) -> _Rule:
+    return _Rule(lambda value: value is None or rule.accepts(value), f'{rule.words}, or not set')
+
+
+def _name_in(known: Collection[str]) -> _Rule:
+    return _Rule(lambda value: isinstance(value, str) and value in known, ' or '.join(map(repr, known)))
+
+
+def _names_in(known: Collection[str]) -> _Rule:
+    one = _name_in(known)
+    return _sequence(one, f'a selection of {", ".join(map(repr, known))}')
+
+
+def _sequence(rule: _Rule, words: str, least: int = 0) -> _Rule:
+    return _Rule(
+        lambda value: (
+            isinstance(value, tuple | list) and len(value) >= least and all(map(rule.accepts, value))
+        ),
+        words,
+    )
+
+
+def _source_in(forms: dict[str, str]) -> _Rule:
+    """Return a rule for '<kind>' and '<kind>:<where>', as the kind's form has it."""
+
+    def accepts(value):
+        if not isinstance(value, str):
+            return False
+        kind, colon, where = value.partition(':')
+        return kind in forms and bool(colon) == bool(where) == (':' in forms[kind])
+
+    return _Rule(accepts, ' or '.join(map(repr, forms.values())))
+
+
+_TEXT = _Rule(lambda value: isinstance(value, str), 'a text')
+_SWITCH = _Rule(lambda value: isinstance(value, bool), 'True or False')
+_COUNT = _whole(lambda n: n >= 1, 'a whole number, at least 1')
+_POSITIVE = _number(lambda x: x > 0, 'a finite number > 0')
+_NOT_NEGATIVE = _number(lambda x: x >= 0, 'a finite number, at least 0')
+_INSIDE = _number(lambda x: 0 < x < 1, 'a number in (0, 1)')
+_PROBABILITY = _number(lambda x: 0 < x <= 1, 'a number in (0, 1]')
+_SHARE = _number(lambda x: 0 <= x < 1, 'a number in [0, 1)')
+# Far from the ends of float32 (1e-38 and 3e38), also when it is squared and a million squares are summed.
+_SQUARABLE = _number(lambda x: 1e-6 <= x <= 1e6, 'a number in [1e-6, 1e6]')
+# Adam moves every weight by about the learning rate in each step, and weights are of the order of 1 or less.
+_LEARNING_RATE = _number(lambda x: 0 < x <= 1, 'a number in (0, 1]')
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def _table() -> dict[str, _Rule]:
+    """Return name → what its value may be, whatever the other settings are."""
+    known = _registries()
+    return {
+        'name': _TEXT,
+        'seed': _unset_or(_whole(lambda n: True, 'a whole number')),
+        # dp
+        'dp.epsilon': _POSITIVE,
+        'dp.delta': _INSIDE,
+        'dp.accountant': _name_in(known['accountant']),
+        # data
+        'data.source': _source_in(known['source']),
+        'data.dir': _TEXT,
+        'data.train_images': _COUNT,
+        'data.image_size': _COUNT,
+        'data.channels': _whole(lambda n: n in (1, 3), '1 or 3'),
+        'data.classes': _COUNT,
+        'data.average_down': _COUNT,
+        # query
+        'query.kind': _name_in(known['query']),
+        'query.noise_multiplier': _POSITIVE,
+        'query.epsilon_share': _unset_or(_INSIDE),
+        'query.sampling_probability': _PROBABILITY,
+        'query.queries': _COUNT,
+        'query.downsample': _COUNT,
+        'query.pixel_center': _number(lambda x: 0 <= x <= 0.5, 'a number in [0, 0.5]'),
+        'query.clip_norm': _unset_or(_SQUARABLE),
+        'query.class_counts': _name_in(('public', 'noisy')),
+        'query.bins': _whole(lambda n: 2 <= n <= 256, 'a whole number in [2, 256]'),
+        'query.post_process': _SWITCH,
+        # model
+        'model.network': _name_in(known['network']),
+        'model.width': _COUNT,
+        'model.multipliers': _sequence(_COUNT, 'one or more whole numbers, each at least 1', least=1),
+        'model.blocks': _COUNT,
+        'model.attention_resolutions': _sequence(_COUNT, 'whole numbers, each at least 1'),
+        'model.denoiser': _name_in(known['denoiser']),
+        'model.dtype': _name_in(('float32', 'bfloat16')),
+        # pretrain
+        'pretrain.enabled': _SWITCH,
+        'pretrain.batch_size': _COUNT,
+        'pretrain.epochs': _COUNT,
+        'pretrain.draws': _COUNT,
+        'pretrain.learning_rate': _LEARNING_RATE,
+        'pretrain.ema_decay': _SHARE,
+        'pretrain.label_dropout': _SHARE,
+        'pretrain.augmentation': _name_in(known['augmentation']),
+        # finetune
+        'finetune.batch_size': _COUNT,
+        'finetune.epochs': _POSITIVE,
+        'finetune.draws': _COUNT,
+        'finetune.clip_norm': _SQUARABLE,
+        'finetune.learning_rate': _LEARNING_RATE,
+        'finetune.ema_decay': _SHARE,
+        'finetune.label_dropout': _SHARE,
+        'finetune.microbatch': _unset_or(_COUNT),
+        # generate
+        'generate.images': _COUNT,
+        'generate.batch_size': _COUNT,
+        **_sampler('generate.sampler', known['sampler']),
+        'generate.separate_classifier_images': _SWITCH,
+        **_sampler('generate.classifier_sampler', known['sampler']),
+        'generate.png_tree': _SWITCH,
+        # evaluate
+        'evaluate.fid': _SWITCH,
+        'evaluate.feature_epochs': _COUNT,
+        'evaluate.classifiers': _names_in(known['classifier']),
+        'evaluate.epochs': _COUNT,
+        'evaluate.batch_size': _COUNT,
+        'evaluate.learning_rate': _LEARNING_RATE,
+        'evaluate.ema_decay': _SHARE,
+        'evaluate.held_out': _INSIDE,
+        # loop
+        'loop.images_at_once': _unset_or(_COUNT),
+        'loop.log_every_steps': _COUNT,
+        'loop.checkpoint_every_seconds': _NOT_NEGATIVE,
+    }
+
+
+def _sampler(section: str, known: Collection[str]) -> dict[str, _Rule]:
+    """Return the rows of the table for one sampler."""
+    rows = {
+        'name': _name_in(known),
+        'steps': _COUNT,
+        'guidance': _NOT_NEGATIVE,
+        's_churn': _NOT_NEGATIVE,
+        's_min': _NOT_NEGATIVE,
+        's_max': _number(lambda x: x >= 0, 'a finite number, at least 0 (as t_max: no limit)'),
+        's_noise': _NOT_NEGATIVE,
+        't_min': _SQUARABLE,
+        't_max': _SQUARABLE,
+        'rho': _number(lambda x: 0.1 <= x <= 1000, 'a number in [0.1, 1000]'),  # t_max^(1/rho) is finite
+    }
+    return {f'{section}.{name}': rule for name, rule in rows.items()}
+
+
+def _sides(image_size: int, multipliers: tuple[int, ...]) -> list[int]:
+    """Return the sizes that an image has in the network, the largest first."""
+    return [image_size // 2**level for level in range(len(multipliers))]
+
+
+_RELATIONS = (
+    _Relation(
+        'dp.delta',
+        ('data.train_images',),
+        lambda delta, images: delta < 1 / images,
+        lambda images: f'below 1 / data.train_images = {1 / images:.3g}',
+    ),
+    _Relation(
+        'data.image_size',
+        ('model.multipliers',),
+        lambda size, multipliers: size % 2 ** (len(multipliers) - 1) == 0,
+        lambda multipliers: (
+            f'divisible by {2 ** (len(multipliers) - 1)}, because model.multipliers = '
+            f'{tuple(multipliers)} halves images {len(multipliers) - 1} times'
+        ),
+    ),
+    _Relation(
+        'query.downsample',
+        ('data.image_size',),
+        lambda factor, size: factor <= max(1, size // 2),
+        lambda size: f'at most {max(1, size // 2)}, half of data.image_size',
+    ),
+    _Relation(
+        'query.clip_norm',
+        ('query.kind',),
+        lambda norm, kind: norm is None or kind != 'mode',
+        lambda kind: f'not set: the {kind} query has no clip norm',
+    ),
+    _Relation(
+        'query.class_counts',
+        ('query.kind',),
+        lambda counts, kind: counts == 'public' or kind != 'mode',
+        lambda kind: f"'public': the {kind} query has no noisy counts",
+    ),
+    _Relation(
+        'model.attention_resolutions',
+        ('data.image_size', 'model.multipliers'),
+        lambda chosen, *network: set(chosen) <= set(_sides(*network)),
+        lambda *network: f'a selection of {_sides(*network)}, the image sizes in the network',
+    ),
+    _Relation(
+        'finetune.batch_size',
+        ('data.train_images',),
+        lambda size, images: size <= images,
+        lambda images: f'at most data.train_images = {images}',
+    ),
+    _Relation(
+        'generate.images',
+        ('data.classes',),
+        lambda images, classes: images >= 2 * classes,
+        lambda classes: f'at least {2 * classes}, two per class',
+    ),
+    *(
+        _Relation(
+            f'generate.{sampler}.t_max',
+            (f'generate.{sampler}.t_min',),
+            lambda most, least: most > least,
+            lambda least: f'above t_min = {least}',
+        )
+        for sampler in ('sampler', 'classifier_sampler')
+    ),
+)
+
+
+# ---- what checks itself -------------------------------------------------------------------------
+
+
+def _query(config: ConfigDict) -> list[str]:
+    """Return what the query says of its own settings."""
+    return _refusal('query', lambda: central.make_mechanism(config, config.query.noise_multiplier, 'check'))
+
+
+def _augmentation(config: ConfigDict) -> list[str]:
+    """Return what the augmentation of pre-training says of its own settings."""
+    name = config.pretrain.augmentation
+    settings = config.pretrain.get(name, ConfigDict())
+    return _refusal(f'pretrain.{name}', lambda: augment.make_augmentation(name, **settings))
+
+
+def _refusal(section: str, make: Callable[[], Any]) -> list[str]:
+    """Return the line for the error that `make` raises, or nothing."""
+    try:
+        make()
+    except ValueError as error:
+        names_a_setting = re.match(r'\w+ is ', str(error))
+        return [f'config.{section}{"." if names_a_setting else ": "}{error}']
+    return []
+
+
+# ---- reading a config ---------------------------------------------------------------------------
+
+_MISSING = object()
+
+
+def _value(config: ConfigDict, name: str) -> Any:
+    """Return the value of a setting, or `_MISSING`."""
+    value = config
+    for part in name.split('.'):
+        if not isinstance(value, ConfigDict) or part not in value:
+            return _MISSING
+        value = value[part]
+    return value

@@ -1,0 +1,228 @@
+"""Every setting has a rule, and all that are wrong are named at once, before anything is spent."""
+
+import math
+import types
+
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from configs import camelyon_32, celeba_32, default, digits_8, fmnist_28, mnist_14, mnist_28
+from dpp_jax import settings
+from dpp_jax.privacy import accounting
+
+# Sections that an augmentation checks.
+OWN_SECTIONS = ('pretrain.rand_augment.', 'pretrain.affine.')
+
+
+def names(config, prefix=''):
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from names(value, f'{prefix}{name}.')
+        else:
+            yield f'{prefix}{name}'
+
+
+def changed(changes):
+    """The default config with other values, of other types too."""
+    config = default.get_config('10')
+    with config.ignore_type():
+        for name, value in changes.items():
+            *sections, last = name.split('.')
+            section = config
+            for part in sections:
+                section = section[part]
+            section[last] = value
+    return config
+
+
+def lines(config):
+    """What `check` says, line by line."""
+    try:
+        settings.check(config)
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
+
+
+@pytest.mark.parametrize('epsilon', ['1', '10'])
+@pytest.mark.parametrize(
+    'module', [default, camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28], ids=str
+)
+def test_the_configs_here_are_allowed(module, epsilon):
+    settings.check(module.get_config(epsilon))
+
+
+def test_every_setting_has_a_rule_and_every_rule_a_setting():
+    found = {name for name in names(default.get_config()) if not name.startswith(OWN_SECTIONS)}
+    assert found == set(settings._table())
+    assert {relation.name for relation in settings._RELATIONS} <= found
+
+
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        ({'dp__epsilon': 0.0}, 'config.dp.epsilon is 0.0; it must be a finite number > 0'),
+        ({'dp__epsilon': -1.0}, 'config.dp.epsilon is -1.0'),
+        ({'dp__epsilon': math.inf}, 'config.dp.epsilon is inf'),
+        ({'dp__epsilon': math.nan}, 'config.dp.epsilon is nan'),
+        ({'dp__delta': 0.0}, r'config.dp.delta is 0.0; it must be a number in \(0, 1\)'),
+        ({'dp__delta': 1.0}, 'config.dp.delta is 1.0'),
+        ({'dp__delta': 1 / 1437}, 'config.dp.delta is .*below 1 / data.train_images = 0.000696'),
+        ({'dp__accountant': 'gdp'}, "config.dp.accountant is 'gdp'; it must be 'rdp' or 'pld'"),
+        ({'data__source': 'digitz'}, "data.source is 'digitz'; it must be 'digits' or 'tfds:<name>'"),
+        ({'data__source': 'tfds:'}, "data.source is 'tfds:'"),
+        ({'data__source': 'digits:'}, "data.source is 'digits:'"),
+        ({'data__source': 'digits:here'}, "data.source is 'digits:here'"),
+        ({'data__train_images': 0}, 'data.train_images is 0; it must be a whole number, at least 1'),
+        ({'data__channels': 2}, 'data.channels is 2; it must be 1 or 3'),
+        ({'query__kind': 'median'}, "query.kind is 'median'; it must be 'mean' or 'mode'"),
+        ({'query__sampling_probability': 1.2}, r'query.sampling_probability is 1.2.*\(0, 1\]'),
+        ({'query__noise_multiplier': 0.0}, 'query.noise_multiplier is 0.0'),
+        ({'query__epsilon_share': 1.0}, r'query.epsilon_share is 1.0; .*in \(0, 1\), or not set'),
+        ({'query__downsample': 5}, 'query.downsample is 5; it must be at most 4, half of data.image_size'),
+        ({'query__clip_norm': 0.0}, r'query.clip_norm is 0.0; .*in \[1e-6, 1e6\], or not set'),
+        ({'query__pixel_center': 0.7}, r'query.pixel_center is 0.7; .*in \[0, 0.5\]'),
+        ({'query__class_counts': 'exact'}, "query.class_counts is 'exact'; .*'public' or 'noisy'"),
+        ({'query__kind': 'mode'}, 'query.clip_norm is 2.8.*; it must be not set: the mode query'),
+        (
+            {'query__kind': 'mode', 'query__class_counts': 'noisy'},
+            "query.class_counts is 'noisy'; it must be 'public': the mode query",
+        ),
+        ({'query__bins': 257}, r'query.bins is 257; it must be a whole number in \[2, 256\]'),
+        (
+            {'model__multipliers': (1, 2), 'data__image_size': 7},
+            'data.image_size is 7; it must be divisible by 2',
+        ),
+        (
+            {'model__multipliers': (1, 2), 'model__attention_resolutions': (5,)},
+            r'attention_resolutions is \(5,\).*\[8, 4\]',
+        ),
+        ({'model__multipliers': ()}, r'model.multipliers is \(\); it must be one or more whole numbers'),
+        ({'model__network': 'mlp'}, "model.network is 'mlp'; it must be 'unet'"),
+        ({'model__denoiser': 'edn'}, "model.denoiser is 'edn'"),
+        ({'model__dtype': 'float16'}, "model.dtype is 'float16'"),
+        ({'pretrain__augmentation': 'flip'}, "pretrain.augmentation is 'flip'; .*'affine' or 'none'"),
+        ({'pretrain__ema_decay': 1.0}, r'pretrain.ema_decay is 1.0; it must be a number in \[0, 1\)'),
+        ({'finetune__clip_norm': 0.0}, 'finetune.clip_norm is 0.0'),
+        ({'finetune__clip_norm': 1e20}, 'finetune.clip_norm is 1e'),
+        ({'finetune__learning_rate': 3.0}, r'finetune.learning_rate is 3.0; .*in \(0, 1\]'),
+        ({'finetune__batch_size': 5000}, 'finetune.batch_size is 5000; it must be at most'),
+        ({'finetune__microbatch': 0}, 'finetune.microbatch is 0; it must be a whole number'),
+        ({'generate__images': 0}, 'generate.images is 0'),
+        ({'generate__images': 19}, 'generate.images is 19; it must be at least 20, two per class'),
+        ({'generate__sampler__name': 'euler'}, "sampler.name is 'euler'; it must be 'heun' or 'ddim'"),
+        ({'generate__sampler__rho': 0.0}, 'sampler.rho is 0.0'),
+        ({'generate__sampler__s_churn': -1.0}, 'sampler.s_churn is -1.0; .*at least 0'),
+        ({'generate__sampler__t_max': 0.001}, 'sampler.t_max is 0.001; it must be above t_min'),
+        ({'evaluate__classifiers': ('svm',)}, 'evaluate.classifiers is .*svm'),
+        ({'evaluate__held_out': 1.0}, r'evaluate.held_out is 1.0; it must be a number in \(0, 1\)'),
+        ({'evaluate__learning_rate': 0.0}, 'evaluate.learning_rate is 0.0'),
+        ({'loop__images_at_once': 0}, 'loop.images_at_once is 0; it must be a whole number'),
+        ({'loop__checkpoint_every_seconds': -1.0}, 'loop.checkpoint_every_seconds is -1.0'),
+        ({'pretrain__affine__zoom': 1.0}, r'config.pretrain.affine.zoom is 1.0; it must be in \[0, 1\)'),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_what_is_allowed(tiny_config, change, text):
+    with pytest.raises(ValueError, match=text):
+        settings.check(tiny_config(**change))
+
+
+def test_all_problems_are_told_one_in_a_line():
+    found = lines(
+        changed(
+            {
+                'query.queries': 0,
+                'generate.sampler.t_max': 0.001,
+                'dp.epsilon': -1.0,
+                'pretrain.rand_augment.magnitude': 40,
+            }
+        )
+    )
+    assert [line.split(' is ')[0] for line in found] == [
+        'config.dp.epsilon',
+        'config.query.queries',
+        'config.generate.sampler.t_max',
+        'config.pretrain.rand_augment.magnitude',
+    ]
+    assert all('; it must be ' in line for line in found)
+
+
+def test_a_setting_is_named_once_and_nothing_is_said_that_follows_from_it():
+    """Not: that the batch is larger than the -1 private images, and that δ is above 1 / -1."""
+    assert lines(changed({'data.train_images': -1})) == [
+        'config.data.train_images is -1; it must be a whole number, at least 1'
+    ]
+
+
+@pytest.mark.parametrize('value', ['1', None, math.nan, math.inf, -math.inf, (1,)], ids=repr)
+def test_a_value_of_another_type_is_refused_in_the_same_words(value):
+    """No setting takes all of these; which of them one may be shows in the valid configs."""
+    for name, rule in settings._table().items():
+        if not rule.accepts(value):
+            found = lines(changed({name: value}))
+            assert found[0] == f'config.{name} is {value!r}; it must be {rule.words}', name
+            assert len(found) == 1
+
+
+@pytest.mark.parametrize('value', [True, 'x', math.nan, math.inf, 1 + 0j, np.zeros(2)], ids=repr)
+def test_numbers_are_finite_and_neither_texts_nor_booleans(value):
+    config = default.get_config()
+    for name, rule in settings._table().items():
+        usual = settings._value(config, name)
+        if isinstance(usual, int | float) and not isinstance(usual, bool):
+            assert not rule.accepts(value), name
+
+
+@pytest.mark.parametrize('value', [2.0, 2.5, np.float32(2)], ids=repr)
+def test_whole_numbers_are_whole(value):
+    for name in ('query.queries', 'finetune.draws', 'loop.images_at_once', 'seed'):
+        assert 'a whole number' in lines(changed({name: value}))[0]
+    assert 'whole numbers' in lines(changed({'model.multipliers': (2, value)}))[0]
+
+
+def test_a_missing_setting_and_a_missing_section_are_named():
+    config = default.get_config()
+    del config.query.bins, config.loop
+    with config.unlocked():
+        found = lines(config)
+    assert found[0] == 'config.query.bins is missing; it must be a whole number in [2, 256]'
+    assert [line.split(' is missing')[0] for line in found[1:]] == [
+        'config.loop.images_at_once',
+        'config.loop.log_every_steps',
+        'config.loop.checkpoint_every_seconds',
+    ]
+
+
+def test_an_augmentation_says_what_is_wrong_with_its_settings():
+    (line,) = lines(changed({'pretrain.rand_augment.magnitude': 40}))
+    assert line == 'config.pretrain.rand_augment.magnitude is 40; it must be in 1..30 (bins - 1)'
+    config = default.get_config()
+    config.pretrain.rand_augment.angle = 3
+    (line,) = lines(config)
+    assert line.startswith('config.pretrain.rand_augment: ') and "'angle'" in line
+
+
+def test_settings_of_an_augmentation_that_is_not_used_are_not_looked_at():
+    assert not lines(changed({'pretrain.augmentation': 'none', 'pretrain.rand_augment.magnitude': 40}))
+
+
+def test_a_query_says_what_is_wrong_with_its_settings(monkeypatch):
+    def refuse(*_):
+        raise ValueError('norm is 3; it must be 4')
+
+    monkeypatch.setattr(settings, 'central', types.SimpleNamespace(make_mechanism=refuse))
+    assert lines(default.get_config()) == ['config.query.norm is 3; it must be 4']
+
+
+def test_names_are_those_of_the_registries(monkeypatch):
+    registries = settings._registries()
+    registries['classifier'] = ('forest',)
+    monkeypatch.setattr(settings, '_registries', lambda: registries)
+    assert not lines(changed({'evaluate.classifiers': ('forest',)}))
+    assert "a selection of 'forest'" in lines(changed({'evaluate.classifiers': ('cnn',)}))[0]
+
+
+def test_no_noise_is_calibrated_for_the_check(tiny_config, monkeypatch):
+    monkeypatch.setattr(accounting, 'calibrate', None)
+    settings.check(tiny_config(query__epsilon_share=0.2))

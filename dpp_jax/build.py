@@ -5,11 +5,13 @@ import functools
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dpp_jax.data import augment, sources
+from dpp_jax.diffusion import denoiser, loss, sampler, unet
 from dpp_jax.diffusion import model as model_lib
-from dpp_jax.diffusion import sampler
+from dpp_jax.diffusion import denoiser, loss, sampler, unet
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import budget as budget_lib
 from dpp_jax.privacy import queries
@@ -21,7 +23,23 @@ from dpp_jax.run import sizes as sizes_lib
 
 def model(config: ConfigDict) -> Model:
     """Make the model: network, denoiser and loss by their names."""
-    raise SystemExit('filled in after the merge of helper diffusion')
+    data, settings = config.data, config.model
+    network = unet.UNet(
+        image_channels=data.channels,
+        classes=data.classes,
+        width=settings.width,
+        multipliers=tuple(settings.multipliers),
+        blocks=settings.blocks,
+        attention_resolutions=tuple(settings.attention_resolutions),
+        dtype=jnp.dtype(settings.dtype),
+    )
+    return Model(
+        network=network,
+        image_shape=(data.image_size, data.image_size, data.channels),
+        classes=data.classes,
+        make_denoiser=functools.partial(denoiser.make_denoiser, settings.denoiser),
+        loss=loss.make_loss(settings.denoiser),
+    )
 
 
 def query(config: ConfigDict) -> queries.Query:
@@ -139,8 +157,8 @@ def samplers(config: ConfigDict) -> dict[str, Callable]:
     """Make the samplers: purpose of the images → (denoise, z, label, noise) → images in [-1, 1]."""
     settings, no_class = config.generate, config.data.classes
     return {
-        'images': sampler.make_sampler(no_class=no_class, **settings.sampler),
-        'classifier_images': sampler.make_sampler(no_class=no_class, **settings.classifier_sampler),
+        'images': make_sampler(settings.sampler, no_class),
+        'classifier_images': make_sampler(settings.classifier_sampler, no_class),
     }
 
 
@@ -167,3 +185,18 @@ def images(config: ConfigDict, split: str) -> sources.Images:
             'to the number of private images'
         )
     return found
+
+
+def make_sampler(settings: ConfigDict, classes: int) -> Callable:
+    """(denoise, z (n, H, W, C) unit normal, label (n,), noise=) → images in [-1, 1]."""
+    arguments = {
+        'sigmas': sampler.sigma_steps(
+            settings.steps, t_min=settings.t_min, t_max=settings.t_max, rho=settings.rho
+        ),
+        'guidance': settings.guidance,
+        'no_class': classes,
+    }
+    if settings.name == 'ddim':  # deterministic: draws no noise
+        return lambda denoise, z, label, noise: sampler.ddim(denoise, z, label, **arguments)
+    churn = {name: settings[name] for name in ('s_churn', 's_min', 's_max', 's_noise')}
+    return lambda denoise, z, label, noise: sampler.heun(denoise, z, label, noise=noise, **churn, **arguments)

@@ -13,17 +13,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dpp_jax import build
 from dpp_jax.data import augment, sources
 from dpp_jax.diffusion import denoiser
 from dpp_jax.evaluation import classifiers
-from dpp_jax.stages import central
+from dpp_jax.privacy import accounting, queries
 
 
 def _registries() -> dict[str, Collection[str]]:
     """Return family → the names that a setting may have."""
     return {
-        'accountant': ('rdp', 'pld'),
-        'query': ('mean', 'mode'),
+        'accountant': tuple(accounting.ACCOUNTANTS),
+        'query': tuple(queries.QUERIES),
         'source': {kind: source.form for kind, source in sources._READERS.items()},
         'augmentation': ('rand_augment', 'affine', 'none'),
         'classifier': classifiers.KINDS,
@@ -184,10 +185,6 @@ def _table() -> dict[str, _Rule]:
         'query.sampling_probability': _PROBABILITY,
         'query.queries': _COUNT,
         'query.downsample': _COUNT,
-        'query.pixel_center': _number(lambda x: 0 <= x <= 0.5, 'a number in [0, 0.5]'),
-        'query.clip_norm': _unset_or(_SQUARABLE),
-        'query.class_counts': _name_in(('public', 'noisy')),
-        'query.bins': _whole(lambda n: 2 <= n <= 256, 'a whole number in [2, 256]'),
         'query.post_process': _SWITCH,
         # model
         'model.network': _name_in(known['network']),
@@ -283,18 +280,6 @@ _RELATIONS = (
         lambda size: f'at most {max(1, size // 2)}, half of data.image_size',
     ),
     _Relation(
-        'query.clip_norm',
-        ('query.kind',),
-        lambda norm, kind: norm is None or kind != 'mode',
-        lambda kind: f'not set: the {kind} query has no clip norm',
-    ),
-    _Relation(
-        'query.class_counts',
-        ('query.kind',),
-        lambda counts, kind: counts == 'public' or kind != 'mode',
-        lambda kind: f"'public': the {kind} query has no noisy counts",
-    ),
-    _Relation(
         'model.attention_resolutions',
         ('data.image_size', 'model.multipliers'),
         lambda chosen, *network: set(chosen) <= set(_sides(*network)),
@@ -329,7 +314,7 @@ _RELATIONS = (
 
 def _query(config: ConfigDict) -> list[str]:
     """Return what the query says of its own settings."""
-    return _refusal('query', lambda: central.make_mechanism(config, config.query.noise_multiplier, 'check'))
+    return _refusal('query', lambda: build.query(config))
 
 
 def _augmentation(config: ConfigDict) -> list[str]:

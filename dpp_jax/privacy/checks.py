@@ -10,11 +10,17 @@ def require(name: str, value: object, is_good: bool, allowed: str) -> None:
         raise ValueError(f'{name} is {value!r}; it must be {allowed}')
 
 
+def is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether `value` is a finite number (no bool) in [least, most]."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value) and least <= value <= most
+
+
 def is_positive(value: object) -> bool:
     """Whether `value` is a finite number > 0."""
-    return isinstance(value, numbers.Real) and math.isfinite(value) and value > 0
+    return is_number(value) and value > 0
 
 
-def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+def is_whole(value: object, least: float, most: float = math.inf) -> bool:
     """Whether `value` is a whole number (no bool) in [least, most]."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, numbers.Integral) and is_number(value, least, most)

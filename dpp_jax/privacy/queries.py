@@ -1,4 +1,4 @@
-"""The queries for central images: what one image contributes, its norm, and the estimate (DP-FETA, section 4.1).
+"""The queries for central images: contribution of an image, sensitivity, estimate (DP-FETA, section 4.1).
 
 A query takes a Poisson sample of the private images and releases, for every class, the sum of its sampled
 images' contributions, with Gaussian noise of standard deviation σ·Δ (`mechanism`). One image belongs to one
@@ -88,7 +88,7 @@ class MeanQuery(Query):
 
     Attributes:
         pixel_center: c in [0, 0.5], subtracted from pixels in [0, 1] before the sum and added back.
-        clip_norm: B > 0, the L2 norm to which centered images are scaled down; None: no bound.
+        clip_norm: B in [1e-6, 1e6], the L2 norm to which centered images are scaled down; None: no bound.
         class_counts: 'public': a class's sum is divided by q N / classes; 'noisy': by its noisy count.
     """
 
@@ -98,9 +98,11 @@ class MeanQuery(Query):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.require('pixel_center', self.pixel_center, 0 <= self.pixel_center <= 0.5, 'in [0, 0.5]')
-        is_norm = self.clip_norm is None or checks.is_positive(self.clip_norm)
-        checks.require('clip_norm', self.clip_norm, is_norm, 'a finite number > 0, or not set')
+        is_center = checks.is_number(self.pixel_center, 0, 0.5)
+        checks.require('pixel_center', self.pixel_center, is_center, 'a number in [0, 0.5]')
+        # Far from the ends of float32 (1e-38 and 3e38), also when it is squared.
+        is_norm = self.clip_norm is None or checks.is_number(self.clip_norm, 1e-6, 1e6)
+        checks.require('clip_norm', self.clip_norm, is_norm, 'a number in [1e-6, 1e6], or not set')
         is_known = self.class_counts in ('public', 'noisy')
         checks.require('class_counts', self.class_counts, is_known, "'public' or 'noisy'")
 

@@ -1,0 +1,1 @@
+from dpp_jax.data.sources import Images

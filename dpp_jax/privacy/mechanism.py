@@ -100,12 +100,14 @@ class GaussianMechanism:
                 aside gets no noise: it belongs to private/.
             noise_key: secret.
             then: (noisy sum, aside, *arguments) → result: post-processing.
-            compiled: makes a program of a function (index, key, *arguments).
+            compiled: makes a program of a function (*arguments, key, index).
             is_random: the sum draws random numbers of its own: `sum_function` takes a key before the
                 other arguments, fresh in every release and independent of the noise.
         """
 
-        def release(index, key, *arguments):
+        def release(*arguments_key_index):
+            # In this order: another order of a program's parameters rounds otherwise, and runs go on.
+            *arguments, key, index = arguments_key_index
             key = jax.random.fold_in(key, index)
             if is_random:
                 key, draw_key = jax.random.split(key)
@@ -131,7 +133,7 @@ class NoisySum:
     Attributes:
         mechanism: adds the noise.
         noise_key: that the noise is drawn from.
-        program: (index () int32, key, *arguments) → result, as it runs on the devices.
+        program: (*arguments, key, index () int32) → result, as it runs on the devices.
     """
 
     mechanism: GaussianMechanism
@@ -145,7 +147,7 @@ class NoisySum:
         repeat it with the same sum only.
         """
         entry = self.mechanism.entry(index, self.noise_key.identifier)
-        return self.program(np.int32(index), self.noise_key.key, *arguments), entry
+        return self.program(*arguments, self.noise_key.key, np.int32(index)), entry
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -188,7 +188,7 @@ def make_dp_step(
         clipped_sum,
         noise_key,
         then=update,
-        compiled=lambda step: devices.parallel(step, in_axes=(None, None, 0, 0, None), donate=(2,)),
+        compiled=lambda step: devices.parallel(step, in_axes=(0, 0, None, None, None), donate=(0,)),
         is_random=True,
     )
 

@@ -1,1 +1,0 @@
-from dpp_jax.data.sources import Images

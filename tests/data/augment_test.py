@@ -1,5 +1,6 @@
 """The random policies; the single operations are compared with Pillow in image_operations_test."""
 
+import functools
 import importlib.util
 
 import jax
@@ -41,13 +42,13 @@ def vmapped():
 
 
 def torchvision_magnitude(name: str, level: int, size: int) -> float:
-    """What torchvision's table holds; `_linspace` is compared with PyTorch's below."""
+    """What torchvision's table holds, in float64; the table is compared with PyTorch's below."""
     kind = name.split('_')[0]
     if kind == 'posterize':
         return 8 - round(4 * level / (BINS - 1))
     start = 255.0 if kind == 'solarize' else 0.0
     extremes = {'shear': 0.3, 'translate': 150 / 331 * size, 'rotate': 30.0, 'solarize': 0.0}
-    return float(augment._linspace(start, extremes.get(kind, 0.9), BINS)[level])
+    return float(np.linspace(start, extremes.get(kind, 0.9), BINS)[level])
 
 
 def pillow(name: str, image: np.ndarray, level: int, negative: bool) -> np.ndarray:
@@ -89,15 +90,16 @@ def test_operations_are_torchvisions_fourteen():
 
 
 @pytest.mark.parametrize('channels', [1, 3])
-def test_every_operation_at_every_level_and_sign_equals_pillow(digits, rgb, channels):
+def test_every_operation_at_every_level_and_sign_is_within_one_gray_level_of_pillow(digits, rgb, channels):
+    """Of all pixels of an operation, at least 99 % are equal."""
     image = digits[0] if channels == 1 else rgb
-    apply = jax.jit(jax.vmap(augment.apply_operation, in_axes=(None, 0, 0, 0)))
+    apply = jax.jit(jax.vmap(functools.partial(augment.apply_operation, bins=BINS), (None, 0, 0, 0)))
     levels, signs = (grid.ravel() for grid in np.meshgrid(np.arange(BINS), [False, True]))
     for index, name in enumerate(augment.OPERATIONS):
-        changed = apply(as_floats(image), np.full(len(levels), index), levels, signs)
-        for result, level, negative in zip(np.asarray(changed), levels, signs):
-            expected = pillow(name, image, level, negative)
-            np.testing.assert_array_equal(result, expected, f'{name} {level} {negative}')
+        changed = np.asarray(apply(as_floats(image), np.full(len(levels), index), levels, signs))
+        expected = np.stack([pillow(name, image, *drawn) for drawn in zip(levels, signs)])
+        difference = np.abs(changed - expected)
+        assert difference.max() <= 1 and np.mean(difference == 0) >= 0.99, name
 
 
 @pytest.mark.skipif(importlib.util.find_spec('torch') is None, reason='torch is not installed')
@@ -105,35 +107,46 @@ def test_magnitudes_are_those_of_torch():
     import torch
 
     for bins in (2, 5, 11, 31):
-        for start, stop in ((0, 0.3), (0, 30), (0, 0.9), (255, 0), (0, 150 / 331 * 28)):
-            ours = augment._linspace(start, stop, bins)
-            theirs = torch.linspace(start, stop, bins).numpy()
-            # To the last bit where both fuse product and sum; PyTorch does on most processors.
-            np.testing.assert_allclose(ours, theirs, rtol=3e-7)
-        lost = (torch.arange(bins) / ((bins - 1) / 4)).round().int().numpy()
-        values = augment._tables(bins, 28, 28)[1][augment.OPERATIONS.index('posterize')]
-        np.testing.assert_array_equal(values, np.stack([8 - lost] * 2, axis=-1))
+        matrices, values = augment._magnitudes(bins, 28, 28)
+        of = {name: values[augment.OPERATIONS.index(name)] for name in augment.OPERATIONS}
+        change = torch.linspace(0, 0.9, bins).numpy()
+        for name in ('brightness', 'color', 'contrast', 'sharpness'):
+            np.testing.assert_allclose(of[name], np.stack([1 + change, 1 - change], -1), rtol=3e-7)
+        threshold = torch.linspace(255, 0, bins).numpy()
+        np.testing.assert_allclose(of['solarize'], np.stack([threshold] * 2, -1), rtol=3e-7)
+        bits = 8 - (torch.arange(bins) / ((bins - 1) / 4)).round().int().numpy()
+        np.testing.assert_array_equal(of['posterize'], np.stack([bits] * 2, -1))
+        shear = torch.linspace(0, 0.3, bins).numpy() * 2**16  # the unit of a warp
+        rows = matrices[augment.OPERATIONS.index('shear_x'), :, :, 1]
+        np.testing.assert_allclose(rows, np.stack([shear, -shear], -1), atol=0.51)
+        pixels = np.trunc(torch.linspace(0, 150 / 331 * 28, bins).numpy()) * 2**16
+        columns = matrices[augment.OPERATIONS.index('translate_x'), :, :, 2] - 2**15
+        np.testing.assert_array_equal(columns, np.stack([-pixels, pixels], -1))
 
 
 def test_rand_augment_is_its_draws_one_after_another(vmapped, digits):
-    """Pillow gives the same when it is told what was drawn; the order matters."""
+    """Pillow gives the same when it is told what was drawn; the order matters.
+
+    A pixel that differs by one gray level may differ by more after the next operation: count them.
+    """
     keys = jax.random.split(jax.random.key(0), 60)
     results = np.asarray(vmapped['strong'](keys, as_floats(digits[1])))
-    draws = jax.jit(jax.vmap(lambda key: augment.draw_operations(key, **STRONG)))(keys)
-    orders = 0
+    draws = jax.jit(jax.vmap(augment.RandAugment(**STRONG).draw))(keys)
+    orders, equal = 0, []
     for result, *drawn in zip(results, *(np.asarray(part) for part in draws)):
         forward = backward = digits[1]
         for index, level, negative in zip(*drawn):
             forward = pillow(augment.OPERATIONS[index], forward, level, negative)
         for index, level, negative in reversed(list(zip(*drawn))):
             backward = pillow(augment.OPERATIONS[index], backward, level, negative)
-        np.testing.assert_array_equal(result, forward)
+        equal.append(np.mean(result == forward))
         orders += np.any(forward != backward)
     assert orders > 20
+    assert np.mean(equal) > 0.99 and np.min(equal) > 0.9
 
 
 def test_draws_are_uniform():
-    draw = jax.jit(jax.vmap(lambda key: augment.draw_operations(key, operations=2, magnitude=9)))
+    draw = jax.jit(jax.vmap(augment.RandAugment(operations=2, magnitude=9).draw))
     index, level, negative = draw(jax.random.split(jax.random.key(1), 7000))
     for place in range(2):
         assert stats.chisquare(np.bincount(index[:, place], minlength=14)).pvalue > 1e-3
@@ -148,26 +161,30 @@ def test_draws_are_uniform():
 
 
 def test_fixed_magnitude_is_torchvisions():
-    levels = augment.draw_operations(jax.random.key(1), operations=50, magnitude=9, random_magnitude=False)[1]
-    np.testing.assert_array_equal(levels, 9)
+    policy = augment.RandAugment(operations=50, magnitude=9, random_magnitude=False)
+    np.testing.assert_array_equal(policy.draw(jax.random.key(1))[1], 9)
 
 
-# Interpolation is real arithmetic, and compilers order its sums.
-@pytest.mark.parametrize(
-    ('name', 'channels', 'tolerance'),
-    [('rand_augment', 3, 0), ('affine', 1, 1e-3)],
-)
-def test_plain_jitted_and_vmapped_are_the_same(vmapped, name, channels, tolerance, digits, rgb):
+@pytest.mark.parametrize(('name', 'channels'), [('rand_augment', 3), ('affine', 1)])
+def test_plain_jitted_and_vmapped_are_the_same(vmapped, name, channels, digits, rgb):
+    """But for rounding: compilers order sums, and where a value is cut to whole gray levels it may move."""
     image = as_floats(digits[0] if channels == 1 else rgb)
+
+    def assert_same(one, two):
+        if name == 'affine':
+            np.testing.assert_allclose(one, two, rtol=0, atol=1e-3)
+        else:
+            assert np.mean(one == two) > 0.99
+
     keys = jax.random.split(jax.random.key(3), 20)
     together = vmapped[name](keys, image)
     assert together.shape == (20, *image.shape) and together.dtype == jnp.float32
     policy = augment.make_augmentation(name)
     jitted = jax.jit(policy)
     for key, changed in zip(keys, together):
-        np.testing.assert_allclose(jitted(key, image), changed, rtol=0, atol=tolerance)
+        assert_same(jitted(key, image), changed)
         np.testing.assert_array_equal(jitted(key, image), jitted(key, image))
-    np.testing.assert_allclose(policy(keys[0], image), together[0], rtol=0, atol=tolerance)
+    assert_same(policy(keys[0], image), together[0])
     assert len(np.unique(np.asarray(together).reshape(20, -1), axis=0)) > 12
 
 
@@ -182,7 +199,7 @@ def test_no_operations_and_none_leave_the_image(digits):
     image = as_floats(digits[0])
     key = jax.random.key(0)
     for policy in (
-        augment.make_augmentation('none', shift=1.0),
+        augment.make_augmentation('none'),
         augment.make_augmentation('rand_augment', operations=0),
     ):
         np.testing.assert_array_equal(policy(key, image), image)
@@ -213,7 +230,7 @@ def test_affine_equals_scipy_for_the_movement_that_was_drawn(digits):
 
 
 def test_affine_keeps_most_of_a_small_digit():
-    """The digits config's use: 8x8 pixels, values stay in range, the sum changes little."""
+    """As in the digits config: 8x8 pixels, values stay in range, the sum changes little."""
     images = jnp.asarray(load_digits().images[:100, ..., None] * (255 / 16), jnp.float32)
     policy = jax.jit(jax.vmap(augment.make_augmentation('affine')))
     moved = np.asarray(policy(jax.random.split(jax.random.key(5), 100), images))
@@ -226,18 +243,20 @@ def test_affine_keeps_most_of_a_small_digit():
     ('name', 'settings', 'message'),
     [
         ('randaugment', {}, "'randaugment'; it must be one of 'none', 'rand_augment', 'affine'"),
-        ('rand_augment', {'shift': 1.0}, "no setting 'shift'; it has operations, magnitude"),
-        ('rand_augment', {'operations': -1}, 'operations is -1; it must be >= 0'),
+        ('rand_augment', {'shift': 1.0}, "no setting 'shift'; its settings: operations, magnitude"),
+        ('rand_augment', {'operations': -1}, 'operations is -1; it must be a whole number, at least 0'),
         ('rand_augment', {'operations': 1.5}, 'operations is 1.5; it must be a whole number'),
         ('rand_augment', {'operations': True}, 'operations is True; it must be a whole number'),
-        ('rand_augment', {'magnitude': 0}, r'magnitude is 0; it must be in 1\.\.30'),
-        ('rand_augment', {'magnitude': 31}, r'magnitude is 31; it must be in 1\.\.30'),
-        ('rand_augment', {'magnitude': 3, 'bins': 1}, 'bins is 1; it must be >= 2'),
+        ('rand_augment', {'operations': '2'}, "operations is '2'; it must be a whole number"),
+        ('rand_augment', {'magnitude': 0}, 'magnitude is 0; it must be a whole number, at least 1'),
+        ('rand_augment', {'magnitude': 31}, 'magnitude is 31; it must be at most bins - 1 = 30'),
+        ('rand_augment', {'magnitude': 3, 'bins': 1}, 'bins is 1; it must be a whole number, at least 2'),
         ('rand_augment', {'random_magnitude': 1}, 'random_magnitude is 1; it must be True or'),
-        ('affine', {'shift': -1.0}, 'shift is -1.0; it must be a finite number >= 0'),
+        ('affine', {'shift': -1.0}, 'shift is -1.0; it must be a finite number, at least 0'),
         ('affine', {'degrees': float('nan')}, 'degrees is nan; it must be a finite number'),
         ('affine', {'zoom': 1.0}, r'zoom is 1.0; it must be in \[0, 1\)'),
-        ('affine', {'magnitude': 3}, "no setting 'magnitude'; it has shift, degrees, zoom"),
+        ('none', {'shift': 1.0}, "'none' has no setting 'shift'; its settings: none"),
+        ('affine', {'magnitude': 3}, "no setting 'magnitude'; its settings: shift, degrees, zoom"),
     ],
 )
 def test_bad_settings_are_refused(name, settings, message):

@@ -12,7 +12,7 @@ from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.stages import central
 
 # What the PyTorch code computes: full images, their halves with noise, and every step after it.
-REFERENCE = Path(__file__).with_name('central_images.npz')
+REFERENCE = Path(__file__).parents[1] / 'golden' / 'central_images.npz'
 CLASSES = 3
 
 

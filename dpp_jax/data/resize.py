@@ -1,0 +1,52 @@
+"""Resizing of batches of images, (N, H, W, C)."""
+
+import jax
+import numpy as np
+
+
+def nearest(images: np.ndarray, factor: int) -> np.ndarray:
+    """Return every `factor`-th pixel of each row and column, the first included.
+
+    Args:
+        images: (N, H, W, C), of any dtype.
+        factor: at least 1.
+
+    Returns:
+        (N, ceil(H / factor), ceil(W / factor), C), a view of `images`.
+    """
+    return images[:, ::factor, ::factor]
+
+
+def bilinear(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return images of another size by bilinear interpolation.
+
+    Pixel centers lie at half-integers, and there is no antialiasing: PyTorch's
+    `interpolate(mode='bilinear', align_corners=False)`, but for rounding. Edge pixels continue outward.
+
+    Args:
+        images: float32 (N, h, w, C).
+        size: (H, W) of the result. An axis that has this length already keeps its values.
+
+    Returns:
+        float32 (N, H, W, C).
+    """
+    count, _, _, channels = images.shape
+    return np.asarray(jax.image.resize(images, (count, *size, channels), 'bilinear', antialias=False))
+
+
+def average_pool(images: np.ndarray, factor: int) -> np.ndarray:
+    """Return the mean of each block of `factor` x `factor` pixels, halves rounded up.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        factor: at least 1; it must divide H and W.
+
+    Returns:
+        uint8 (N, H / factor, W / factor, C).
+    """
+    if factor == 1:
+        return images
+    count, height, width, channels = images.shape
+    blocks = images.reshape(count, height // factor, factor, width // factor, factor, channels)
+    total, pixels = blocks.sum((2, 4), dtype=np.uint32), factor**2
+    return ((2 * total + pixels) // (2 * pixels)).astype(np.uint8)

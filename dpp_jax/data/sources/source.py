@@ -1,0 +1,66 @@
+"""What a kind of source must offer."""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+SPLITS = ('train', 'test')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """Facts about a source that need no pixel.
+
+    Attributes:
+        name: as the user wrote it.
+        train_images, test_images: how many images each split has.
+        image_shape: (H, W, C), before any average pooling.
+        classes: labels are 0..classes - 1.
+    """
+
+    name: str
+    train_images: int
+    test_images: int
+    image_shape: tuple[int, int, int]
+    classes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source(abc.ABC):
+    """A set of labeled images in two splits.
+
+    Attributes:
+        form: how a user writes names of this kind; with a colon if `where` is needed.
+        name: as the user wrote it, for messages.
+        where: the part of the name after the colon; '' without colon.
+        data_dir: where tensorflow-datasets keeps its data; '' = its own default.
+    """
+
+    form: ClassVar[str]
+    name: str
+    where: str
+    data_dir: str
+
+    @abc.abstractmethod
+    def describe(self) -> SourceInfo:
+        """Return facts about the set without reading a pixel.
+
+        Raises:
+            FileNotFoundError: the set is not there.
+            ValueError: its files are damaged.
+        """
+
+    @abc.abstractmethod
+    def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return all images and labels of one of `SPLITS`; the caller checks them.
+
+        Returns:
+            images: uint8 (N, H, W, C) or (N, H, W).
+            labels: integers (N,).
+
+        Raises:
+            FileNotFoundError: the set is not there.
+            ValueError: its files are damaged.
+        """

@@ -1,0 +1,94 @@
+"""Sets of tensorflow-datasets, read without TensorFlow."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
+
+_BATCH = 4096  # images decoded by one call
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tfds(Source):
+    """A set with the features `image` and `label` and the splits train and test, in array_record files."""
+
+    form = 'tfds:<name>'
+
+    def describe(self) -> SourceInfo:
+        info = self._prepared(prepare=False).info
+        train, test = (info.splits[split].num_examples for split in SPLITS)
+        return SourceInfo(
+            name=self.name,
+            train_images=train,
+            test_images=test,
+            image_shape=info.features['image'].shape,
+            classes=info.features['label'].num_classes,
+        )
+
+    def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        builder = self._prepared(prepare=True)
+        try:
+            records = builder.as_data_source(split=split)
+        except NotImplementedError as error:
+            raise ValueError(
+                f'{self.name} in {builder.data_path} is not in the array_record format; choose '
+                f'another data_dir. {self._how_to_prepare()}'
+            ) from error
+        images, labels = [], []
+        for start in range(0, len(records), _BATCH):
+            stop = min(start + _BATCH, len(records))
+            batch = records.__getitems__(list(range(start, stop)))
+            images += [record['image'] for record in batch]
+            labels += [record['label'] for record in batch]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(f'the images of {self.name} differ in shape; all must have the same')
+        return np.array(images), np.array(labels, np.int64)
+
+    def _prepared(self, *, prepare: bool) -> Any:
+        """Return the builder of a prepared set; `prepare` downloads and prepares it if need be."""
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder(self.where, data_dir=self.data_dir or None)
+        except tfds.core.DatasetNotFoundError as error:
+            raise ValueError(
+                f'the data source is {self.name!r}; tensorflow-datasets {tfds.__version__} knows no '
+                f'such set and {self.data_dir or "its default folder"} holds none'
+            ) from error
+        if not builder.is_prepared():
+            if not prepare:
+                raise FileNotFoundError(
+                    f'{self.name} is not prepared in {builder.data_path}. {self._how_to_prepare()}'
+                )
+            self._prepare(builder)
+        features, splits = set(builder.info.features), set(builder.info.splits)
+        if not {'image', 'label'} <= features or not set(SPLITS) <= splits:
+            raise ValueError(
+                f'{self.name} has the features {sorted(features)} and the splits {sorted(splits)}; it '
+                "must have the features 'image' and 'label' and the splits 'train' and 'test'"
+            )
+        return builder
+
+    def _prepare(self, builder: Any) -> None:
+        """Download and prepare the set; imports TensorFlow, which must not take JAX's accelerator."""
+        print(f'{self.name} is not prepared in {builder.data_path}: downloading it', flush=True)
+        try:
+            import tensorflow as tf
+
+            tf.config.set_visible_devices([], 'GPU')
+            builder.download_and_prepare(file_format='array_record')
+        except Exception as error:
+            raise FileNotFoundError(
+                f'{self.name} could not be prepared in {builder.data_path}: {error!r}. '
+                f'{self._how_to_prepare()}'
+            ) from error
+
+    def _how_to_prepare(self) -> str:
+        """Return what to type on a machine with a network and TensorFlow."""
+        arguments = f"'{self.where}'" + (f", data_dir='{self.data_dir}'" if self.data_dir else '')
+        return (
+            'Prepare it with: python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder({arguments}, file_format='array_record').download_and_prepare()\""
+        )

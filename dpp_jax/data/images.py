@@ -1,0 +1,83 @@
+"""Labeled images in memory, and the checks that every set of images passes."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """Labeled images of one split.
+
+    Attributes:
+        images: uint8 (N, H, W, C), 0..255.
+        labels: int32 (N,), in 0..classes - 1.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def check_images(
+    images: np.ndarray, *, name: str, image_shape: tuple[int, int, int] | None = None
+) -> np.ndarray:
+    """Return images as a NumPy array, after a check of dtype and shape.
+
+    Args:
+        images: must be uint8 (N, H, W, C), N ≥ 1.
+        name: what the message calls the set.
+        image_shape: the (H, W, C) that the images must have; None = any.
+
+    Raises:
+        ValueError: the images are not as above.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(
+            f'{name}: the images are {images.dtype} of shape {images.shape}; '
+            'they must be uint8 of shape (images, height, width, channels)'
+        )
+    if images.size == 0:
+        raise ValueError(f'{name}: the images have shape {images.shape}; there must be at least one image')
+    if image_shape is not None and images.shape[1:] != tuple(image_shape):
+        raise ValueError(
+            f'{name}: each image has shape {images.shape[1:]}; it must have shape {tuple(image_shape)}'
+        )
+    return images
+
+
+def check_labels(
+    labels: np.ndarray, *, count: int, classes: int, name: str, every_class: bool = True
+) -> np.ndarray:
+    """Return labels as a NumPy array, after a check of dtype, shape and values.
+
+    Args:
+        labels: must be integers (count,) in 0..classes - 1.
+        count: number of images, at least 1.
+        classes: must be at least 1.
+        name: what the message calls the set.
+        every_class: whether each class must have an image.
+
+    Raises:
+        ValueError: the labels are not as above.
+    """
+    labels = np.asarray(labels)
+    if classes < 1:
+        raise ValueError(f'{name}: classes is {classes}; it must be at least 1')
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f'{name}: the labels are {labels.dtype} of shape {labels.shape}; '
+            f'they must be integers of shape ({count},), one per image'
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f'{name}: the labels go from {labels.min()} to {labels.max()}; '
+            f'they must lie in 0..{classes - 1}, for {classes} classes'
+        )
+    missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0).tolist()
+    if missing and every_class:
+        raise ValueError(
+            f'{name}: no image has class {", ".join(map(str, missing))}; '
+            f'each of the {classes} classes must have an image'
+        )
+    return labels

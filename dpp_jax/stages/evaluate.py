@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from dpp_jax.data.sources import Images
-from dpp_jax.evaluation import classifiers, features
+from dpp_jax.evaluation import classifiers, features, fid, trainer
 from dpp_jax.run import folder as workdir_lib
 from dpp_jax.stages import generate
 from dpp_jax.training import progress
@@ -54,9 +54,9 @@ def run(config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images, test: I
     if settings.fid and 'fid' not in results:
         synthetic = generate.load(paths['images'])['images']
         network = _feature_network(config, workdir, train)
-        results['fid'] = features.fid(network, train.images, synthetic)
+        results['fid'] = fid.fid(network, train.images, synthetic)
         # What a perfect generator would score: real images that training did not see.
-        results['fid_of_real_test_images'] = features.fid(network, train.images, test.images)
+        results['fid_of_real_test_images'] = fid.fid(network, train.images, test.images)
         results['fid_features'] = network.name
         save()
     data = generate.load(paths.get('classifier_images', paths['images']))
@@ -72,11 +72,13 @@ def run(config: ConfigDict, workdir: workdir_lib.WorkDir, train: Images, test: I
                 labels,
                 classes=config.data.classes,
                 key=key,
-                epochs=settings.epochs,
-                batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                ema_decay=settings.ema_decay,
-                held_out=settings.held_out,
+                settings=trainer.Settings(
+                    epochs=settings.epochs,
+                    batch_size=settings.batch_size,
+                    learning_rate=settings.learning_rate,
+                    ema_decay=settings.ema_decay,
+                    held_out=settings.held_out,
+                ),
                 progress=_advance(bar),
             )
         results['accuracy'][kind] = classifiers.accuracy(classifier, test.images, test.labels)
@@ -90,7 +92,8 @@ def _feature_network(
     """The network whose features FID compares, trained once per work directory and number of epochs."""
     path = workdir.private / f'feature_network_{config.evaluate.feature_epochs}.npz'
     if path.exists():
-        return features.FeatureNetwork.load(path)
+        arrays = workdir_lib.load_npz(path, 'Delete it: --stage=evaluate trains it again')
+        return features.FeatureNetwork.from_arrays(arrays, source=path)
     with progress.bar(config.evaluate.feature_epochs, 'fid features', 'step') as bar:
         network = features.train_feature_network(
             train.images,
@@ -100,7 +103,7 @@ def _feature_network(
             epochs=config.evaluate.feature_epochs,
             progress=_advance(bar),
         )
-    network.save(path)
+    workdir_lib.write_npz(path, **network.to_arrays())
     return network
 
 

@@ -27,7 +27,7 @@ import benchmark_start
 import timing
 
 from dpp_jax import pipeline
-from dpp_jax.evaluation import classifiers
+from dpp_jax.evaluation import networks, trainer
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.mechanism import GaussianMechanism
@@ -240,14 +240,16 @@ def classifier_epoch(config) -> Work:
     """The paper's CNN once over the images, and its test on those held out."""
     settings = config.evaluate
     images, labels = random_images(config, _CLASSIFIER_IMAGES)
-    network = classifiers.Cnn(config.data.classes)
+    network = networks.Cnn(config.data.classes)
 
     def call():
-        return classifiers.train_network(
-            network, images, labels, key=jax.random.key(0), epochs=1,
-            batch_size=settings.batch_size, learning_rate=settings.learning_rate,
-            ema_decay=settings.ema_decay, held_out=settings.held_out,
-        )[0]  # fmt: skip
+        return trainer.train(
+            network, images, labels, key=jax.random.key(0),
+            settings=trainer.Settings(
+                epochs=1, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
+                ema_decay=settings.ema_decay, held_out=settings.held_out,
+            ),
+        ).params  # fmt: skip
 
     return Work(timing.Contender('CNN classifier, one epoch', call), len(images), 'images')
 

@@ -1,110 +1,103 @@
-"""Numbers that compare images: feature moments, the Fréchet distance, the share of right labels.
+"""Fréchet distance between two sets of images (FID), by the mean and covariance of their features.
 
-Also the checks of images and labels that the rest of the package shares. Sums are kept in float64
-and reduced once at the end.
+Sums are kept in float64.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 
-# How far, relative to its largest entry, a covariance may be from symmetric or from having no
-# negative eigenvalue before it is called an error rather than rounding.
+# What counts as rounding, relative to the largest value: how far a covariance may differ from its transpose,
+# and its eigenvalues may lie below 0.
 _COVARIANCE_TOLERANCE = 1e-6
 
 
-class RunningMoments:
-    """Mean and covariance of features that arrive in batches.
+class FeatureExtractor(Protocol):
+    """What `fid` needs; an Inception network, for one, would be another.
 
-    The sums are taken around the first batch's mean: sums of raw squares would lose the covariance
-    to rounding when the mean is large against the spread.
+    Attributes:
+        name: what the features are, to be shown beside every FID.
     """
 
-    def __init__(self):
-        self._count = 0
-        self._origin = None
-        self._sum = None
-        self._sum_of_products = None
+    name: str
 
-    def add(self, features: np.ndarray) -> None:
-        """Adds one batch.
-
-        Args:
-            features: (N, D) real numbers, N ≥ 0, the same D in every batch.
-
-        Raises:
-            ValueError: not two-dimensional, another D than before, or not finite.
-        """
-        features = np.asarray(features, np.float64)
-        if features.ndim != 2 or features.shape[1] == 0:
-            raise ValueError(f'features has shape {features.shape}; it must be (samples, features)')
-        if self._origin is not None and features.shape[1] != self._origin.size:
-            raise ValueError(
-                f'features has {features.shape[1]} values per sample; earlier batches had {self._origin.size}'
-            )
-        if not np.isfinite(features).all():
-            bad = int((~np.isfinite(features)).any(axis=1).sum())
-            raise ValueError(f'features of {bad} samples are not finite; all must be finite')
-        if len(features) == 0:
-            return
-        if self._origin is None:
-            dimension = features.shape[1]
-            self._origin = features.mean(axis=0)
-            self._sum = np.zeros(dimension)
-            self._sum_of_products = np.zeros((dimension, dimension))
-        centred = features - self._origin
-        self._count += len(features)
-        self._sum += centred.sum(axis=0)
-        self._sum_of_products += centred.T @ centred
-
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mean, float64 (D,), and the unbiased covariance (divisor N − 1), float64 (D, D).
-
-        Raises:
-            ValueError: fewer than two samples were added.
-        """
-        if self._count < 2:
-            raise ValueError(f'features has {self._count} samples; a covariance needs at least 2')
-        shift = self._sum / self._count
-        covariance = self._sum_of_products - self._count * np.outer(shift, shift)
-        covariance /= self._count - 1
-        return self._origin + shift, (covariance + covariance.T) / 2
+    def features(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+        """Return real numbers (N, D) for uint8 images (N, H, W, C)."""
+        ...
 
 
-def moments(features: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of feature vectors.
+def fid(
+    extractor: FeatureExtractor, images_a: np.ndarray, images_b: np.ndarray, *, batch_size: int = 256
+) -> float:
+    """Return the Fréchet distance between the features of two sets of images (Heusel et al. 2017).
+
+    Few images make it too large: compare only distances between sets of the same sizes.
 
     Args:
-        features: (N, D) real numbers, or an iterable of such batches.
+        extractor: gives the features.
+        images_a, images_b: uint8 (N, H, W, C), at least two images each.
+        batch_size: images whose features are computed at once.
 
     Returns:
-        The mean, float64 (D,), and the unbiased covariance (divisor N − 1), float64 (D, D).
+        A number, at least 0, the same if the two sets change places.
 
     Raises:
-        ValueError: fewer than two samples, values that are not finite, batches that differ in D.
+        ValueError: fewer than two images, or images that the extractor refuses.
     """
-    running = RunningMoments()
-    # An array of shape (N, D) is one batch, not an iterable of N batches.
-    is_array = hasattr(features, 'ndim')
-    for batch in [features] if is_array else features:
-        running.add(batch)
-    return running.result()
+
+    def batches(images: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(images), batch_size):
+            yield extractor.features(images[start : start + batch_size], batch_size)
+
+    return frechet_distance(*moments(batches(images_a)), *moments(batches(images_b)))
+
+
+def moments(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and covariance of feature vectors that come in batches.
+
+    Args:
+        batches: real numbers (N, D), N ≥ 0, with the same D in each; two vectors or more altogether.
+
+    Returns:
+        The mean, float64 (D,), and the unbiased covariance (divisor N - 1), float64 (D, D).
+
+    Raises:
+        ValueError: another shape, too few vectors, or values that are not finite.
+    """
+    count, origin, total, products = 0, None, 0.0, 0.0
+    for features in batches:
+        features = _checked_features(features, None if origin is None else origin.size)
+        if len(features) == 0:
+            continue
+        if origin is None:
+            # Sums are taken around the first batch's mean. Where the mean is far above the spread, sums of
+            # raw squares would lose the covariance to rounding.
+            origin = features.mean(axis=0)
+        centered = features - origin
+        count += len(features)
+        total += centered.sum(axis=0)
+        products += centered.T @ centered
+    if count < 2:
+        raise ValueError(f'features has {count} samples; a covariance needs at least 2')
+    shift = total / count
+    covariance = (products - count * np.outer(shift, shift)) / (count - 1)
+    return origin + shift, (covariance + covariance.T) / 2
 
 
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017, eq. 6).
+    """Return the squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017, eq. 6).
 
-    |m_1 − m_2|² + tr(C_1 + C_2 − 2 (C_1 C_2)^½). The trace of the root is the sum of the square
-    roots of the eigenvalues of C_1^½ C_2 C_1^½; these are the singular values of F_1ᵀ F_2 for any
-    factors C_i = F_i F_iᵀ, which nothing complex enters and which keep full precision where the
-    covariances are singular (a square root of a rounded zero would not).
+    |m_1 - m_2|² + tr(C_1 + C_2 - 2 (C_1 C_2)^½). The trace of the root is the sum of the singular values of
+    F_1ᵀ F_2, for any factors C_i = F_i F_iᵀ. That way every number is real, and singular covariances lose
+    no precision.
 
     Args:
         mean_1, mean_2: (D,).
         cov_1, cov_2: (D, D), symmetric, no negative eigenvalues.
 
     Returns:
-        A number ≥ 0; 0 for equal arguments.
+        A number, at least 0; 0 for equal arguments.
 
     Raises:
         ValueError: shapes that do not fit, values that are not finite, or no covariance.
@@ -121,52 +114,19 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     return max(float(distance), 0.0)
 
 
-def label_accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Share of entries in which two integer arrays of shape (N,), N ≥ 1, agree; in [0, 1]."""
-    predicted, labels = np.asarray(predicted), np.asarray(labels)
-    if predicted.shape != labels.shape or predicted.ndim != 1 or predicted.size == 0:
+def _checked_features(features: np.ndarray, dimension: int | None) -> np.ndarray:
+    """A batch in float64, after a check of shape and values; earlier batches had `dimension` features."""
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f'features has shape {features.shape}; it must be (samples, features)')
+    if dimension is not None and features.shape[1] != dimension:
         raise ValueError(
-            f'predicted has shape {predicted.shape} and labels has shape {labels.shape}; '
-            'both must be (N,) with the same N of at least 1'
+            f'features has {features.shape[1]} values per sample; it must have {dimension}, as before'
         )
-    return float(np.mean(predicted == labels))
-
-
-def check_images(images: np.ndarray, image_shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """The images, known to be uint8 (N, H, W, C), N ≥ 1, of `image_shape` (H, W, C) if given."""
-    images = np.asarray(images)
-    if images.ndim != 4 or images.size == 0 or images.dtype != np.uint8:
-        raise ValueError(
-            f'images is {images.dtype} of shape {images.shape}; '
-            'it must be uint8 of shape (N, H, W, C) with at least one image'
-        )
-    if image_shape is not None and images.shape[1:] != tuple(image_shape):
-        raise ValueError(
-            f'images has the image shape {images.shape[1:]}; '
-            f'it must be {tuple(image_shape)}, that of the training images'
-        )
-    return images
-
-
-def check_labelled(images: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both as numpy arrays, once the labels fit the images and every class has an image."""
-    images = check_images(images)
-    if classes < 2:
-        raise ValueError(f'classes is {classes}; it must be at least 2')
-    labels = np.asarray(labels)
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f'labels is {labels.dtype} of shape {labels.shape}; '
-            f'it must be integers of shape ({len(images)},), one per image'
-        )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f'labels range from {labels.min()} to {labels.max()}; they must lie in [0, {classes})'
-        )
-    missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
-    if missing.size:
-        raise ValueError(f'labels has no image of class {missing.tolist()}; every class needs some')
-    return images, labels
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features)).any(axis=1).sum())
+        raise ValueError(f'features has {bad} samples that are not finite; all must be finite')
+    return features
 
 
 def _checked_moments(mean, covariance, which: str) -> tuple[np.ndarray, np.ndarray]:

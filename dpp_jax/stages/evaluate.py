@@ -4,7 +4,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax.data.images import Images
-from dpp_jax.evaluation import classifiers, features
+from dpp_jax.evaluation import classifiers, features, fid, trainer
+from dpp_jax import files
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
@@ -53,9 +54,9 @@ def run(
     if settings.fid and 'fid' not in results:
         synthetic = images.load(images.paths['images'])['images']
         network = _feature_network(config, workdir, keys, train)
-        results['fid'] = features.fid(network, train.images, synthetic)
+        results['fid'] = fid.fid(network, train.images, synthetic)
         # What a perfect generator would score: real images that training did not see.
-        results['fid_of_real_test_images'] = features.fid(network, train.images, test.images)
+        results['fid_of_real_test_images'] = fid.fid(network, train.images, test.images)
         results['fid_features'] = network.name
         evaluation.save()
     data = images.load(images.for_classifiers)
@@ -69,11 +70,13 @@ def run(
                 data['labels'],
                 classes=config.data.classes,
                 key=keys.of_part(f'evaluate/{kind}').random,
-                epochs=settings.epochs,
-                batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                ema_decay=settings.ema_decay,
-                held_out=settings.held_out,
+                settings=trainer.Settings(
+                    epochs=settings.epochs,
+                    batch_size=settings.batch_size,
+                    learning_rate=settings.learning_rate,
+                    ema_decay=settings.ema_decay,
+                    held_out=settings.held_out,
+                ),
                 progress=_advance(bar),
             )
         results['accuracy'][kind] = classifiers.accuracy(classifier, test.images, test.labels)
@@ -84,10 +87,11 @@ def run(
 def _feature_network(
     config: ConfigDict, workdir: WorkDir, keys: Keys, train: Images
 ) -> features.FeatureNetwork:
-    """Return the network whose features FID compares, trained once per work directory and number of epochs."""
+    """Return the network whose features FID compares; it is trained once, and kept in private/."""
     path = workdir.feature_network(config.evaluate.feature_epochs)
     if path.exists():
-        return features.FeatureNetwork.load(path)
+        arrays = files.read_npz(path, 'Delete it: --stage=evaluate trains it again')
+        return features.FeatureNetwork.from_arrays(arrays, source=path)
     with progress.bar(config.evaluate.feature_epochs, 'fid features', 'step') as bar:
         network = features.train_feature_network(
             train.images,
@@ -97,7 +101,7 @@ def _feature_network(
             epochs=config.evaluate.feature_epochs,
             progress=_advance(bar),
         )
-    network.save(path)
+    workdir_lib.write_npz(path, **network.to_arrays())
     return network
 
 

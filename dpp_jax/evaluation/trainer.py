@@ -1,0 +1,224 @@
+"""The trainer of every network that classifies: of the classifiers, and of the features for FID.
+
+How it goes: hold out a share of the images. In every epoch, visit the others in a new order, some 100 steps
+in one compiled loop; a step is the training's own `apply_gradient`, with Adam and averaged weights. After
+every epoch, test the averaged weights on the held-out images. Return the best.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpp_jax.evaluation import held_out
+from dpp_jax.training import state as state_lib
+
+Progress = Callable[[int, int, str], None]  # (done, total, note)
+
+# Steps in one call of the compiled loop: enough to hide the call, few enough for a progress bar.
+_STEPS_PER_CALL = 100
+_PREDICT_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to train a classifier; the defaults are the paper's.
+
+    Attributes:
+        epochs: passes over the images that are not held out; whole, at least 1.
+        batch_size: images per step; whole, at least 1; all images, if there are fewer.
+        learning_rate: of Adam; above 0.
+        ema_decay: of the averaged weights, in [0, 1); after n steps it is min(ema_decay, (1 + n) / (10 + n)).
+        held_out: share of each class to hold out, in (0, 1).
+    """
+
+    epochs: int = 50
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+    ema_decay: float = 0.9999
+    held_out: float = 0.1
+
+    def __post_init__(self):
+        """Raise ValueError if nothing could be trained."""
+        for name in ('epochs', 'batch_size'):
+            value = getattr(self, name)
+            if not value >= 1 or value % 1:
+                raise ValueError(f'{name} is {value}; it must be a whole number, at least 1')
+        if not 0 < self.learning_rate < np.inf:
+            raise ValueError(f'learning_rate is {self.learning_rate}; it must be above 0 and finite')
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f'ema_decay is {self.ema_decay}; it must be in [0, 1)')
+        if not 0 < self.held_out < 1:
+            raise ValueError(f'held_out is {self.held_out}; it must be in (0, 1)')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training keeps.
+
+    Attributes:
+        params: the averaged weights of the best epoch (of equals, the last), NumPy arrays by name.
+        held_out_accuracy: theirs on the held-out images, in [0, 1].
+        epoch: the best epoch, counted from 1.
+    """
+
+    params: dict[str, Any]
+    held_out_accuracy: float
+    epoch: int
+
+
+def train(
+    network: nn.Module,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    key: jax.Array,
+    settings: Settings,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a network, and keep the epoch that does best on a held-out share of its own images.
+
+    Args:
+        network: a module as in `networks`: it has `classes`, and its call returns (logits, hidden values).
+        images: uint8 (N, H, W, C).
+        labels: integers (N,) in [0, network.classes), at least two of every class.
+        key: typed jax.random key; the same key gives the same weights on the same hardware.
+        settings: how to train.
+        progress: called with (done, total, note), done and total in steps.
+
+    Raises:
+        ValueError: images or labels other than described.
+    """
+    rng = held_out.random_generator(key)
+    chosen, held = held_out.split(images, labels, classes=network.classes, share=settings.held_out, rng=rng)
+    images, labels = jnp.asarray(chosen.images), jnp.asarray(chosen.labels)
+
+    init_key, dropout_key = jax.random.split(key)
+    state = _initial_state(network, init_key, images.shape[1:], settings.learning_rate)
+    best, best_accuracy, best_epoch = None, -1.0, 0
+    note, done = f'epoch 1/{settings.epochs}', 0
+    for epoch in range(1, settings.epochs + 1):
+        calls = _epoch_batches(len(images), settings.batch_size, rng)
+        total = settings.epochs * sum(len(batches) for batches, _ in calls)
+        for batches, mask in calls:
+            state = _train_steps(
+                network, state, images, labels, batches, mask, dropout_key,
+                settings.learning_rate, settings.ema_decay,
+            )  # fmt: skip
+            done += len(batches)
+            if progress is not None:
+                jax.block_until_ready(state.step)  # or the bar would run ahead of the work
+                progress(done, total, note)
+        logits, _ = apply(network, state.ema_params, held.images)
+        accuracy = held_out.label_accuracy(logits.argmax(axis=1), held.labels)
+        if accuracy >= best_accuracy:
+            best, best_accuracy, best_epoch = state.ema_params, accuracy, epoch
+        note = f'epoch {min(epoch + 1, settings.epochs)}/{settings.epochs}, held-out accuracy {accuracy:.3f}'
+    if progress is not None:
+        progress(done, total, f'best held-out accuracy {best_accuracy:.3f} (epoch {best_epoch})')
+    return Trained(params=jax.device_get(best), held_out_accuracy=best_accuracy, epoch=best_epoch)
+
+
+def apply(
+    network: nn.Module, params: dict[str, Any], images: np.ndarray, batch_size: int = _PREDICT_BATCH
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a network's logits and hidden values, float32 (N, ...), for uint8 images (N, H, W, C), N ≥ 1.
+
+    `batch_size` images are on the device at once.
+    """
+    params = jax.device_put(params)
+    logits, hidden = [], []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        # One shape for all batches: one program.
+        padded = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
+        outputs = jax.device_get(_apply(network, params, padded))
+        logits.append(outputs[0][: len(batch)])
+        hidden.append(outputs[1][: len(batch)])
+    return np.concatenate(logits), np.concatenate(hidden)
+
+
+def to_float(images: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Return uint8 images as float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1.0
+
+
+@functools.partial(jax.jit, static_argnames=('network', 'image_shape'))
+def _initial_state(
+    network: nn.Module, key: jax.Array, image_shape: tuple[int, int, int], learning_rate: float
+) -> state_lib.TrainState:
+    """Step 0 with random weights for images of the shape (H, W, C).
+
+    The weights stay separate arrays, not one vector: there are ten at most, and the loop in which XLA:CPU
+    joins their gradients made the steps of the MLP up to ten times slower.
+    """
+    params = network.init(key, jnp.zeros((1, *image_shape)))['params']
+    opt_state = optax.adam(learning_rate).init(params)
+    return state_lib.TrainState(step=jnp.int32(0), params=params, ema_params=params, opt_state=opt_state)
+
+
+@functools.partial(jax.jit, static_argnames='network')
+def _train_steps(
+    network: nn.Module,
+    state: state_lib.TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    batches: np.ndarray,
+    mask: np.ndarray,
+    dropout_key: jax.Array,
+    learning_rate: float,
+    ema_decay: float,
+) -> state_lib.TrainState:
+    """Take a step for each of the batches.
+
+    Args:
+        images, labels: all that the batches choose from: uint8 (N, H, W, C), int32 (N,).
+        batches: rows of them, int32 (steps, batch).
+        mask: float32 (steps, batch), 1 for an image and 0 for padding, which counts for nothing.
+    """
+    optimizer = optax.adam(learning_rate)
+
+    def one_step(state: state_lib.TrainState, batch: tuple[jax.Array, jax.Array]):
+        rows, mask = batch
+        dropout = {'dropout': jax.random.fold_in(dropout_key, state.step)}
+
+        def loss(params: dict[str, Any]) -> jax.Array:
+            logits, _ = network.apply({'params': params}, to_float(images[rows]), True, rngs=dropout)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
+            return jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+        gradient = jax.grad(loss)(state.params)
+        return state_lib.apply_gradient(state, gradient, optimizer, ema_decay), None
+
+    return jax.lax.scan(one_step, state, (batches, mask))[0]
+
+
+@functools.partial(jax.jit, static_argnames='network')
+def _apply(network: nn.Module, params: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both outputs of the network, without dropout, for one batch of uint8 images."""
+    return network.apply({'params': params}, to_float(images))
+
+
+def _epoch_batches(
+    count: int, batch_size: int, rng: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """One epoch in a new order: for each call of `_train_steps` its batches and their mask, all of one shape.
+
+    Every image comes once. They are spread evenly, so that no step is left with a handful of them.
+    """
+    batch_size = min(batch_size, count)
+    steps = -(-count // batch_size)
+    calls = -(-steps // _STEPS_PER_CALL)
+    steps = calls * -(-steps // calls)
+    rows = np.zeros((steps, batch_size), np.int32)
+    mask = np.zeros(rows.shape, np.float32)
+    for step, part in enumerate(np.array_split(rng.permutation(count), steps)):
+        rows[step, : part.size] = part
+        mask[step, : part.size] = 1
+    return list(zip(np.split(rows, calls), np.split(mask, calls)))

@@ -1,0 +1,114 @@
+"""The trainer of the networks: its step, its epochs, its settings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.datasets import load_digits
+
+from dpp_jax.evaluation import networks, trainer
+
+
+@pytest.fixture(name='digits', scope='module')
+def _digits():
+    data = load_digits()
+    return (data.images[..., None] * 255 / 16).astype(np.uint8), data.target
+
+
+def train(images, labels, *, seed=0, progress=None, **settings):
+    return trainer.train(
+        networks.Mlp(10),
+        images,
+        labels,
+        key=jax.random.key(seed),
+        settings=trainer.Settings(**settings),
+        progress=progress,
+    )
+
+
+def test_training_step_is_adam_with_a_warmed_up_average(digits):
+    images, labels = jnp.asarray(digits[0]), jnp.asarray(digits[1], jnp.int32)
+    network, key = networks.Mlp(10), jax.random.key(0)
+    adam = optax.adam(1e-2)
+    state = trainer._initial_state(network, key, (8, 8, 1), 1e-2)
+    rows = np.arange(12, dtype=np.int32).reshape(3, 4)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
+    result = trainer._train_steps(network, state, images, labels, rows, mask, key, 1e-2, 0.15)
+
+    params = average = state.params
+    opt_state = adam.init(params)
+    for n, (batch, batch_mask) in enumerate(zip(rows, mask)):
+
+        def loss_fn(params):
+            logits, _ = network.apply(
+                {'params': params}, images[batch] / 127.5 - 1.0, True,
+                rngs={'dropout': jax.random.fold_in(key, n)},
+            )  # fmt: skip
+            log_p = jax.nn.log_softmax(logits)[np.arange(4), labels[batch]]
+            return -log_p[batch_mask == 1].mean()
+
+        updates, opt_state = adam.update(jax.grad(loss_fn)(params), opt_state)
+        params = optax.apply_updates(params, updates)
+        decay = min(0.15, (2 + n) / (11 + n))  # 2/11 > 0.15: capped from the first step on
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+    assert int(result.step) == 3
+    for ours, theirs in ((result.params, params), (result.ema_params, average)):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    # With a decay near 1 the warm-up rules: after one step the average is 2/11 old, 9/11 new.
+    first = trainer._train_steps(network, state, images, labels, rows[:1], mask[:1], key, 1e-2, 0.9999)
+    for old, new, mean in zip(*map(jax.tree.leaves, (state.params, first.params, first.ema_params))):
+        np.testing.assert_allclose(mean, (2 * old + 9 * new) / 11, atol=1e-6)
+
+    # Rows under the mask do not matter.
+    rows[2, 2:] = 99
+    other = trainer._train_steps(network, state, images, labels, rows, mask, key, 1e-2, 0.15)
+    jax.tree.map(np.testing.assert_array_equal, other.params, result.params)
+
+
+@pytest.mark.parametrize(
+    ('count', 'batch_size'), [(10, 3), (3, 10), (1, 1), (64, 64), (1000, 2), (4500, 7), (513, 5)]
+)
+def test_an_epoch_has_every_image_once_in_calls_of_one_shape(count, batch_size):
+    calls = trainer._epoch_batches(count, batch_size, np.random.default_rng(0))
+    assert len({rows.shape for rows, _ in calls}) == 1
+    assert all(rows.shape == mask.shape and len(rows) <= 100 for rows, mask in calls)
+    assert calls[0][0].shape[1] == min(batch_size, count)
+    used = np.concatenate([rows[mask == 1] for rows, mask in calls])
+    np.testing.assert_array_equal(np.sort(used), np.arange(count))
+    other = trainer._epoch_batches(count, batch_size, np.random.default_rng(0))
+    np.testing.assert_array_equal(calls[0][0], other[0][0])
+
+
+def test_nothing_is_compiled_after_the_first_epoch(digits):
+    images, labels = digits
+    compiled = []
+
+    def progress(done, total, note):
+        compiled.append((trainer._train_steps._cache_size(), trainer._apply._cache_size()))
+
+    trainer._train_steps.clear_cache()
+    trainer._apply.clear_cache()
+    # 451 images and batches of 4: each epoch is two calls.
+    train(images[:500], labels[:500], batch_size=4, epochs=3, progress=progress)
+    assert compiled[0] == (1, 0)
+    assert len(compiled) == 3 * 2 + 1
+    assert set(compiled[2:]) == {(1, 1)}
+    # Nor by another training with images of the same size.
+    train(images[:500], labels[:500], batch_size=4, seed=1, learning_rate=1e-3, epochs=1)
+    assert trainer._train_steps._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('epochs', 0), ('epochs', 1.5), ('batch_size', 0), ('learning_rate', 0.0),
+        ('learning_rate', float('nan')), ('ema_decay', 1.0), ('ema_decay', -0.1), ('epochs', float('inf')),
+        ('held_out', 0.0), ('held_out', 1.0),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused(name, value):
+    with pytest.raises(ValueError, match=f'{name} is {value}'):
+        trainer.Settings(**{name: value})

@@ -19,7 +19,8 @@ ALLOWED = {
     'run': LEAVES | {'training'},
     'stages': LEAVES | {'training', 'run'},
     'pipeline': LEAVES | {'training', 'run', 'stages'},
-    'main': {'training', 'pipeline'},
+    'command_line': {'configs', 'training'},
+    'main': {'command_line', 'training', 'pipeline'},
 }
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name != '__init__.py')
 

@@ -37,7 +37,7 @@ def pytest_unconfigure(config):
 
 def make_tiny_config(**changes):
     """The digits, 8x8, with a network and trainings so small that a run takes seconds."""
-    from configs import digits_8
+    from dpp_jax.configs import digits_8
 
     config = digits_8.get_config('10')
     config.seed = 1

@@ -17,7 +17,10 @@ setup(
     name='dpp_jax',
     version=_VERSION,
     description='Differentially private synthetic images with diffusion models, in JAX',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
     packages=find_packages(include=['dpp_jax', 'dpp_jax.*']),
+    package_dir={'dpp_jax.configs': 'configs'},  # a checkout finds them by dpp_jax/configs/__init__.py
     python_requires='>=3.11',
     install_requires=[
         'absl-py',
@@ -52,6 +55,7 @@ setup(
             'opacus>=1.5',  # independent accounting to compare with
             'pytest>=8',
             'pytest-xdist',
+            'ruff',
             'torch>=2.6',
         ],
     },

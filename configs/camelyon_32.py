@@ -9,7 +9,7 @@ Expects data/camelyon_32/train.npz (302,436 images) and test.npz, each with `ima
 
 from ml_collections import ConfigDict
 
-from configs import default
+from dpp_jax.configs import default
 
 
 def get_config(epsilon: str = '1') -> ConfigDict:

@@ -10,7 +10,7 @@ programs kept.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from dpp_jax.configs import default
 
 
 def get_config(epsilon: str = '10') -> ConfigDict:

@@ -9,7 +9,7 @@ the 10,000 real test images CNN 91.1 %, MLP 87.6 %, logistic regression 86.6 %; 
 
 from ml_collections import ConfigDict
 
-from configs import default
+from dpp_jax.configs import default
 
 
 def get_config(epsilon: str = '10') -> ConfigDict:

@@ -8,7 +8,7 @@ Published with these settings (FID by Inception features / accuracy of the CNN):
 
 from ml_collections import ConfigDict
 
-from configs import default
+from dpp_jax.configs import default
 
 
 def get_config(epsilon: str = '1') -> ConfigDict:

@@ -22,7 +22,7 @@ ALLOWED = {
     'build': LEAVES | {'evaluation', 'run'},
     'settings': LEAVES | {'evaluation', 'build'},
     'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings'},
-    'command_line': {'training'},
+    'command_line': {'configs', 'training'},
     'main': {'command_line', 'training', 'pipeline'},
 }
 # Rooms that know what a config is; below them, functions take arrays, callables and named arguments.

@@ -22,7 +22,7 @@ HIDDEN = "the loop's work hidden, of its time", 'the same, with checkpoints'
 
 
 def test_every_figure_is_positive_and_finite(tmp_path):
-    command = [sys.executable, str(ROOT / 'scripts' / 'benchmark.py')]
+    command = [sys.executable, '-m', 'scripts.benchmark']
     command += ['--config=configs/digits_8.py:10', '--examples=2', '--repeats=1']
     command += ['--skip=naive,optax,jax_privacy', '--parts', '--turn_seconds=0', '--starts=0']
     command += [f'--config.{name}={value}' for name, value in SETTINGS.items()]

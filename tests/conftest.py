@@ -5,6 +5,7 @@ import fcntl
 import io
 import logging
 import os
+from pathlib import Path
 import shutil
 import tempfile
 
@@ -35,9 +36,28 @@ def pytest_unconfigure(config):
         shutil.rmtree(_PROGRAMS, ignore_errors=True)
 
 
+@pytest.fixture(scope='session')
+def golden_file():
+    """A function from a file's name to its path: in DPP_GOLDEN, or in tests/golden; skips where it is not."""
+
+    def find(name):
+        tests = Path(__file__).resolve().parent
+        # Beside the repository, or where DPP_GOLDEN says: whole files. In tests/golden: shortened ones.
+        whole = Path(os.environ.get('DPP_GOLDEN', tests.parents[1] / 'shared' / 'golden'))
+        found = [folder / name for folder in (whole, tests / 'golden') if (folder / name).exists()]
+        if not found:
+            pytest.skip(
+                f'{name} is missing: reference values of the PyTorch implementation, too large for this '
+                'repository; tests/golden/README.md says where they come from and how to add them'
+            )
+        return found[0]
+
+    return find
+
+
 def make_tiny_config(**changes):
     """The digits, 8x8, with a network and trainings so small that a run takes seconds."""
-    from configs import digits_8
+    from dpp_jax.configs import digits_8
 
     config = digits_8.get_config('10')
     config.seed = 1

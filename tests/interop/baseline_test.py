@@ -1,8 +1,5 @@
 """The PyTorch twin that speed is compared with computes the same: network, gradient, clipped sum."""
 
-import importlib.util
-from pathlib import Path
-
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -12,21 +9,9 @@ import torch
 
 from dpp_jax import pipeline
 from dpp_jax.privacy import mechanism
+from scripts.benchmark import pytorch_baseline as baseline
 
-ROOT = Path(__file__).resolve().parents[2]
 DRAWS, EXAMPLES, CLIP_NORM = 2, 3, 0.7
-
-
-def load_baseline():
-    spec = importlib.util.spec_from_file_location(
-        'pytorch_baseline', ROOT / 'scripts' / 'pytorch_baseline.py'
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-baseline = load_baseline()
 
 
 class Twins:

@@ -12,7 +12,7 @@ import pytest
 
 from dpp_jax.privacy import accounting
 
-ROWS = json.loads((Path(__file__).parent / 'accounting_rdp_opacus.json').read_text())
+ROWS = json.loads((Path(__file__).parents[1] / 'golden' / 'accounting_rdp_opacus.json').read_text())
 
 
 def history(row):

@@ -19,7 +19,7 @@ CONFIGS = {
     'celeba_32': celeba_32,
     'camelyon_32': camelyon_32,
 }
-REFERENCE = json.loads((Path(__file__).parents[1] / 'privacy' / 'accounting_rdp_opacus.json').read_text())
+REFERENCE = json.loads((Path(__file__).parents[1] / 'golden' / 'accounting_rdp_opacus.json').read_text())
 
 
 class NoModel:

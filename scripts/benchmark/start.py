@@ -1,6 +1,6 @@
 """How long the program takes from its start to the end of its first step of fine-tuning.
 
-`measure` starts it with `python scripts/benchmark_start.py`, which takes the program's own arguments.
+`measure` starts it with `python -m scripts.benchmark.start`, which takes the program's own arguments.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,6 @@ import time
 
 import jax
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def measure(config, private: tuple, batch: int, starts: int) -> dict[str, list[float]]:
@@ -37,7 +35,7 @@ def measure(config, private: tuple, batch: int, starts: int) -> dict[str, list[f
     }
     if config.finetune.microbatch:
         changes['finetune.microbatch'] = config.finetune.microbatch
-    command = [sys.executable, str(Path(__file__).resolve()), *_config_arguments(sys.argv[1:])]
+    command = [sys.executable, '-m', 'scripts.benchmark.start', *_config_arguments(sys.argv[1:])]
     found = {'cold': [], 'cached': []}
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / 'train.npz', images=images, labels=labels)

@@ -1,17 +1,17 @@
 """Speed of private training beside ordinary training and other ways to clip per-example gradients.
 
-    python scripts/benchmark.py --config=configs/mnist_28.py:1 --json=benchmark.json
+    python -m scripts.benchmark --config=configs/mnist_28.py:1 --json=benchmark.json
 
 Everything runs in one process, in turns, on random images; the table gives medians of the turns after a
 first one that is not counted, and ratios to the plain gradient, medians as well of the ratios in one turn.
 A "noised image" is one image with one noise draw. The two steps work on a batch of the config's own size, of
 which they visit as many images as are counted. Memory is what the compiler allots to the program, arguments
 and temporaries; of PyTorch it is what a process of its own grows by. `--parts` adds a table of everything
-that is not the training step (benchmark_parts.py).
+that is not the training step (parts.py).
 
-The contenders do not do quite the same: the plain gradient (PyTorch's too) clips nothing; optax's way, jax_privacy's
-and the naive one take no optimizer step; the naive one neither clips nor sums; Opacus's keeps no average of
-the weights. All of that takes less than a hundredth of the time.
+The contenders differ in small things, which take less than a hundredth of the time. The plain gradient
+(PyTorch's too) clips nothing. optax's way, jax_privacy's and the naive one take no optimizer step. The naive
+one neither clips nor sums. Opacus's keeps no average of the weights.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ import json
 import multiprocessing
 from pathlib import Path
 import platform
-import sys
 from unittest import mock
 
 from absl import app, flags, logging
@@ -31,11 +30,6 @@ from ml_collections import config_flags
 import numpy as np
 import optax
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import benchmark_parts
-import timing
-
 from dpp_jax import pipeline
 from dpp_jax.data import augment
 from dpp_jax.diffusion import winograd
@@ -44,6 +38,7 @@ from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import sizes as sizes_lib
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
+from scripts.benchmark import parts, timing
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'As for the program.')
 _MICROBATCH = flags.DEFINE_integer('microbatch', None, 'As config.finetune.microbatch.')
@@ -171,8 +166,9 @@ def pytorch_contenders(settings, model, params, images, labels) -> list[timing.C
     if jax.default_backend() != 'cpu':
         return []
     try:
-        import pytorch_baseline as baseline
         import torch
+
+        from scripts.benchmark import pytorch_baseline as baseline
     except ImportError:
         return []
     torch.set_num_threads(devices.cores())  # as many as XLA takes
@@ -391,7 +387,7 @@ def benchmark(config) -> None:
     )
     save(report)  # already: the parts take long, and may fail
     if _PARTS.value:
-        report['parts'] = benchmark_parts.measure(
+        report['parts'] = parts.measure(
             config,
             model,
             noised_per_second=rows[1]['noised_images_per_second'],
@@ -399,7 +395,7 @@ def benchmark(config) -> None:
             turn_seconds=_TURN_SECONDS.value,
             starts=_STARTS.value,
         )
-        print('\n' + benchmark_parts.text(report['parts']))
+        print('\n' + parts.text(report['parts']))
         save(report)
 
 

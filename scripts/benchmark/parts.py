@@ -1,6 +1,7 @@
 """The benchmark's second table: everything of a run that is not the training step alone.
 
-Called by `benchmark.py --parts`. All of it runs on random images of the config's shape, in turns:
+Called by `python -m scripts.benchmark --parts`. All of it runs on random images of the config's shape, in
+turns:
 - rates: the central query, pre-training and its augmentation, generation, the CNN's epoch;
 - shares: of the step's time that augmentation takes, of the forward pass's throughput that generation
   keeps, and of the training loop's time that is not lost to input, logging and checkpoints;
@@ -11,7 +12,6 @@ import dataclasses
 import math
 from pathlib import Path
 import statistics
-import sys
 import tempfile
 import time
 
@@ -19,12 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import benchmark_start
-import timing
 
 from dpp_jax import pipeline
 from dpp_jax.evaluation import networks, trainer
@@ -35,6 +29,7 @@ from dpp_jax.run import sizes as sizes_lib
 from dpp_jax.stages import central, generate
 from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
+from scripts.benchmark import start, timing
 
 _QUERY_IMAGES = 10_000
 _SAMPLER_STEPS = 6
@@ -102,9 +97,7 @@ def measure(
         'loop': in_loop,
     }  # fmt: skip
     if starts:
-        report['start'] = benchmark_start.measure(
-            config, random_images(config, _private_images(config)), batch, starts
-        )
+        report['start'] = start.measure(config, random_images(config, _private_images(config)), batch, starts)
     return report
 
 

@@ -1,0 +1,1 @@
+"""Speed of private training, beside other ways to do it: `python -m scripts.benchmark --helpshort`."""

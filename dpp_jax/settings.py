@@ -25,9 +25,9 @@ def _registries() -> dict[str, Collection[str]]:
     return {
         'accountant': tuple(accounting.ACCOUNTANTS),
         'query': tuple(queries.QUERIES),
-        'source': {kind: source.form for kind, source in sources._READERS.items()},
-        'augmentation': ('rand_augment', 'affine', 'none'),
-        'classifier': classifiers.KINDS,
+        'source': {kind: source.form for kind, source in sources.SOURCES.items()},
+        'augmentation': tuple(augment.AUGMENTATIONS),
+        'classifier': tuple(classifiers.CLASSIFIERS),
         'denoiser': tuple(denoiser.DENOISERS),
         'sampler': ('heun', 'ddim'),
         'network': ('unet',),

@@ -68,7 +68,7 @@ class RandAugment:
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f'{name} is {value!r}; it must be a whole number, at least {least}')
         if self.magnitude >= self.bins:
-            raise ValueError(f'magnitude is {self.magnitude}; it must be at most bins - 1 = {self.bins - 1}')
+            raise ValueError(f'magnitude is {self.magnitude}; it must be in 1..{self.bins - 1} (bins - 1)')
         if not isinstance(self.random_magnitude, bool):
             raise ValueError(f'random_magnitude is {self.random_magnitude!r}; it must be True or False')
 

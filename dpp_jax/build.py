@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from dpp_jax.data import augment, sources
 from dpp_jax.diffusion import denoiser, loss, sampler, unet
 from dpp_jax.diffusion import model as model_lib
-from dpp_jax.diffusion import denoiser, loss, sampler, unet
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import budget as budget_lib
 from dpp_jax.privacy import queries

@@ -7,10 +7,10 @@ How a command goes:
 A command that was killed is given again: it goes on where the folder says.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 import time
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -45,10 +45,7 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
     """
     settings.check(config)
     if jax.process_count() > 1:
-        raise ValueError(
-            f'{jax.process_count()} processes run together; the files of a run, its ledger among '
-            'them, are written by one process: use one, with all devices of its host'
-        )
+        raise ValueError(f'this run has {jax.process_count()} processes; it must have one, with all devices')
     workdir, model = WorkDir(root), build.model(config)
     workdir.check(flatten(config.to_dict()))
     images = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
@@ -68,28 +65,16 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
             this_run.run(STAGES if stage == 'all' else (stage,))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gate:
-    """What a command may rely on: plan, ledger and folder fit each other.
+class Gate(NamedTuple):
+    """What a command may rely on: plan, ledger and folder fit each other."""
 
-    Attributes:
-        plan: that the folder follows, or will.
-        ledger: what ran.
-        done: stage → whether it has nothing left to do.
-    """
-
-    plan: plan_lib.Plan
+    plan: plan_lib.Plan  # that the folder follows, or will
     ledger: Ledger
-    done: dict[str, bool]
+    done: dict[str, bool]  # stage → whether it has nothing left to do
 
 
 def _gate(
-    config: ConfigDict,
-    workdir: WorkDir,
-    model: Model,
-    images: artefacts.SyntheticImages,
-    *,
-    read_only: bool = False,
+    config: ConfigDict, workdir: WorkDir, model: Model, images: artefacts.SyntheticImages, read_only=False
 ) -> Gate:
     """Read plan, ledger and what is done; a ValueError says what does not fit."""
     make_plan = functools.partial(build.plan, config, model)
@@ -116,14 +101,7 @@ def _gate(
 class Run:
     """The stages of one command and what they share; private images are read when first needed."""
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: WorkDir,
-        model: Model,
-        images: artefacts.SyntheticImages,
-        gate: Gate,
-    ):
+    def __init__(self, config, workdir, model, images, gate: Gate):
         self.config, self.workdir, self.model, self.images = config, workdir, model, images
         self.plan, self.ledger, self.done = gate.plan, gate.ledger, gate.done
         self.keys = Keys(workdir.keys, config.seed)

@@ -91,8 +91,8 @@ class Budget:
             planned = part.mechanism.entry(entry.index, entry.randomness) if is_planned else None
             if planned != entry:
                 raise ValueError(
-                    f'{ledger.path} names {entry}, which is not in the plan ({planned}): the ε of the plan does '
-                    'not cover what ran. Restore ledger.jsonl and plan.json, or use another --workdir'
+                    f'{ledger.path} names {entry}, which is not in the plan ({planned}): the ε of the '
+                    'plan does not cover what ran. Restore ledger.jsonl and plan.json, or use another --workdir'
                 )
         for mechanism, count in used.items():
             if ledger.count(mechanism) < count:

@@ -1,4 +1,4 @@
-"""The work directory: release/ for what may be published, private/ for the rest; its paths and its settings."""
+"""The work directory: release/ for what may be published, private/ for the rest."""
 
 from collections.abc import Iterator, Mapping
 import contextlib

@@ -1,7 +1,7 @@
 """Stage `central`: a few noisy central images of the private images (DP-FETA, section 4.1).
 
-What is asked, its sensitivity and its noise stand in `privacy/queries.py` and `privacy/mechanism.py`. Here the
-images are sampled, the answers recorded, and made into images by the method's deterministic chain.
+What is asked, its sensitivity and its noise stand in `privacy/queries.py` and `privacy/mechanism.py`. This
+stage samples, records the answers, and makes images of them by the method's deterministic chain.
 """
 
 from collections.abc import Callable

@@ -3,9 +3,9 @@
 from ml_collections import ConfigDict
 import numpy as np
 
+from dpp_jax import files
 from dpp_jax.data.images import Images
 from dpp_jax.evaluation import classifiers, features, fid, trainer
-from dpp_jax import files
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
@@ -101,7 +101,7 @@ def _feature_network(
             epochs=config.evaluate.feature_epochs,
             progress=_advance(bar),
         )
-    workdir_lib.write_npz(path, **network.to_arrays())
+    files.write_npz(path, **network.to_arrays())
     return network
 
 

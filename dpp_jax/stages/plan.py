@@ -46,8 +46,9 @@ def run(
     print(
         f'memory         about {memory:,.0f} MiB per device ({sizes.microbatch} images x {sizes.draws} draws '
         f'at once, estimate), {jax.device_count()} {jax.devices()[0].platform} device(s)\n\n'
-        f'would run      {todo}\n\nThe statement of such a run:\n\n{statement.markdown(_statement(config, plan))}'
+        f'would run      {todo}\n'
     )
+    print(f'The statement of such a run:\n\n{statement.markdown(_statement(config, plan))}')
     if plan.budget.of(CENTRAL_QUERY):
         from dpp_jax.run import plan_curve  # imports matplotlib, which nothing else needs
 

@@ -1,4 +1,4 @@
-"""Camelyon17 (WILDS) tissue patches 32x32, tumour or not, with the paper's settings.
+"""Camelyon17 (WILDS) tissue patches 32x32, tumor or not, with the paper's settings.
 
     python -m dpp_jax.main --config=configs/camelyon_32.py:1 --workdir=runs/camelyon_32 --stage=all
 

@@ -1,8 +1,8 @@
 """Every setting, with its unit and its meaning. The other files hold only what they change.
 
-The values here are those of MNIST 28x28 in the paper (DP-FETA, arXiv 2504.01395). A config file is
-called with ε after a colon: `--config=configs/mnist_28.py:1`; any setting can be changed on the
-command line: `--config.finetune.epochs=20`.
+The values are those of MNIST 28x28 in the paper (DP-FETA, arXiv 2504.01395). The number after the colon of
+`--config=mnist_28:1` is ε. The command line changes any setting: `--config.finetune.epochs=20`. Your own
+config file starts like the others here: `from dpp_jax.configs import default`.
 """
 
 from ml_collections import ConfigDict
@@ -40,12 +40,12 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     query.queries = 5  # how many times; each gives one central image per class
     query.downsample = 2  # keep every k-th pixel for the query; results are resized back
     query.pixel_center = 0.0  # subtracted from pixels in [0, 1]; 0 as the paper; in [0, 0.5]; mean only
-    query.clip_norm = placeholder(float)  # L2 norm to which centred images are cut; unset: none; mean only
+    query.clip_norm = placeholder(float)  # L2 norm, centered images are clipped to it; unset: none; mean only
     # What a class's sum is divided by: public (q N / classes: right for classes of equal size), or noisy
     # (its noisy count, 2 % more noise on the images: for unequal classes); mean only
     query.class_counts = 'public'
     query.bins = 2  # bins of the histograms; mode only
-    query.post_process = True  # median filter, and sharpening for grey images
+    query.post_process = True  # median filter, and sharpening of gray images
 
     config.model = model = ConfigDict()
     model.network = 'unet'  # unet (NCSN++)

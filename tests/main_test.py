@@ -112,22 +112,39 @@ def test_command_line_plans_without_touching_a_work_directory(tmp_path):
     assert '(ε = 1.0000, δ = 1e-05)**-differentially private' in result.stdout
 
 
-@pytest.mark.parametrize(
-    'arguments, text',
-    [
-        (['--config=configs/digits_8.py:10', '--config.finetune.epochz=3'], 'Did you mean "epochs"'),
-        (['--config=configs/digits_8.py:zero'], "ε after the colon of --config is 'zero'"),
-        (['--config=configs/digit_8.py:1'], 'configs/digit_8.py'),
-        (['--config=configs/digits_8.py:-1'], 'config.dp.epsilon is -1.0'),
-        (['--config=configs/digits_8.py:10', '--stage=training'], 'finetune'),
-    ],
-)
-def test_command_line_errors_name_the_problem_in_a_line(tmp_path, arguments, text):
-    result = program(f'--workdir={tmp_path}/run', *arguments)
+def test_command_line_errors_are_told_in_a_line(tmp_path):
+    """Those of the flags: tests/command_line_test.py. This one is found by what runs after them."""
+    result = program(f'--workdir={tmp_path}/run', '--config=configs/digits_8.py:-1')
     assert result.returncode != 0
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith('dpp-jax: ') and text in line
+    assert line.startswith('dpp-jax: ') and 'config.dp.epsilon is -1.0' in line
     assert not (tmp_path / 'run').exists()
+
+
+def test_the_console_script_lists_its_flags_and_stages(tmp_path):
+    """What pip makes of the entry point: another module than the one that defines the flags."""
+    script = tmp_path / 'dpp-jax'
+    script.write_text('from dpp_jax.main import entry_point\nentry_point()\n')
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, str(script), '--helpshort']
+    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    for word in ('--config', '--workdir', '--stage', 'plan', 'finetune', 'clean'):
+        assert word in told
+
+
+def test_a_config_of_the_user_runs_from_any_folder(tmp_path):
+    (tmp_path / 'mine.py').write_text(
+        'from dpp_jax.configs import digits_8\n\n\n'
+        'def get_config(epsilon):\n'
+        '    config = digits_8.get_config(epsilon)\n'
+        "    config.name = 'mine'\n"
+        '    return config\n'
+    )
+    command = [sys.executable, '-m', 'dpp_jax.main', '--config=mine.py:3', '--workdir=run', '--stage=plan']
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 'ε = 3,' in result.stdout
 
 
 def on_a_file_system(folder, mounting, *arguments):

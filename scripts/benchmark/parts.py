@@ -359,7 +359,7 @@ class TrainingLoop:
 
 
 def _is_running(metrics: dict) -> bool:
-    return not all(value.is_ready() for value in tensorboard.values())
+    return not all(value.is_ready() for value in metrics.values())
 
 
 class _TimedStore(checkpoint.TrainingStore):

@@ -9,11 +9,11 @@ import numpy as np
 
 from dpp_jax import files
 from dpp_jax.data import image_grid
+from dpp_jax.evaluation.classifiers import CLASSIFIERS
 from dpp_jax.privacy import accounting
 from dpp_jax.run import artefacts, statement
 from dpp_jax.run.folder import WorkDir, flatten
 
-_CLASSIFIERS = {'logistic': 'logistic regression', 'mlp': 'MLP', 'cnn': "CNN (the paper's)"}
 _COLUMNS = 12  # images of a class that the page shows
 
 
@@ -76,7 +76,8 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))
         rows.append(('  real test images for scale', f'{results["fid_of_real_test_images"]:.2f}'))
     for kind, accuracy in results.get('accuracy', {}).items():
-        rows.append((f'accuracy {_CLASSIFIERS.get(kind, kind)}', f'{100 * accuracy:.1f} %'))
+        title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
+        rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %'))
     return rows
 
 

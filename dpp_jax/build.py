@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dpp_jax.data import augment, sources
+from dpp_jax.data.images import Images
 from dpp_jax.diffusion import denoiser, loss, sampler, unet
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
@@ -161,7 +162,7 @@ def samplers(config: ConfigDict) -> dict[str, Callable]:
     }
 
 
-def images(config: ConfigDict, split: str) -> sources.Images:
+def images(config: ConfigDict, split: str) -> Images:
     """Load the real images of one split ('train' is the private set) and compare them with the config.
 
     Raises:

@@ -120,7 +120,10 @@ def _shipped(name: str) -> Path:
 
 
 def _names(config: str) -> list[str]:
-    """Return the names of all settings and groups of a config; raises Mistake where it cannot be loaded."""
+    """Return the names of all settings and groups of a config; raises Mistake where it cannot be loaded.
+
+    ml_collections loads the file once more, but tells of mistakes by tracebacks.
+    """
     name, *epsilon = config.split(':', 1)
     path = Path(name).absolute()
     # A config may import its neighbors, by `configs.<name>` too; in a checkout also the shipped ones.

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax.data import augment, sources
-from dpp_jax.diffusion import denoiser, loss, sampler, unet
+from dpp_jax.diffusion import denoiser, sampler, unet
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.run import folder as workdir_lib
@@ -361,8 +361,7 @@ def make_model(config: ConfigDict) -> Model:
         network=network,
         image_shape=(data.image_size, data.image_size, data.channels),
         classes=data.classes,
-        make_denoiser=functools.partial(denoiser.make_denoiser, settings.denoiser),
-        loss=loss.make_loss(settings.denoiser),
+        kind=denoiser.make_kind(settings.denoiser),
     )
 
 
@@ -376,14 +375,4 @@ def make_augmentation(config: ConfigDict) -> Callable:
 
 def make_sampler(settings: ConfigDict, classes: int) -> Callable:
     """(denoise, z (n, H, W, C) unit normal, label (n,), noise=) → images in [-1, 1]."""
-    arguments = {
-        'sigmas': sampler.sigma_steps(
-            settings.steps, t_min=settings.t_min, t_max=settings.t_max, rho=settings.rho
-        ),
-        'guidance': settings.guidance,
-        'no_class': classes,
-    }
-    if settings.name == 'ddim':  # deterministic: draws no noise
-        return lambda denoise, z, label, noise: sampler.ddim(denoise, z, label, **arguments)
-    churn = {name: settings[name] for name in ('s_churn', 's_min', 's_max', 's_noise')}
-    return lambda denoise, z, label, noise: sampler.heun(denoise, z, label, noise=noise, **churn, **arguments)
+    return sampler.make_sampler(no_class=classes, **settings)

@@ -2,9 +2,8 @@
 
 D(x; σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x; c_noise(σ)) (Karras et al. 2022, EDM, equation 7).
 
-The kinds are the columns of EDM's table 1: each function below fills in one. The noise levels and weights of
-'vp', 've' and 'v' are those of Dockhorn et al. 2023 (DPDM, appendix). A new kind is one more function, with its
-entry in `DENOISERS`.
+A kind is a column of EDM's table 1, and a function below. 'vp', 've' and 'v' are trained as in Dockhorn et al.
+2023 (DPDM, appendix). A new kind is one more function, with its entry in `DENOISERS`.
 """
 
 from collections.abc import Callable
@@ -61,7 +60,10 @@ class Kind:
 
 
 def edm(*, sigma_data: float = SIGMA_DATA, p_mean: float = P_MEAN, p_std: float = P_STD) -> Kind:
-    """Return EDM: unit variance of the network's input and target; ln σ ~ N(p_mean, p_std²)."""
+    """Return EDM: the network's input and target have unit variance (Karras et al. 2022).
+
+    ln σ ~ N(p_mean, p_std²).
+    """
     total = lambda sigma: jnp.sqrt(sigma**2 + sigma_data**2)
     return Kind(
         c_skip=lambda sigma: sigma_data**2 / total(sigma) ** 2,
@@ -74,7 +76,10 @@ def edm(*, sigma_data: float = SIGMA_DATA, p_mean: float = P_MEAN, p_std: float 
 
 
 def vp() -> Kind:
-    """Return VP: the network predicts the noise (Song et al. 2021, variance preserving); t uniform."""
+    """Return VP: the network predicts the noise (Song et al. 2021, variance preserving).
+
+    σ = σ(t) with t uniform.
+    """
     return Kind(
         c_skip=jnp.ones_like,
         c_out=lambda sigma: -sigma,
@@ -86,7 +91,10 @@ def vp() -> Kind:
 
 
 def ve() -> Kind:
-    """Return VE: the network predicts σ times the score (Song et al. 2021, variance exploding); ln σ uniform."""
+    """Return VE: the network predicts σ times the score (Song et al. 2021, variance exploding).
+
+    ln σ is uniform.
+    """
     return Kind(
         c_skip=jnp.ones_like,
         c_out=lambda sigma: sigma,

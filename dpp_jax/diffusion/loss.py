@@ -1,8 +1,8 @@
 """The loss of a private image: the weighted squared error of its denoised copies.
 
-E_{σ, n} [ w(σ) |D(x + n; σ, y) - x|² ], n ~ N(0, σ²). The kind of denoiser gives the distribution of σ and the
-weight w. Many noise draws per image ("noise multiplicity", Dockhorn et al. 2023) lower the variance of its
-gradient at no privacy cost.
+E_{σ, n} [ w(σ) |D(x + n; σ, y) - x|² ], n ~ N(0, σ²). The kind of denoiser gives the distribution of σ and
+the weight w. Many noise draws per image ("noise multiplicity", Dockhorn et al. 2023) lower its gradient's
+variance at no privacy cost.
 
 The loss comes in two steps: `draw` makes everything random at once, `errors` takes any part of it.
 """

@@ -1,7 +1,7 @@
 """Samplers (Karras et al. 2022, EDM): from unit normal noise to images, as jitted loops.
 
-Each is a function (denoise, z, label, *, sigmas, noise, churn) → images with an entry in `SAMPLERS`. All end with
-an Euler step from the last noise level to σ = 0. Its result is the denoiser's output, which the PyTorch
+Each is a function (denoise, z, label, *, sigmas, noise, churn) → images, with an entry in `SAMPLERS`. All end
+with an Euler step from the last noise level to σ = 0. Its result is the denoiser's output, which the PyTorch
 implementation returns. The network stands once in each loop: a second copy would be compiled anew.
 """
 
@@ -98,7 +98,7 @@ def heun(
         x_hat = x_cur + std * noise(i) if churn.s_churn > 0 else x_cur
 
         def advance(order, state):
-            """Go from (x_hat, t_hat) to t_{i+1}: by the slope there (order 0), then by its mean with d_cur."""
+            """Go from x_hat to t_{i+1}: by the slope there (order 0), then by the mean of it and the next."""
             x, level, d_cur = state
             d_prime = (x - denoise(x, jnp.full(x.shape[:1], level), label)) / level
             d = jnp.where(order == 0, d_prime, (d_cur + d_prime) / 2)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dpp_jax.data import augment, sources
 from dpp_jax.data.images import Images
-from dpp_jax.diffusion import denoiser, loss, sampler, unet
+from dpp_jax.diffusion import denoiser, sampler
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import budget as budget_lib
@@ -24,7 +24,7 @@ from dpp_jax.run import sizes as sizes_lib
 def model(config: ConfigDict) -> Model:
     """Make the model: network, denoiser and loss by their names."""
     data, settings = config.data, config.model
-    network = unet.UNet(
+    network = model_lib.NETWORKS[settings.network](
         image_channels=data.channels,
         classes=data.classes,
         width=settings.width,
@@ -37,8 +37,7 @@ def model(config: ConfigDict) -> Model:
         network=network,
         image_shape=(data.image_size, data.image_size, data.channels),
         classes=data.classes,
-        make_denoiser=functools.partial(denoiser.make_denoiser, settings.denoiser),
-        loss=loss.make_loss(settings.denoiser),
+        kind=denoiser.make_kind(settings.denoiser),
     )
 
 
@@ -157,8 +156,8 @@ def samplers(config: ConfigDict) -> dict[str, Callable]:
     """Make the samplers: purpose of the images → (denoise, z, label, noise) → images in [-1, 1]."""
     settings, no_class = config.generate, config.data.classes
     return {
-        'images': make_sampler(settings.sampler, no_class),
-        'classifier_images': make_sampler(settings.classifier_sampler, no_class),
+        'images': sampler.make_sampler(no_class=no_class, **settings.sampler),
+        'classifier_images': sampler.make_sampler(no_class=no_class, **settings.classifier_sampler),
     }
 
 
@@ -186,17 +185,3 @@ def images(config: ConfigDict, split: str) -> Images:
         )
     return found
 
-
-def make_sampler(settings: ConfigDict, classes: int) -> Callable:
-    """(denoise, z (n, H, W, C) unit normal, label (n,), noise=) → images in [-1, 1]."""
-    arguments = {
-        'sigmas': sampler.sigma_steps(
-            settings.steps, t_min=settings.t_min, t_max=settings.t_max, rho=settings.rho
-        ),
-        'guidance': settings.guidance,
-        'no_class': classes,
-    }
-    if settings.name == 'ddim':  # deterministic: draws no noise
-        return lambda denoise, z, label, noise: sampler.ddim(denoise, z, label, **arguments)
-    churn = {name: settings[name] for name in ('s_churn', 's_min', 's_max', 's_noise')}
-    return lambda denoise, z, label, noise: sampler.heun(denoise, z, label, noise=noise, **churn, **arguments)

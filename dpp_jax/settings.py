@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dpp_jax import build
 from dpp_jax.data import augment, sources
-from dpp_jax.diffusion import denoiser
+from dpp_jax.diffusion import denoiser, model, sampler
 from dpp_jax.evaluation import classifiers
 from dpp_jax.privacy import accounting, queries
 
@@ -29,8 +29,8 @@ def _registries() -> dict[str, Collection[str]]:
         'augmentation': tuple(augment.AUGMENTATIONS),
         'classifier': tuple(classifiers.CLASSIFIERS),
         'denoiser': tuple(denoiser.DENOISERS),
-        'sampler': ('heun', 'ddim'),
-        'network': ('unet',),
+        'sampler': tuple(sampler.SAMPLERS),
+        'network': tuple(model.NETWORKS),
     }
 
 

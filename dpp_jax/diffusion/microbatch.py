@@ -1,7 +1,10 @@
-"""Means over many rows, a few rows at a time: neither value nor gradient holds more than one part.
+"""Gradient accumulation: means over many rows, a few rows at a time.
 
 A gradient through a loop keeps what every turn computed. Here each part's gradient is finished before the
-next part starts, and only their sum is kept. On a CPU this is also what keeps activations in its cache.
+next part starts, and only their sum is kept. On a CPU this also keeps activations in its cache.
+
+`optax.microbatching` sums in the same way. Differentiated, it keeps every turn's activations (925 instead of
+90 MiB with 32 draws of a 28x28 image), so that the custom derivative below would stay.
 """
 
 from collections.abc import Callable
@@ -15,12 +18,12 @@ PyTree = Any
 
 
 def count(rows: int, at_once: int) -> int:
-    """The smallest number of equal parts of `rows` rows with at most `at_once` (>= 1) in each."""
+    """Return the smallest number of equal parts of `rows` rows with at most `at_once` (>= 1) in each."""
     return next(n for n in range(max(1, math.ceil(rows / at_once)), rows + 1) if rows % n == 0)
 
 
 def mean(function: Callable[[PyTree, PyTree, PyTree], jax.Array], parts: int) -> Callable:
-    """(params, shared, rows) → mean over equal parts of `rows` of function(params, shared, part).
+    """Return (params, shared, rows) → mean over equal parts of `rows` of function(params, shared, part).
 
     Args:
         function: (params, shared, part of rows) → scalar.

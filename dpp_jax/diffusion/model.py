@@ -1,4 +1,12 @@
-"""The diffusion model as the trainings and the sampler see it: functions of its parameters."""
+"""The diffusion model as the trainings and the sampler see it: functions of its parameters.
+
+How it goes:
+1. `init` makes parameters θ, `shapes` says how large they are.
+2. `denoiser(θ)` is D(x; σ, y): the network F(·; θ) inside the scalings of its kind. Samplers need no more.
+3. `drawing` makes what is random of an image x with label y: K times a label, a noise level σ and noise n.
+4. `errors(θ, x, drawn)` are the K losses w(σ) |D(x + n; σ, y) - x|², or some of them.
+5. `example_loss` is their mean, a few at a time: the loss whose gradient DP-SGD clips.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -9,65 +17,49 @@ import jax
 import jax.numpy as jnp
 
 from dpp_jax.diffusion import loss as loss_lib
-from dpp_jax.diffusion import microbatch as parts_lib
+from dpp_jax.diffusion import microbatch, unet
+from dpp_jax.diffusion.denoiser import Denoise, Kind
 
 PyTree = Any
 
+NETWORKS: dict[str, type[nn.Module]] = {'unet': unet.UNet}
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """A network with the rules that turn its output into a denoised image and a loss.
 
     Attributes:
-        network: Flax module, (x (n, H, W, C), c_noise (n,), label (n,)) → (n, H, W, C).
+        network: F, a Flax module, (x (n, H, W, C), c_noise (n,), label (n,)) → (n, H, W, C).
         image_shape: (H, W, C).
         classes: number of classes; label `classes` means "no class".
-        make_denoiser: network function → D(x, sigma, label), see `diffusion.denoiser`.
-        loss: of one image, see `diffusion.loss`.
+        kind: of denoiser, see `diffusion.denoiser`.
     """
 
     network: nn.Module
     image_shape: tuple[int, int, int]
     classes: int
-    make_denoiser: Callable
-    loss: loss_lib.ImageLoss
+    kind: Kind
 
     def init(self, key: jax.Array) -> PyTree:
-        """Fresh parameters (float32)."""
+        """Return fresh parameters (float32)."""
         image = jnp.zeros((1,) + self.image_shape)
         label = jnp.zeros((1,), jnp.int32)
         return jax.jit(self.network.init)(key, image, jnp.zeros((1,)), label)['params']
 
     def shapes(self) -> PyTree:
-        """The parameters' shapes and dtypes, computed without making them."""
+        """Return the parameters' shapes and dtypes without making them."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def denoiser(self, params: PyTree) -> Callable:
-        """D(x (n, H, W, C), sigma (n,), label (n,)) with these parameters."""
-        return self.make_denoiser(
-            lambda x, c_noise, label: self.network.apply({'params': params}, x, c_noise, label)
-        )
-
-    def example_loss(self, *, draws: int, label_dropout: float, draws_at_once: int | None = None) -> Callable:
-        """(params, image (H, W, C) in [-1, 1], label (), key) → the mean loss of `draws` draws.
-
-        `draws_at_once` (None: all) pass through the network together, value and gradient; as many
-        as divide `draws`. It changes rounding only.
-        """
-        parts = parts_lib.count(draws, draws_at_once or draws)
-        draw = self.drawing(draws=draws, label_dropout=label_dropout)
-
-        def error(params, image, drawn):
-            return self.errors(params, image, drawn).mean()
-
-        def loss(params, image, label, key):
-            return parts_lib.mean(error, parts)(params, image, draw(label, key))
-
-        return loss
+    def denoiser(self, params: PyTree) -> Denoise:
+        """Return D(x (n, H, W, C), sigma (n,), label (n,)) with these parameters."""
+        network = lambda x, c_noise, label: self.network.apply({'params': params}, x, c_noise, label)
+        return self.kind.denoiser(network)
 
     def drawing(self, *, draws: int, label_dropout: float) -> Callable:
-        """(label (), key) → everything random of `draws` noised images: leaves (draws, ...)."""
-        return lambda label, key: self.loss.draw(
+        """Return (label (), key) → everything random of `draws` noised images, leaves (draws, ...)."""
+        return lambda label, key: loss_lib.draw(
+            self.kind,
             key,
             self.image_shape,
             label,
@@ -76,11 +68,23 @@ class Model:
             no_class=self.classes,
         )
 
-    def errors(self, params: PyTree, image: jax.Array, drawn: PyTree) -> jax.Array:
-        """(n,) losses of n noised images: of one image (H, W, C), or of as many (n, H, W, C)."""
-        return self.loss.errors(self.denoiser(params), image, drawn)
+    def errors(self, params: PyTree, image: jax.Array, drawn: loss_lib.Drawn) -> jax.Array:
+        """Return (n,) losses of n noised images: of one image (H, W, C), or of as many (n, H, W, C)."""
+        return loss_lib.errors(self.kind, self.denoiser(params), image, drawn)
+
+    def example_loss(self, *, draws: int, label_dropout: float, draws_at_once: int | None = None) -> Callable:
+        """Return (params, image (H, W, C) in [-1, 1], label (), key) → the mean loss of `draws` draws.
+
+        At most `draws_at_once` (None: all) pass through the network together, value and gradient, in
+        equal parts. It changes rounding only.
+        """
+        parts = microbatch.count(draws, draws_at_once or draws)
+        draw = self.drawing(draws=draws, label_dropout=label_dropout)
+        error = lambda params, image, drawn: self.errors(params, image, drawn).mean()
+        mean_error = microbatch.mean(error, parts)
+        return lambda params, image, label, key: mean_error(params, image, draw(label, key))
 
 
 def size(params: PyTree) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,11 +1,12 @@
 """Samplers (Karras et al. 2022, EDM): from unit normal noise to images, as jitted loops.
 
-Both end with an Euler step from the last noise level to σ = 0, whose result is the denoiser's output: the
-PyTorch implementation returns that output. The network stands once in each loop: every further copy would
-be compiled anew.
+Each is a function (denoise, z, label, *, sigmas, noise, churn) → images, with an entry in `SAMPLERS`. All end
+with an Euler step from the last noise level to σ = 0. Its result is the denoiser's output, which the PyTorch
+implementation returns. The network stands once in each loop: a second copy would be compiled anew.
 """
 
 from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,148 @@ import numpy as np
 
 from dpp_jax.diffusion.denoiser import Denoise
 
+# number of a step (traced) → (n, H, W, C) unit normal
+Noise = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Churn:
+    """How much noise a stochastic sampler puts back (EDM, algorithm 2).
+
+    Attributes:
+        s_churn: total amount, >= 0; in a step γ = min(s_churn / steps, 1).
+        s_min, s_max: γ = 0 where σ is outside of [s_min, s_max].
+        s_noise: standard deviation of the noise put back.
+    """
+
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float = np.inf
+    s_noise: float = 1.0
+
+    def gamma(self, t: jax.Array, steps: int) -> jax.Array:
+        """Return γ of a step that starts at σ = t."""
+        in_range = (self.s_min <= t) & (t <= self.s_max)
+        return jnp.where(in_range, min(self.s_churn / steps, 1.0), 0.0)
+
+
+def ddim(denoise: Denoise, z: jax.Array, label: jax.Array, *, sigmas: np.ndarray, **unused) -> jax.Array:
+    """Return images by Euler steps along the probability flow (DDIM, Song et al. 2021): deterministic.
+
+    Args:
+        denoise: D.
+        z: (n, H, W, C) unit normal.
+        label: (n,) int32.
+        sigmas: (steps,) decreasing, see `sigma_steps`.
+        unused: `noise` and `churn`, of other samplers.
+
+    Returns:
+        (n, H, W, C), about [-1, 1].
+    """
+    del unused
+    t = jnp.append(jnp.asarray(sigmas), 0.0)
+
+    def step(i, x):
+        d = (x - denoise(x, jnp.full(x.shape[:1], t[i]), label)) / t[i]
+        return x + (t[i + 1] - t[i]) * d
+
+    return jax.lax.fori_loop(0, len(sigmas), step, t[0] * z)
+
+
+def heun(
+    denoise: Denoise,
+    z: jax.Array,
+    label: jax.Array,
+    *,
+    sigmas: np.ndarray,
+    noise: Noise | None,
+    churn: Churn,
+) -> jax.Array:
+    """Return images by Heun's second-order steps, with noise put back before each (EDM, algorithm 2).
+
+    Args:
+        denoise, z, label, sigmas: as of `ddim`.
+        noise: needed if `churn.s_churn` > 0.
+        churn: how much noise is put back.
+
+    Returns:
+        (n, H, W, C), about [-1, 1].
+
+    Raises:
+        ValueError: there is churn, and no `noise`.
+    """
+    if churn.s_churn > 0 and noise is None:
+        raise ValueError(f's_churn is {churn.s_churn}; churn needs a function `noise`')
+    steps = len(sigmas)
+    t = jnp.append(jnp.asarray(sigmas), 0.0)
+
+    def step(i, x_cur):
+        # Add noise: from t_i up to t_hat.
+        gamma = churn.gamma(t[i], steps)
+        t_hat = (1 + gamma) * t[i]
+        # sqrt(t_hat² - t_i²), factored: the difference can round to below 0 where γ = 0.
+        std = churn.s_noise * t[i] * jnp.sqrt(gamma * (2 + gamma))
+        x_hat = x_cur + std * noise(i) if churn.s_churn > 0 else x_cur
+
+        def advance(order, state):
+            """Go from x_hat to t_{i+1}: by the slope there (order 0), then by the mean of it and the next."""
+            x, level, d_cur = state
+            d_prime = (x - denoise(x, jnp.full(x.shape[:1], level), label)) / level
+            d = jnp.where(order == 0, d_prime, (d_cur + d_prime) / 2)
+            x_next = x_hat + (t[i + 1] - t_hat) * d
+            return x_next, t[i + 1], d
+
+        # An Euler step, and a correction of second order; the last step, down to σ = 0, has none.
+        orders = jnp.where(t[i + 1] > 0, 2, 1)
+        x_next, _, _ = jax.lax.fori_loop(0, orders, advance, (x_hat, t_hat, x_hat))
+        return x_next
+
+    return jax.lax.fori_loop(0, steps, step, t[0] * z)
+
+
+SAMPLERS = {'ddim': ddim, 'heun': heun}
+
+
+def make_sampler(
+    name: str,
+    *,
+    no_class: int,
+    steps: int,
+    t_min: float,
+    t_max: float,
+    rho: float,
+    guidance: float,
+    s_churn: float,
+    s_min: float,
+    s_max: float,
+    s_noise: float,
+) -> Callable:
+    """Return (denoise, z (n, H, W, C) unit normal, label (n,), noise=) → images, about [-1, 1].
+
+    Args:
+        name: one of `SAMPLERS`.
+        no_class: the label that stands for "no class".
+        steps, t_min, t_max, rho: noise levels, see `sigma_steps`.
+        guidance: g >= 0, see `guided`.
+        s_churn, s_min, s_max, s_noise: see `Churn`; 'ddim' does without.
+
+    Raises:
+        ValueError: there is no such sampler, or the noise levels are not in order.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f'sampler is {name!r}; it must be one of {sorted(SAMPLERS)}')
+    sigmas = sigma_steps(steps, t_min=t_min, t_max=t_max, rho=rho)
+    churn = Churn(s_churn=s_churn, s_min=s_min, s_max=s_max, s_noise=s_noise)
+
+    def sample(denoise, z, label, noise=None):
+        denoise = guided(denoise, guidance, no_class)
+        return SAMPLERS[name](denoise, z, label, sigmas=sigmas, noise=noise, churn=churn)
+
+    return sample
+
 
 def sigma_steps(steps: int, *, t_min: float = 0.002, t_max: float = 80.0, rho: float = 7.0) -> np.ndarray:
-    """Noise levels from t_max down to t_min (EDM, equation 5), (steps,) float32."""
+    """Return noise levels from t_max down to t_min, (steps,) float32 (EDM, equation 5)."""
     if steps < 1:
         raise ValueError(f'steps is {steps}; it must be at least 1')
     if not 0 < t_min < t_max:
@@ -25,7 +165,7 @@ def sigma_steps(steps: int, *, t_min: float = 0.002, t_max: float = 80.0, rho: f
 
 
 def guided(denoise: Denoise, guidance: float, no_class: int) -> Denoise:
-    """(1 + g) D(x; y) - g D(x; no class): classifier-free guidance (Ho & Salimans 2022)."""
+    """Return (1 + g) D(x; y) - g D(x; no class): classifier-free guidance (Ho & Salimans 2022)."""
     if guidance == 0:
         return denoise
 
@@ -39,99 +179,3 @@ def guided(denoise: Denoise, guidance: float, no_class: int) -> Denoise:
         return (1 + guidance) * with_class - guidance * without_class
 
     return guided_denoise
-
-
-def ddim(
-    denoise: Denoise,
-    z: jax.Array,
-    label: jax.Array,
-    *,
-    sigmas: np.ndarray,
-    guidance: float = 0.0,
-    no_class: int,
-) -> jax.Array:
-    """Deterministic Euler steps along the probability flow (DDIM, Song et al. 2021).
-
-    Args:
-        denoise: D.
-        z: (n, H, W, C) unit normal.
-        label: (n,) int32.
-        sigmas: (steps,) decreasing, see `sigma_steps`.
-        guidance: g >= 0.
-        no_class: the label that stands for "no class".
-
-    Returns:
-        (n, H, W, C), about [-1, 1].
-    """
-    denoise = guided(denoise, guidance, no_class)
-    t = jnp.append(jnp.asarray(sigmas), 0.0)
-
-    def step(i, x):
-        slope = (x - denoise(x, jnp.full(x.shape[:1], t[i]), label)) / t[i]
-        return x + (t[i + 1] - t[i]) * slope
-
-    return jax.lax.fori_loop(0, len(sigmas), step, t[0] * z)
-
-
-def heun(
-    denoise: Denoise,
-    z: jax.Array,
-    label: jax.Array,
-    *,
-    sigmas: np.ndarray,
-    guidance: float = 0.0,
-    no_class: int,
-    s_churn: float = 0.0,
-    s_min: float = 0.0,
-    s_max: float = np.inf,
-    s_noise: float = 1.0,
-    noise: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """Heun's second-order steps with noise put back ("churn"; EDM, algorithm 2).
-
-    Args:
-        denoise, z, label, sigmas, guidance, no_class: as for `ddim`.
-        s_churn: total amount of churn; γ = min(s_churn / steps, 1) where s_min <= σ <= s_max.
-        s_min, s_max: range of σ with churn.
-        s_noise: standard deviation of the noise put back.
-        noise: number of a step (traced) → (n, H, W, C) unit normal; needed if s_churn > 0.
-
-    Returns:
-        (n, H, W, C), about [-1, 1].
-    """
-    if s_churn > 0 and noise is None:
-        raise ValueError(f's_churn is {s_churn}; churn needs a function `noise`')
-    denoise = guided(denoise, guidance, no_class)
-    steps = len(sigmas)
-    t = jnp.append(jnp.asarray(sigmas), 0.0)
-
-    def churn(i, x):
-        """The point x at σ = t_i moved up to t_hat by fresh noise."""
-        in_range = (s_min <= t[i]) & (t[i] <= s_max)
-        gamma = jnp.where(in_range, min(s_churn / steps, 1.0), 0.0)
-        # t_hat² - t_i², factored: as a difference it can round to below 0 where γ = 0.
-        std = s_noise * t[i] * jnp.sqrt(gamma * (2 + gamma))
-        return (x + std * noise(i) if s_churn > 0 else x), (1 + gamma) * t[i]
-
-    def euler(i, state):
-        """Predict x at t_{i+1} from the slope d at t_hat."""
-        x_hat, t_hat = churn(i, state['x'])
-        return {**state, 'x_hat': x_hat, 't_hat': t_hat}, x_hat, t_hat
-
-    def correct(i, state):
-        """Go on to the slope at t_{i+1}, which is averaged with d."""
-        return state, state['x'], t[i + 1]
-
-    def evaluate(k, state):
-        """Evaluation k of the network: the first or the second half of step k // 2."""
-        i, is_second = k // 2, k % 2 == 1
-        state, point, level = jax.lax.cond(is_second, correct, euler, i, state)
-        slope = (point - denoise(point, jnp.full(point.shape[:1], level), label)) / level
-        slope = jnp.where(is_second, (state['d'] + slope) / 2, slope)
-        x = state['x_hat'] + (t[i + 1] - state['t_hat']) * slope
-        return {**state, 'x': x, 'd': slope}
-
-    x = t[0] * z
-    start = {'x': x, 'x_hat': x, 't_hat': t[0], 'd': x}
-    # The last step, down to σ = 0, has no second half.
-    return jax.lax.fori_loop(0, 2 * steps - 1, evaluate, start)['x']

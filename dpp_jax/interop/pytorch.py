@@ -11,25 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from flax import traverse_util
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dpp_jax.diffusion import unet
+from dpp_jax.diffusion.model import Model
 
 PyTree = Any
 _PREFIX = 'model.all_modules.'
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What decides the order and names of the parameters, see `diffusion.unet.UNet`."""
-
-    image_size: int
-    multipliers: tuple[int, ...] = (2, 2)
-    blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (14,)
-    width: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,55 +47,50 @@ class _Parameter:
         return self.to_pytorch(np.broadcast_to(np.float32(0), shape)).shape
 
 
-def params_from_pytorch(named: Mapping[str, np.ndarray], architecture: Architecture) -> PyTree:
-    """Parameters of `diffusion.unet.UNet` from PyTorch's by their names.
+def params_from_pytorch(named: Mapping[str, np.ndarray], model: Model) -> PyTree:
+    """Return the parameters of `model` from PyTorch's by their names.
 
     Args:
         named: name → array; names may have anything before 'model.all_modules.'. Other entries
             (buffers) are ignored.
-        architecture: of the network.
+        model: with a `diffusion.unet.UNet`.
 
     Returns:
         nested dicts of float32 arrays.
 
     Raises:
-        ValueError: parameters are missing, have another shape, or do not exist in this network.
+        ValueError: parameters are missing, have another shape, or do not exist in this network; or the
+            network is no UNet.
     """
     arrays = {
         name[name.index(_PREFIX) :]: np.asarray(array) for name, array in named.items() if _PREFIX in name
     }
-    table = list(_parameters(architecture))
-    _refuse_differences(arrays, [parameter.name for parameter in table], architecture)
-    wanted = _shapes(
-        architecture,
-        image_channels=len(arrays[table[-1].name]),
-        classes=len(arrays[table[0].name]) - 1,
-    )
+    table = list(_parameters(model))
+    _refuse_differences(arrays, [parameter.name for parameter in table], model)
+    shapes = traverse_util.flatten_dict(model.shapes())
     flat, misshaped = {}, []
     for parameter in table:
-        array, shape = arrays[parameter.name], parameter.pytorch_shape(wanted[parameter.path])
-        if array.shape == shape:
+        array, wanted = arrays[parameter.name], parameter.pytorch_shape(shapes[parameter.path].shape)
+        if array.shape == wanted:
             flat[parameter.path] = np.ascontiguousarray(parameter.to_flax(array), np.float32)
         else:
-            misshaped.append(f'{parameter.name} has shape {array.shape}, not {shape}')
+            misshaped.append(f'{parameter.name} has shape {array.shape}, not {wanted}')
     if misshaped:
         raise ValueError(
-            f'the PyTorch parameters do not belong to {architecture}: {"; ".join(misshaped[:3])}'
+            f'the PyTorch parameters do not belong to {_text(model)}: {"; ".join(misshaped[:3])}'
         )
     return traverse_util.unflatten_dict(flat)
 
 
-def params_to_pytorch(
-    params: PyTree, architecture: Architecture
-) -> 'collections.OrderedDict[str, np.ndarray]':
-    """The inverse of `params_from_pytorch`: name → array, in PyTorch's parameter order.
+def params_to_pytorch(params: PyTree, model: Model) -> 'collections.OrderedDict[str, np.ndarray]':
+    """Return name → array in PyTorch's parameter order: the inverse of `params_from_pytorch`.
 
     Raises:
-        ValueError: parameters are missing, or do not exist in this network.
+        ValueError: parameters are missing, or do not exist in this network; or the network is no UNet.
     """
     flat = traverse_util.flatten_dict(params)
-    table = list(_parameters(architecture))
-    _refuse_differences(flat, [parameter.path for parameter in table], architecture)
+    table = list(_parameters(model))
+    _refuse_differences(flat, [parameter.path for parameter in table], model)
     named = collections.OrderedDict()
     for parameter in table:
         array = parameter.to_pytorch(np.asarray(flat[parameter.path]))
@@ -115,24 +98,28 @@ def params_to_pytorch(
     return named
 
 
-def read_checkpoint(path: str | Path, architecture: Architecture) -> dict[str, Any]:
-    """A .pth file → {'params', 'ema_params', 'step'}.
+def read_checkpoint(path: str | Path, model: Model) -> dict[str, Any]:
+    """Return {'params', 'ema_params', 'step'} from a .pth file.
 
-    Only tensors and plain containers are read: a file that would run code is refused by torch.
+    Only tensors and plain containers are read: torch refuses a file that would run code.
+
+    Raises:
+        ImportError: torch is not installed.
+        ValueError: the file lacks an entry; or as of `params_from_pytorch`.
     """
     torch = _torch()
     saved = torch.load(path, map_location='cpu', weights_only=True)
     for key in ('model', 'ema', 'step'):
         if key not in saved:
             raise ValueError(f'{path} has no entry {key!r}; it has {sorted(saved)}')
-    model = {name: tensor.numpy() for name, tensor in saved['model'].items()}
-    order = [parameter.name for parameter in _parameters(architecture)]
+    named = {name: tensor.numpy() for name, tensor in saved['model'].items()}
+    order = [parameter.name for parameter in _parameters(model)]
     averages = [tensor.numpy() for tensor in saved['ema']['shadow_params']]
     if len(averages) != len(order):
-        raise ValueError(f'{path} has {len(averages)} averaged parameters; {architecture} has {len(order)}')
+        raise ValueError(f'{path} has {len(averages)} averaged parameters; {_text(model)} has {len(order)}')
     return {
-        'params': params_from_pytorch(model, architecture),
-        'ema_params': params_from_pytorch(dict(zip(order, averages)), architecture),
+        'params': params_from_pytorch(named, model),
+        'ema_params': params_from_pytorch(dict(zip(order, averages)), model),
         'step': int(saved['step']),
     }
 
@@ -143,22 +130,34 @@ def write_checkpoint(
     params: PyTree,
     ema_params: PyTree,
     step: int,
-    architecture: Architecture,
+    model: Model,
     ema_decay: float = 0.999,
     learning_rate: float = 3e-4,
 ) -> None:
-    """A .pth file that the PyTorch implementation loads, with a fresh Adam."""
+    """Write a .pth file that the PyTorch implementation loads, with a fresh Adam.
+
+    Args:
+        path: of the file.
+        params, ema_params: of `model`.
+        step: how many updates they have had.
+        model: with a `diffusion.unet.UNet`.
+        ema_decay, learning_rate: for the PyTorch implementation to go on with.
+
+    Raises:
+        ImportError: torch is not installed.
+        ValueError: as of `params_to_pytorch`.
+    """
     torch = _torch()
 
     def tensors(tree):
-        arrays = params_to_pytorch(tree, architecture)
+        arrays = params_to_pytorch(tree, model)
         return {name: torch.tensor(array) for name, array in arrays.items()}
 
-    model = tensors(params)
-    adam = torch.optim.Adam([t.clone().requires_grad_() for t in model.values()], lr=learning_rate)
+    weights = tensors(params)
+    adam = torch.optim.Adam([t.clone().requires_grad_() for t in weights.values()], lr=learning_rate)
     torch.save(
         {
-            'model': collections.OrderedDict((f'module.{name}', t) for name, t in model.items()),
+            'model': collections.OrderedDict((f'module.{name}', t) for name, t in weights.items()),
             'ema': {
                 'decay': ema_decay,
                 'num_updates': step,
@@ -171,21 +170,24 @@ def write_checkpoint(
     )
 
 
-def _modules(a: Architecture) -> Iterator[tuple[str, str]]:
+def _modules(model: Model) -> Iterator[tuple[str, str]]:
     """Name here and kind of every entry of `all_modules`, in order."""
+    net = model.network
+    if not isinstance(net, unet.UNet):
+        raise ValueError(f'the network is {type(net).__name__}; PyTorch checkpoints are of UNet alone')
     yield 'label_embedding', 'embedding'
     yield 'embed_0', 'dense'
     yield 'embed_1', 'dense'
     yield 'conv_in', 'conv'
-    width, last = a.width, len(a.multipliers) - 1
-    sizes = [a.image_size // 2**level for level in range(last + 1)]
+    width, last = net.width, len(net.multipliers) - 1
+    sizes = [model.image_shape[0] // 2**level for level in range(last + 1)]
     skips = [width]
-    for level, multiplier in enumerate(a.multipliers):
-        out = a.width * multiplier
-        for i in range(a.blocks):
+    for level, multiplier in enumerate(net.multipliers):
+        out = net.width * multiplier
+        for i in range(net.blocks):
             yield f'down_{level}_block_{i}', 'block' if width == out else 'block+skip'
             width = out
-            if sizes[level] in a.attention_resolutions:
+            if sizes[level] in net.attention_resolutions:
                 yield f'down_{level}_attention_{i}', 'attention'
             skips.append(width)
         if level < last:
@@ -195,10 +197,10 @@ def _modules(a: Architecture) -> Iterator[tuple[str, str]]:
     yield 'middle_attention', 'attention'
     yield 'middle_block_1', 'block'
     for level in range(last, -1, -1):
-        for i in range(a.blocks + 1):
+        for i in range(net.blocks + 1):
             skips.pop()
             yield f'up_{level}_block_{i}', 'block+skip'  # its input is wider by the skip
-        if sizes[level] in a.attention_resolutions:
+        if sizes[level] in net.attention_resolutions:
             yield f'up_{level}_attention', 'attention'
         if level > 0:
             yield f'up_{level}_double', 'block+skip'
@@ -236,35 +238,32 @@ _PARTS = {
 }
 
 
-def _parameters(architecture: Architecture) -> Iterator[_Parameter]:
+def _parameters(model: Model) -> Iterator[_Parameter]:
     """Every parameter, in PyTorch's order."""
-    for number, (module, kind) in enumerate(_modules(architecture)):
+    for number, (module, kind) in enumerate(_modules(model)):
         for there, here, leaves in _PARTS[kind]:
             for leaf_there, leaf_here, layout in leaves:
                 name = '.'.join(filter(None, (f'{_PREFIX}{number}', there, leaf_there)))
                 yield _Parameter(name, tuple(filter(None, (module, here, leaf_here))), layout)
 
 
-def _refuse_differences(there: Iterable, expected: list, architecture: Architecture) -> None:
-    """An error that names parameters that are missing or that the network does not have."""
+def _refuse_differences(found: Iterable, expected: list, model: Model) -> None:
+    """Raise an error that names parameters that are missing or that the network does not have."""
     join = lambda name: name if isinstance(name, str) else '/'.join(name)
-    missing = [join(name) for name in expected if name not in there]
-    unexpected = sorted(map(join, set(there) - set(expected)))
+    missing = [join(name) for name in expected if name not in found]
+    unexpected = sorted(map(join, set(found) - set(expected)))
     if missing or unexpected:
         raise ValueError(
-            f'the parameters do not belong to {architecture}: '
+            f'the parameters do not belong to {_text(model)}: '
             f'missing {missing[:3] or "none"}, unexpected {unexpected[:3] or "none"}'
         )
 
 
-def _shapes(a: Architecture, image_channels: int, classes: int) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path → shape of every parameter of our network, without making them."""
-    network = unet.UNet(image_channels, classes, a.width, a.multipliers, a.blocks, a.attention_resolutions)
-    image = jnp.zeros((1, a.image_size, a.image_size, image_channels))
-    label = jnp.zeros(1, jnp.int32)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), image, jnp.zeros(1), label)
-    flat = traverse_util.flatten_dict(shapes['params'])
-    return {path: leaf.shape for path, leaf in flat.items()}
+def _text(model: Model) -> str:
+    """The network's settings in a line."""
+    net, names = model.network, ('width', 'multipliers', 'blocks', 'attention_resolutions', 'classes')
+    settings = ', '.join(f'{name} {getattr(net, name)}' for name in names)
+    return f'this network ({settings}, images {model.image_shape})'
 
 
 def _torch():

@@ -206,11 +206,8 @@ def flops_per_noised_image(model) -> float:
     """Of the plain gradient, by XLA's count for the convolutions as they are defined."""
     params = model.shapes()
 
-    def loss(params, image):
-        return model.loss(
-            model.denoiser(params), image, 0, jax.random.key(0),
-            draws=1, label_dropout=0.1, no_class=model.classes,
-        )  # fmt: skip
+    one_draw = model.example_loss(draws=1, label_dropout=0.1)
+    loss = lambda params, image: one_draw(params, image, 0, jax.random.key(0))
 
     # Other backends do not analyse what is not compiled.
     with (

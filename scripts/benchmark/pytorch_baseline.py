@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn import functional
 
 from dpp_jax.diffusion import denoiser
-from dpp_jax.diffusion import loss as loss_lib
 
 _SKIP_SCALE = 2**-0.5
 
@@ -143,7 +142,7 @@ def _group_norm(channels):
 
 
 def make_network(model) -> UNet:
-    """The twin of a `dpp_jax.training.model.Model`'s network, channels last."""
+    """The twin of a `dpp_jax.diffusion.model.Model`'s network, channels last."""
     ours = model.network
     twin = UNet(
         ours.image_channels, ours.classes, ours.width, ours.multipliers, ours.blocks,
@@ -199,7 +198,7 @@ def edm_losses(network: Callable, images, labels, sigma, noise):
 def draw(images, labels, draws: int, label_dropout: float, no_class: int):
     """Every image `draws` times, with noise levels, noise and label dropout: arguments of `edm_losses`."""
     images = images.repeat_interleave(draws, 0).contiguous(memory_format=torch.channels_last)
-    sigma = (loss_lib.P_MEAN + loss_lib.P_STD * torch.randn(len(images), device=images.device)).exp()
+    sigma = (denoiser.P_MEAN + denoiser.P_STD * torch.randn(len(images), device=images.device)).exp()
     labels = labels.repeat_interleave(draws)
     dropped = torch.rand(len(images), device=images.device) < label_dropout
     return images, labels.masked_fill(dropped, no_class), sigma, torch.randn_like(images)

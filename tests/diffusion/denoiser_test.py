@@ -7,7 +7,7 @@ import pytest
 
 from dpp_jax.diffusion import denoiser
 
-KINDS = ['edm', 'vp', 've', 'v']
+KINDS = list(denoiser.DENOISERS)
 SIGMA = np.float32([0.02, 0.3, 1.0, 5.0, 70.0])
 LABEL = jnp.arange(5)
 
@@ -27,7 +27,7 @@ def test_a_perfect_network_gives_the_clean_image(kind):
         've': -n,  # σ times the score
         'v': (s * x - n) / jnp.sqrt(1 + s**2),  # sin φ x - cos φ ε = -v, with tan φ = σ
     }[kind]
-    denoise = denoiser.make_denoiser(kind, lambda scaled, c_noise, label: target)
+    denoise = denoiser.make_kind(kind).denoiser(lambda scaled, c_noise, label: target)
     errors = np.abs(denoise(x + s * n, SIGMA, LABEL) - x).max((1, 2, 3))
     assert np.all(errors < 1e-6 * (SIGMA + 10))  # x is a difference of terms as large as σ
 
@@ -42,7 +42,7 @@ def test_rows_and_labels_reach_the_network_in_their_place(kind):
 
     x, n = clean_and_noise()
     s = SIGMA[:, None, None, None]
-    out = denoiser.make_denoiser(kind, network)(x + s * n, SIGMA, LABEL)
+    out = denoiser.make_kind(kind).denoiser(network)(x + s * n, SIGMA, LABEL)
     assert out.shape == x.shape and out.dtype == jnp.float32
     assert seen['c_noise'].shape == (5,) and np.all(np.diff(seen['c_noise']) > 0)
     np.testing.assert_array_equal(seen['label'], LABEL)
@@ -63,12 +63,31 @@ def test_edm_inputs_and_targets_have_unit_variance(sigma_data):
         seen['input'] = scaled
         return jnp.full_like(scaled, seen.get('output', 0.0))
 
-    denoise = denoiser.make_denoiser('edm', network, sigma_data=sigma_data)
+    denoise = denoiser.make_kind('edm', sigma_data=sigma_data).denoiser(network)
     skipped = denoise(noisy, SIGMA, LABEL)
     seen['output'] = 1.0
     out = denoise(noisy, SIGMA, LABEL) - skipped  # c_out
     np.testing.assert_allclose(np.std(seen['input'], axis=(1, 2, 3)), 1, rtol=0.05)
     np.testing.assert_allclose(np.std((x - skipped) / out, axis=(1, 2, 3)), 1, rtol=0.05)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_weight_makes_errors_of_the_network_count_equally(kind):
+    """An error of 1 in the network's output is one of c_out in the image."""
+    one = denoiser.make_kind(kind)
+    np.testing.assert_allclose(one.weight(SIGMA) * one.c_out(SIGMA) ** 2, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_noise_levels_of_training_are_positive_finite_and_weighted(kind):
+    one = denoiser.make_kind(kind)
+    sigma = np.asarray(one.sample_sigma(jax.random.key(2), 20000))
+    assert sigma.shape == (20000,) and sigma.dtype == np.float32
+    assert np.all(np.isfinite(sigma)) and np.all(sigma > 0)
+    assert np.all(np.asarray(one.weight(sigma)) > 0)
+    if kind == 'edm':
+        assert np.log(sigma).mean() == pytest.approx(-1.2, abs=0.05)
+        assert np.log(sigma).std() == pytest.approx(1.2, abs=0.05)
 
 
 def test_vp_time_is_the_inverse_of_vp_sigma():
@@ -78,4 +97,4 @@ def test_vp_time_is_the_inverse_of_vp_sigma():
 
 def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match=r"denoiser is 'edn'; it must be one of \['edm'"):
-        denoiser.make_denoiser('edn', None)
+        denoiser.make_kind('edn')

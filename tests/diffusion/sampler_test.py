@@ -1,7 +1,5 @@
 """Samplers on data whose best denoiser is known in closed form."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,20 +21,30 @@ def noise(i):
     return jax.random.normal(jax.random.fold_in(jax.random.key(7), i), (500, 4, 4, 1))
 
 
+SETTINGS = {
+    'steps': 5, 't_min': 0.002, 't_max': 80.0, 'rho': 7.0, 'guidance': 0.0,
+    's_churn': 0.0, 's_min': 0.0, 's_max': 50.0, 's_noise': 1.0,
+}  # fmt: skip
+# What each needs to sample well.
 SAMPLERS = {
-    'ddim': functools.partial(sampler.ddim, sigmas=sampler.sigma_steps(300)),
-    'heun': functools.partial(sampler.heun, sigmas=sampler.sigma_steps(40)),
-    'heun with churn': functools.partial(
-        sampler.heun, sigmas=sampler.sigma_steps(80), s_churn=40.0, s_max=50.0, noise=noise
-    ),
+    'ddim': {'name': 'ddim', 'steps': 300},
+    'heun': {'name': 'heun', 'steps': 40},
+    'heun with churn': {'name': 'heun', 'steps': 80, 's_churn': 40.0},
 }
+
+
+def make(sampler_name, **changes):
+    """(z, label) → images, by the exact denoiser."""
+    settings = {'no_class': 2} | SETTINGS | SAMPLERS[sampler_name] | changes
+    sample = sampler.make_sampler(**settings)
+    return lambda z, label: sample(exact, z, label, noise=noise)
 
 
 @pytest.mark.parametrize('name', SAMPLERS)
 def test_samples_have_the_distribution_of_the_data(name):
     z = jax.random.normal(jax.random.key(0), (500, 4, 4, 1))
     label = jnp.arange(500) % 2
-    images = np.asarray(jax.jit(lambda z, y: SAMPLERS[name](exact, z, y, no_class=2))(z, label))
+    images = np.asarray(jax.jit(make(name))(z, label))
     for y in (0, 1):
         part = images[np.arange(500) % 2 == y]
         assert part.mean() == pytest.approx(MEAN * y, abs=0.03)
@@ -46,7 +54,7 @@ def test_samples_have_the_distribution_of_the_data(name):
 def test_guidance_moves_away_from_no_class():
     z = jax.random.normal(jax.random.key(0), (200, 4, 4, 1))
     label = jnp.ones(200, jnp.int32)
-    run = lambda g: np.mean(SAMPLERS['heun'](exact, z, label, no_class=0, guidance=g))
+    run = lambda g: np.mean(jax.jit(make('heun', no_class=0, guidance=g))(z, label))
     assert run(1.0) == pytest.approx(2 * MEAN, abs=0.05)  # 2 D(1) - D(0) has its mean at 2 MEAN
     assert run(0.0) == pytest.approx(MEAN, abs=0.05)
 
@@ -55,11 +63,10 @@ def test_guidance_moves_away_from_no_class():
 def test_jitted_equals_step_by_step(name):
     z = jax.random.normal(jax.random.key(1), (500, 4, 4, 1))
     label = jnp.zeros(500, jnp.int32)
-    settings = {'sigmas': sampler.sigma_steps(5), 'no_class': 1}
-    run = lambda z: SAMPLERS[name](exact, z, label, **settings)
+    run = make(name, steps=5)
     with jax.disable_jit():
-        one_by_one = run(z)
-    np.testing.assert_allclose(jax.jit(run)(z), one_by_one, rtol=1e-4, atol=1e-4)
+        one_by_one = run(z, label)
+    np.testing.assert_allclose(jax.jit(run)(z, label), one_by_one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('steps', [7, 40, 333])
@@ -67,24 +74,62 @@ def test_no_noise_outside_the_range_of_churn(steps):
     """Its standard deviation is exactly 0 there, for any σ: a difference of squares may not be."""
     z = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
     label = jnp.zeros(4, jnp.int32)
-    sample = lambda **churn: jax.jit(
-        lambda z: sampler.heun(exact, z, label, sigmas=sampler.sigma_steps(steps), no_class=1, **churn)
+    sigmas, loud = sampler.sigma_steps(steps), lambda i: jnp.full(z.shape, 1e6)
+    sample = lambda churn: jax.jit(
+        lambda z: sampler.heun(exact, z, label, sigmas=sigmas, noise=loud, churn=churn)
     )(z)
-    out_of_reach = {'s_churn': 10.0, 's_min': 100.0, 's_max': 200.0}
-    churned = sample(**out_of_reach, noise=lambda i: jnp.full(z.shape, 1e6))
-    np.testing.assert_allclose(churned, sample(), rtol=1e-5, atol=1e-6)
+    churned = sample(sampler.Churn(s_churn=10.0, s_min=100.0, s_max=200.0))
+    np.testing.assert_allclose(churned, sample(sampler.Churn()), rtol=1e-5, atol=1e-6)
 
 
-def test_guidance_zero_calls_the_network_once_per_step():
+def rows_of_calls(**settings):
+    """How many rows the network gets, and how many times."""
     rows = []
 
     def spy(x, sigma, label):
         rows.append(len(x))
         return exact(x, sigma, label)
 
-    z = jnp.zeros((5, 2, 2, 1))
-    sampler.ddim(spy, z, jnp.zeros(5, jnp.int32), sigmas=sampler.sigma_steps(4), no_class=1)
-    assert set(rows) == {5}
+    sample = sampler.make_sampler(no_class=1, **(SETTINGS | settings))
+    with jax.disable_jit():
+        sample(spy, jnp.zeros((5, 2, 2, 1)), jnp.zeros(5, jnp.int32))
+    return rows
+
+
+@pytest.mark.parametrize('name, evaluations', [('ddim', 4), ('heun', 7)])
+def test_the_network_sees_every_image_once_per_evaluation_and_twice_with_guidance(name, evaluations):
+    """Heun's last step, down to σ = 0, is an Euler step."""
+    assert rows_of_calls(name=name, steps=4) == [5] * evaluations
+    assert rows_of_calls(name=name, steps=4, guidance=1.0) == [10] * evaluations
+
+
+def test_heun_is_algorithm_2_of_edm():
+    """Written out in float64 with NumPy, for one step with churn, one without, and the last."""
+    z = np.random.default_rng(0).standard_normal((2, 2, 2, 1))
+    label, churn = jnp.array([0, 1]), sampler.Churn(s_churn=1.5, s_min=1.0, s_max=50.0, s_noise=1.1)
+    sigmas = np.array([40.0, 0.9, 0.1])
+    epsilon = np.linspace(-1, 1, 8).reshape(2, 2, 2, 1)
+    denoise = lambda x, t: np.asarray(exact(x, np.full(2, t), np.array(label)))
+    x, t = sigmas[0] * z, np.append(sigmas, 0.0)
+    for i in range(3):
+        gamma = 0.5 if 1.0 <= t[i] <= 50.0 else 0.0
+        t_hat = t[i] + gamma * t[i]
+        x_hat = x + np.sqrt(t_hat**2 - t[i] ** 2) * 1.1 * epsilon
+        d = (x_hat - denoise(x_hat, t_hat)) / t_hat
+        x = x_hat + (t[i + 1] - t_hat) * d
+        if t[i + 1] != 0:
+            d_prime = (x - denoise(x, t[i + 1])) / t[i + 1]
+            x = x_hat + (t[i + 1] - t_hat) * (d + d_prime) / 2
+    got = sampler.heun(
+        exact, jnp.float32(z), label,
+        sigmas=np.float32(sigmas), noise=lambda i: jnp.float32(epsilon), churn=churn,
+    )  # fmt: skip
+    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_sampler_is_named():
+    with pytest.raises(ValueError, match=r"sampler is 'euler'; it must be one of \['ddim', 'heun'\]"):
+        sampler.make_sampler('euler', no_class=1, **SETTINGS)
 
 
 def test_noise_levels_fall_from_t_max_to_t_min():
@@ -110,8 +155,6 @@ def test_settings_out_of_range_are_named(arguments, text):
 
 
 def test_churn_without_noise_is_refused():
-    z = jnp.zeros((1, 2, 2, 1))
+    sample = sampler.make_sampler('heun', no_class=1, **(SETTINGS | {'s_churn': 4.0}))
     with pytest.raises(ValueError, match='s_churn is 4.0'):
-        sampler.heun(
-            exact, z, jnp.zeros(1, jnp.int32), sigmas=sampler.sigma_steps(4), no_class=1, s_churn=4.0
-        )
+        sample(exact, jnp.zeros((1, 2, 2, 1)), jnp.zeros(1, jnp.int32))

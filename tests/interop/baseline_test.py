@@ -21,16 +21,13 @@ class Twins:
         self.model = model
         rng = np.random.default_rng(0)
         self.params = jax.tree.map(
-            # Not as initialised: the last convolution of every block would be almost zero.
+            # Not as initialized: the last convolution of every block would be almost zero.
             lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
             model.shapes(),
         )
         self.images = jnp.asarray(rng.uniform(-1, 1, (EXAMPLES,) + model.image_shape), jnp.float32)
-        draw = lambda key, image, label: model.loss.draw(
-            key, image.shape, label, draws=DRAWS, label_dropout=0.5, no_class=model.classes
-        )
         keys, labels = jax.random.split(jax.random.key(1), EXAMPLES), jnp.arange(EXAMPLES)
-        self.drawn = jax.vmap(draw)(keys, self.images, labels)
+        self.drawn = jax.vmap(model.drawing(draws=DRAWS, label_dropout=0.5))(labels, keys)
         self.network = baseline.make_network(model)
         baseline.load(self.network, self.params)
 

@@ -8,12 +8,14 @@ import dataclasses
 import functools
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpp_jax.diffusion import denoiser, loss, sampler, unet
+from dpp_jax.diffusion import denoiser, sampler, unet
+from dpp_jax.diffusion.model import Model
 from dpp_jax.interop import pytorch
 from dpp_jax.privacy import mechanism
 
@@ -24,18 +26,23 @@ FILES = {'mnist_28_nf16': (1, 10, 28, 14), 'rgb_32_nf16': (3, 2, 32, 16)}
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
+def make_model(size, channels, classes, multipliers, blocks, attention_resolutions, width):
+    """A model with such a network."""
+    network = unet.UNet(channels, classes, width, multipliers, blocks, attention_resolutions)
+    kind = denoiser.make_kind('edm')
+    return Model(network=network, image_shape=(size, size, channels), classes=classes, kind=kind)
+
+
 @dataclasses.dataclass
 class Golden:
-    """A reference file in our layout, and our network with its weights."""
+    """A reference file in our layout, and our model with its weights."""
 
     data: dict
-    architecture: pytorch.Architecture
-    network: unet.UNet
+    model: Model
     params: dict
-    classes: int
 
     def apply(self, x, c_noise, label):
-        return self.network.apply({'params': self.params}, x, c_noise, label)
+        return self.model.network.apply({'params': self.params}, x, c_noise, label)
 
     @functools.cached_property
     def forward(self):
@@ -50,13 +57,11 @@ class Golden:
 
 def make_golden(name, path):
     channels, classes, size, attention = FILES[name]
-    architecture = pytorch.Architecture(size, (2, 2), 2, (attention,), width=16)
+    model = make_model(size, channels, classes, (2, 2), 2, (attention,), width=16)
     with np.load(path) as file:
         data = {key: file[key] for key in file}
     named = {key: array for key, array in data.items() if key.startswith('param/')}
-    params = pytorch.params_from_pytorch(named, architecture)
-    network = unet.UNet(channels, classes, 16, (2, 2), 2, (attention,))
-    return Golden(data, architecture, network, params, classes)
+    return Golden(data, model, pytorch.params_from_pytorch(named, model))
 
 
 @pytest.fixture(scope='module', params=FILES)
@@ -77,7 +82,7 @@ def test_network(golden):
 
 @pytest.mark.parametrize('kind, name', [('edm', 'D_edm'), ('vp', 'D_vpsde'), ('ve', 'D_vesde'), ('v', 'D_v')])
 def test_denoisers(golden, kind, name):
-    denoise = denoiser.make_denoiser(kind, golden.forward)
+    denoise = denoiser.make_kind(kind).denoiser(golden.forward)
     check(name, denoise(golden['noisy'], golden['sigma'], golden['y']), golden[name], 1e-4)
 
 
@@ -85,35 +90,25 @@ SIGMAS = sampler.sigma_steps(8)
 
 
 def test_ddim(golden):
-    denoise = denoiser.make_denoiser('edm', golden.apply)
+    denoise = golden.model.denoiser(golden.params)
     for name, guidance in (('ddim_8', 0.0), ('ddim_8_cfg1.5', 1.5)):
-        images = quick_jit(
-            lambda z, y: sampler.ddim(
-                denoise, z, y, sigmas=SIGMAS, guidance=guidance, no_class=golden.classes
-            )
-        )(golden['z'], golden['y_sample'])
+        guided = sampler.guided(denoise, guidance, golden.model.classes)
+        images = quick_jit(lambda z, y: sampler.ddim(guided, z, y, sigmas=SIGMAS))(
+            golden['z'], golden['y_sample']
+        )
         check(name, images, golden[name], 1e-3)
 
 
 def test_heun(golden):
-    denoise = denoiser.make_denoiser('edm', golden.apply)
+    denoise = golden.model.denoiser(golden.params)
     # The reference drew noise only in the steps with churn: σ in [0.05, 50].
     drawn = jnp.asarray(golden['edm_churn_8_noise'])
     row = jnp.asarray(np.cumsum((SIGMAS >= 0.05) & (SIGMAS <= 50)) - 1)
 
     @quick_jit
     def sample(z, y, s_min):
-        return sampler.heun(
-            denoise,
-            z,
-            y,
-            sigmas=SIGMAS,
-            no_class=golden.classes,
-            s_churn=4.0,
-            s_min=s_min,
-            s_max=50.0,
-            noise=lambda i: drawn[row[i]],
-        )
+        churn = sampler.Churn(s_churn=4.0, s_min=s_min, s_max=50.0)
+        return sampler.heun(denoise, z, y, sigmas=SIGMAS, noise=lambda i: drawn[row[i]], churn=churn)
 
     # One program for both: nothing churns above s_max. That this is s_churn = 0 is sampler_test's.
     for name, s_min in (('edm_churn_8', 0.05), ('edm_heun_8', 51.0)):
@@ -122,20 +117,12 @@ def test_heun(golden):
 
 def test_dp_gradient(golden):
     """Losses, norms, and the sum of clipped per-example gradients of the privacy code."""
-    levels = loss.edm_levels()
+    model = golden.model
 
     def example_loss(params, example):
-        apply = lambda x, c, y: golden.network.apply({'params': params}, x, c, y)
-        sigma = jnp.exp(loss.P_MEAN + loss.P_STD * example['normal'])
+        sigma = jnp.exp(denoiser.P_MEAN + denoiser.P_STD * example['normal'])
         labels = jnp.broadcast_to(example['label'], sigma.shape)
-        return loss.weighted_errors(
-            denoiser.make_denoiser('edm', apply),
-            example['image'],
-            labels,
-            sigma,
-            example['noise'],
-            levels.weight,
-        ).mean()
+        return model.errors(params, example['image'], (labels, sigma, example['noise'])).mean()
 
     examples = {
         'image': golden['dp_x'],
@@ -154,20 +141,20 @@ def test_dp_gradient(golden):
     losses, norms, total = everything(golden.params)
     check('dp_loss', losses, golden['dp_loss'], 1e-4)
     check('dp_norms', norms, golden['dp_norms'], 1e-3)
-    ours = pytorch.params_to_pytorch(total, golden.architecture)
+    ours = pytorch.params_to_pytorch(total, model)
     names = [key for key in golden.data if key.startswith('clipped_sum/')]
     assert len(names) == len(ours)
     expected = np.concatenate([golden.data[name].ravel() for name in names])
     stride = golden.data.get('clipped_sum_stride', 1)  # the file of tests/golden keeps every 16th value
     got = np.concatenate([ours[name[name.index('model.') :]].ravel()[::stride] for name in names])
     check('clipped_sum', got, expected, 1e-3)
-    # The colour file's gradients are all shorter than its clip norm; of the others some are longer.
-    assert np.any(norms > golden['dp_clip']) == (golden.classes == 10)
+    # The color file's gradients are all shorter than its clip norm; of the others some are longer.
+    assert np.any(norms > golden['dp_clip']) == (model.classes == 10)
 
 
 def test_names_and_order_are_those_of_the_file(golden):
     names = [key.removeprefix('param/') for key in golden.data if key.startswith('param/')]
-    back = pytorch.params_to_pytorch(golden.params, golden.architecture)
+    back = pytorch.params_to_pytorch(golden.params, golden.model)
     assert list(back) == names
     for name in names:
         np.testing.assert_array_equal(back[name], golden.data[f'param/{name}'])
@@ -179,7 +166,7 @@ def checkpoint(golden_file):
     pytest.importorskip('torch')
     path = golden_file('mnist_28_nf16.pth')
     golden = make_golden('mnist_28_nf16', golden_file('mnist_28_nf16.npz'))
-    return golden, pytorch.read_checkpoint(path, golden.architecture)
+    return golden, pytorch.read_checkpoint(path, golden.model)
 
 
 def test_checkpoint_of_the_pytorch_code(checkpoint, golden_file):
@@ -190,8 +177,7 @@ def test_checkpoint_of_the_pytorch_code(checkpoint, golden_file):
 
     @quick_jit
     def denoised(params):
-        apply = lambda x, c, y: golden.network.apply({'params': params}, x, c, y)
-        return denoiser.make_denoiser('edm', apply)(noisy, outputs['sigma'], outputs['y'])
+        return golden.model.denoiser(params)(noisy, outputs['sigma'], outputs['y'])
 
     for params, name in (('params', 'out_model'), ('ema_params', 'out_ema')):
         check(name, denoised(saved[params]), np.moveaxis(outputs[name], 1, -1), 1e-4)
@@ -202,7 +188,7 @@ def test_checkpoint_written_back_is_the_one_that_was_read(checkpoint, golden_fil
     torch = pytest.importorskip('torch')
     golden, saved = checkpoint
     read, path = golden_file('mnist_28_nf16.pth'), tmp_path / 'again.pth'
-    pytorch.write_checkpoint(path, **saved, architecture=golden.architecture)
+    pytorch.write_checkpoint(path, **saved, model=golden.model)
     original, again = (torch.load(p, weights_only=True) for p in (read, path))
     assert set(again) == set(original) and again['step'] == original['step']
     assert list(again['model']) == list(original['model'])
@@ -217,49 +203,34 @@ def test_checkpoint_written_back_is_the_one_that_was_read(checkpoint, golden_fil
 
 
 # From here on: networks made here, so that the tests run everywhere.
-SHAPES = [
-    (pytorch.Architecture(8, (1, 2, 2), 1, (4,), width=8), 3),
-    (pytorch.Architecture(8, (2, 1), 2, (8, 4), width=8), 1),
-    (pytorch.Architecture(8, (1,), 1, (), width=8), 1),
-]
+MODELS = {
+    'three levels, color': make_model(8, 3, 4, (1, 2, 2), 1, (4,), width=8),
+    'attention at both levels': make_model(8, 1, 4, (2, 1), 2, (8, 4), width=8),
+    'one level without attention': make_model(8, 1, 4, (1,), 1, (), width=8),
+}
+MODEL = MODELS['three levels, color']
 
 
-def fresh(architecture, channels, seed=0):
-    network = unet.UNet(
-        channels,
-        4,
-        architecture.width,
-        architecture.multipliers,
-        architecture.blocks,
-        architecture.attention_resolutions,
-    )
-    size = architecture.image_size
-    shapes = jax.eval_shape(
-        network.init,
-        jax.random.key(0),
-        jnp.zeros((1, size, size, channels)),
-        jnp.zeros(1),
-        jnp.zeros(1, jnp.int32),
-    )['params']
+def fresh(model, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes)
+    return jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), model.shapes())
 
 
-@pytest.mark.parametrize('architecture, channels', SHAPES, ids=str)
-def test_mapping_covers_every_parameter_of_any_architecture_and_back(architecture, channels):
-    params = fresh(architecture, channels)
-    back = pytorch.params_from_pytorch(pytorch.params_to_pytorch(params, architecture), architecture)
+@pytest.mark.parametrize('name', MODELS)
+def test_mapping_covers_every_parameter_of_any_unet_and_back(name):
+    model = MODELS[name]
+    params = fresh(model)
+    back = pytorch.params_from_pytorch(pytorch.params_to_pytorch(params, model), model)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 def test_written_checkpoint_reads_back_equal(tmp_path):
     torch = pytest.importorskip('torch')
-    architecture, channels = SHAPES[0]
-    params, average = fresh(architecture, channels), fresh(architecture, channels, seed=1)
+    params, average = fresh(MODEL), fresh(MODEL, seed=1)
     path = tmp_path / 'model.pth'
-    pytorch.write_checkpoint(path, params=params, ema_params=average, step=7, architecture=architecture)
-    saved = pytorch.read_checkpoint(path, architecture)
+    pytorch.write_checkpoint(path, params=params, ema_params=average, step=7, model=MODEL)
+    saved = pytorch.read_checkpoint(path, MODEL)
     jax.tree.map(np.testing.assert_array_equal, saved['params'], params)
     jax.tree.map(np.testing.assert_array_equal, saved['ema_params'], average)
     assert saved['step'] == 7
@@ -270,35 +241,37 @@ def test_written_checkpoint_reads_back_equal(tmp_path):
 
 
 def test_parameters_of_another_network_are_refused():
-    architecture, channels = SHAPES[0]
-    params = fresh(architecture, channels)
-    named = pytorch.params_to_pytorch(params, architecture)
+    params = fresh(MODEL)
+    named = pytorch.params_to_pytorch(params, MODEL)
     with pytest.raises(ValueError, match='missing .*unexpected none'):
-        pytorch.params_from_pytorch(dict(list(named.items())[:-1]), architecture)
+        pytorch.params_from_pytorch(dict(list(named.items())[:-1]), MODEL)
     with pytest.raises(ValueError, match='missing none, unexpected'):
-        pytorch.params_from_pytorch({**named, 'model.all_modules.99.bias': np.ones(2)}, architecture)
-    wider = dataclasses.replace(architecture, width=16)
+        pytorch.params_from_pytorch({**named, 'model.all_modules.99.bias': np.ones(2)}, MODEL)
+    wider = dataclasses.replace(MODEL, network=MODEL.network.clone(width=16))
     with pytest.raises(ValueError, match=r'all_modules.0.weight has shape \(5, 8\), not \(5, 16\)'):
         pytorch.params_from_pytorch(named, wider)
     with pytest.raises(ValueError, match=r"missing none, unexpected \['extra/kernel'\]"):
-        pytorch.params_to_pytorch({**params, 'extra': {'kernel': np.ones(2)}}, architecture)
+        pytorch.params_to_pytorch({**params, 'extra': {'kernel': np.ones(2)}}, MODEL)
     with pytest.raises(ValueError, match=r"missing \['conv_in/kernel', 'conv_in/bias'\]"):
         rest = {name: part for name, part in params.items() if name != 'conv_in'}
-        pytorch.params_to_pytorch(rest, architecture)
+        pytorch.params_to_pytorch(rest, MODEL)
+
+
+def test_other_networks_than_the_unet_are_refused():
+    other = dataclasses.replace(MODEL, network=nn.Dense(3))
+    with pytest.raises(ValueError, match='the network is Dense; PyTorch checkpoints are of UNet alone'):
+        pytorch.params_to_pytorch({}, other)
 
 
 def test_prefixes_of_names_do_not_matter():
-    architecture, channels = SHAPES[0]
-    params = fresh(architecture, channels)
-    named = pytorch.params_to_pytorch(params, architecture)
+    params = fresh(MODEL)
+    named = pytorch.params_to_pytorch(params, MODEL)
     for prefix in ('', 'module.', 'param/', 'param/module.'):
-        read = pytorch.params_from_pytorch(
-            {f'{prefix}{name}': array for name, array in named.items()}, architecture
-        )
+        read = pytorch.params_from_pytorch({f'{prefix}{name}': array for name, array in named.items()}, MODEL)
         jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
 def test_without_torch_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'torch', None)
     with pytest.raises(ImportError, match=r'pip install .dpp_jax\[pytorch\]'):
-        pytorch.read_checkpoint(tmp_path / 'model.pth', SHAPES[0][0])
+        pytorch.read_checkpoint(tmp_path / 'model.pth', MODEL)

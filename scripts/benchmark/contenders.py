@@ -212,6 +212,7 @@ def matmul(dtype) -> timing.Contender:
 def flops_per_noised_image(model) -> float:
     """Of the plain gradient, by XLA's count for the convolutions as they are defined."""
     params = model.shapes()
+
     one_draw = model.example_loss(draws=1, label_dropout=0.1)
     loss = lambda params, image: one_draw(params, image, 0, jax.random.key(0))
 

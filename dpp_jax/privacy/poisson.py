@@ -79,9 +79,11 @@ def fetch(
     """
     count = len(indices)
     size = capacity * max(1, math.ceil(count / capacity))
-    padded = {}
+    padded = np.zeros(size, np.int64)
+    padded[:count] = indices
+    fetched = {}
     for name, array in arrays.items():
-        rows = np.zeros((size, *array.shape[1:]), array.dtype)
-        rows[:count] = array[indices]
-        padded[name] = rows
-    return padded, np.arange(size) < count
+        # One copy. Rows of their own size would have to be copied once more, into the padded array.
+        fetched[name] = array[padded]
+        fetched[name][count:] = 0
+    return fetched, np.arange(size) < count

@@ -25,7 +25,7 @@ from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
-from dpp_jax import pipeline
+from dpp_jax import build
 from dpp_jax.run import sizes as sizes_lib
 from dpp_jax.training import devices
 from scripts.benchmark import contenders, parts, timing
@@ -70,10 +70,15 @@ def main(argv):
 
 def benchmark(config) -> None:
     """Measure, print and write, on the devices in use."""
-    model = pipeline.make_model(config)
+    model, settings = build.model(config), config.finetune
     if not config.loop.images_at_once:  # as for a long training
-        config.loop.images_at_once = sizes_lib.measured(config, model)
-    sizes = sizes_lib.choose(config)
+        config.loop.images_at_once = sizes_lib.measured(
+            model,
+            draws=settings.draws,
+            microbatch=settings.microbatch,
+            label_dropout=settings.label_dropout,
+        )
+    sizes = build.sizes(config, model)
     reference = contenders.matmul(config.model.dtype)
     flops = contenders.flops_per_noised_image(model)
     # Padding takes time and is not counted: as in a real batch, there is hardly any.
@@ -94,7 +99,7 @@ def benchmark(config) -> None:
         'versions': versions(),
         'dtype': config.model.dtype,
         'images': examples,
-        'draws': config.finetune.draws,
+        'draws': settings.draws,
         'at_once': dataclasses.asdict(sizes),
         'batch': contenders.capacity(config, sizes),
         'matmul_flops_per_second': reference.rate,
@@ -103,7 +108,7 @@ def benchmark(config) -> None:
         'ratios': compare(found),
     }
     print(
-        f'{config.name}, {examples} images x {config.finetune.draws} draws, at once '
+        f'{config.name}, {examples} images x {settings.draws} draws, at once '
         f'{sizes.microbatch} x {sizes.draws}, {config.model.dtype}; {report["date"]}, {report["machine"]}, '
         f'jax {jax.__version__}\nmatmul {reference.rate / 1e9:.0f} GFLOP/s; '
         f'{flops / 1e9:.2f} GFLOP per noised image\n\n{training_text(rows, report["ratios"])}',
@@ -114,6 +119,7 @@ def benchmark(config) -> None:
         report['parts'] = parts.measure(
             config,
             model,
+            sizes,
             noised_per_second=rows[1]['noised_images_per_second'],
             repeats=_REPEATS.value,
             turn_seconds=_TURN_SECONDS.value,

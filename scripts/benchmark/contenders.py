@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpp_jax import pipeline
+from dpp_jax import build
 from dpp_jax.data import augment
 from dpp_jax.diffusion import winograd
 from dpp_jax.privacy import poisson
-from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.privacy.budget import DP_SGD
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
 from scripts.benchmark import timing
@@ -58,15 +59,19 @@ def make(config, model, sizes, count: int, skip: Sequence[str]) -> list[timing.C
     private = steps.make_dp_step(
         in_parts,
         optimizer,
-        GaussianMechanism('dp_sgd', 1.0, 0.1, settings.clip_norm, 'benchmark'),
+        GaussianMechanism(
+            name=DP_SGD, noise_multiplier=1.0, sampling_probability=0.1, sensitivity=settings.clip_norm
+        ),
+        NoiseKey(identifier='benchmark', key=key),
         expected_batch_size=float(count),
         microbatch=sizes.microbatch,
         ema_decay=settings.ema_decay,
     )
     used = steps.used_microbatches(count, sizes.microbatch)
+    padded = batch(capacity(config, sizes))
     found = [
         timing.donating(PLAIN, plain, state, batch(count), key),
-        timing.donating(PRIVATE, private, state, batch(capacity(config, sizes)), used, key),
+        timing.donating(PRIVATE, private.program, state, padded, used, key, np.int32(0)),
     ]
     for step in found:
         step.amount = noised
@@ -114,7 +119,9 @@ def make(config, model, sizes, count: int, skip: Sequence[str]) -> list[timing.C
 def capacity(config, sizes) -> int:
     """Rows of a padded batch of the config, as the stage would have them."""
     data, batch_size = config.data, config.finetune.batch_size
-    sampler = poisson.PoissonSampler(size=data.train_images, probability=batch_size / data.train_images, key=0)
+    sampler = poisson.PoissonSampler(
+        size=data.train_images, probability=batch_size / data.train_images, key=0
+    )
     return sampler.capacity(sizes.microbatch * devices.count())
 
 
@@ -167,7 +174,7 @@ def pytorch_memory(config, title: str) -> int | None:
 
 
 def _grown_by(config, title: str) -> int:
-    model = pipeline.make_model(config)
+    model = build.model(config)
     images = np.zeros((4,) + model.image_shape, np.uint8)
     labels = (np.arange(4) % model.classes).astype(np.int32)
     params = model.init(jax.random.key(0))

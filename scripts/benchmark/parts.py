@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpp_jax import pipeline
+from dpp_jax import build
+from dpp_jax.data import resize
 from dpp_jax.evaluation import networks, trainer
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import sizes as sizes_lib
-from dpp_jax.stages import central, generate
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
+from dpp_jax.stages import generate
 from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
 from scripts.benchmark import start, timing
@@ -55,13 +56,14 @@ class Work:
 
 
 def measure(
-    config, model, *, noised_per_second: float, repeats: int, turn_seconds: float, starts: int
+    config, model, sizes, *, noised_per_second: float, repeats: int, turn_seconds: float, starts: int
 ) -> dict:
     """All figures, by the names of the module's text; shares with their targets (None: none).
 
     Args:
         config: with all that the command line changed.
         model: the config's.
+        sizes: what is in work at once.
         noised_per_second: of the DP step, from which the length of the loop's steps follows.
         repeats: turns that count.
         turn_seconds: of each part in each turn, at least.
@@ -72,14 +74,14 @@ def measure(
     params = model.init(jax.random.key(0))
     works = {
         'query': central_query(config),
-        'pretrain': pretraining(config, model, params),
+        'pretrain': pretraining(config, model, sizes, params),
         'augment': augmentation(config),
-        'generate': generation(config, model, params),
-        'forward': forward_pass(config, model, params),
+        'generate': generation(config, model, sizes, params),
+        'forward': forward_pass(config, model, sizes, params),
         'classifier': classifier_epoch(config),
     }
     timing.measure([work.contender for work in works.values()], repeats, turn_seconds)
-    in_loop = TrainingLoop(config, model, params, batch).measure(repeats)
+    in_loop = TrainingLoop(config, model, sizes, params, batch).measure(repeats)
     cost = lambda name: works[name].contender.median / works[name].amount
     per_image = config.pretrain.draws * cost('pretrain')
     report = {
@@ -138,11 +140,22 @@ def central_query(config) -> Work:
     """One query of all images, as the stage asks it; without reading them from the disk."""
     count = min(_QUERY_IMAGES, config.data.train_images)
     images, labels = random_images(config, count)
-    small = np.ascontiguousarray(central.nearest(images, config.query.downsample))
-    mechanism = central.make_mechanism(config, central.noise_multiplier(config), 'benchmark')
-    query = jax.jit(central._make_query(config, mechanism, float(count)))
-    everyone = np.ones(count, bool)
-    contender = timing.compiled('central query', query, small, labels, everyone, jax.random.key(0))
+    small = np.ascontiguousarray(resize.nearest(images, config.query.downsample))
+    query = build.query(config)
+    mechanism = GaussianMechanism(
+        name=CENTRAL_QUERY,
+        noise_multiplier=config.query.noise_multiplier,
+        sampling_probability=config.query.sampling_probability,
+        sensitivity=query.sensitivity,
+    )
+    key = jax.random.key(0)
+    ask = mechanism.noisy(
+        lambda images, labels, mask: (query.sums(images, labels, mask), None),
+        NoiseKey(identifier='benchmark', key=key),
+        then=lambda noisy, *_: query.estimate(noisy, float(count)),
+    )
+    arguments = small, labels, np.ones(count, bool), key, np.int32(0)
+    contender = timing.compiled('central query', ask.program, *arguments)
     return Work(contender, count, 'images')
 
 
@@ -151,7 +164,7 @@ def _pretrain_batch(config) -> int:
     return min(config.pretrain.batch_size, config.query.queries * config.data.classes)
 
 
-def pretraining(config, model, params) -> Work:
+def pretraining(config, model, sizes, params) -> Work:
     """The step of the stage, on a batch that is ready."""
     settings, size = config.pretrain, _pretrain_batch(config)
     optimizer = optax.adam(settings.learning_rate)
@@ -159,9 +172,9 @@ def pretraining(config, model, params) -> Work:
         model.drawing(draws=settings.draws, label_dropout=settings.label_dropout),
         model.errors,
         optimizer,
-        augment=pipeline.make_augmentation(config),
+        augment=build.augmentation(config),
         ema_decay=settings.ema_decay,
-        images_at_once=sizes_lib.choose(config).images,
+        images_at_once=sizes.images,
     )
     state = devices.replicate(state_lib.create(params, optimizer))
     capacity = math.ceil(size / devices.count()) * devices.count()
@@ -173,20 +186,21 @@ def pretraining(config, model, params) -> Work:
 def augmentation(config) -> Work:
     """Of one batch, as the step does it."""
     size = _pretrain_batch(config)
-    augment = jax.jit(jax.vmap(pipeline.make_augmentation(config)))
+    augment = jax.jit(jax.vmap(build.augmentation(config)))
     pixels = random_images(config, size)[0].astype(np.float32)
     keys = jax.random.split(jax.random.key(0), size)
     contender = timing.compiled('augmentation alone', augment, keys, pixels)
     return Work(contender, size, 'images')
 
 
-def generation(config, model, params) -> Work:
+def generation(config, model, sizes, params) -> Work:
     """One group of images through a short sampler."""
-    settings = config.generate.sampler.copy_and_resolve_references()
+    config = config.copy_and_resolve_references()
+    settings = config.generate.sampler
     settings.steps = _SAMPLER_STEPS
-    at_once = generate.images_at_once(config, settings)
+    sampler = build.samplers(config)['images']
+    at_once = _images_at_once(settings, sizes)
     images = at_once * devices.count()
-    sampler = pipeline.make_sampler(settings, config.data.classes)
     contender = timing.compiled(
         f'generation ({settings.name})',
         generate.sample_function(model, sampler, at_once),
@@ -197,16 +211,21 @@ def generation(config, model, params) -> Work:
     return Work(contender, _evaluations(settings) * images, 'images x network evaluations')
 
 
+def _images_at_once(settings, sizes) -> int:
+    """On a device, as the stage has it: with guidance the network takes each image twice."""
+    return max(1, sizes.images // 2) if settings.guidance else sizes.images
+
+
 def _evaluations(settings) -> int:
     """Of the network, per image."""
     of_steps = _SAMPLER_STEPS if settings.name == 'ddim' else 2 * _SAMPLER_STEPS - 1
     return of_steps * (2 if settings.guidance else 1)
 
 
-def forward_pass(config, model, params) -> Work:
+def forward_pass(config, model, sizes, params) -> Work:
     """The denoiser alone, again and again, on as many images at once as generation gives it."""
     settings = config.generate.sampler
-    at_once = generate.images_at_once(config, settings)
+    at_once = _images_at_once(settings, sizes)
     rows = at_once * (2 if settings.guidance else 1)
     on_every_device = (len(devices.local()), rows)
 
@@ -253,29 +272,33 @@ class TrainingLoop:
     Differs from `stages.finetune.run` in what is random (images, weights) and in the clock.
     """
 
-    def __init__(self, config, model, params, batch: int):
+    def __init__(self, config, model, sizes, params, batch: int):
         self.config = config
-        settings, at_once = config.finetune, sizes_lib.choose(config)
+        settings = config.finetune
         count = _private_images(config)
         self.images, self.labels = random_images(config, count)
         self.sampler = poisson.PoissonSampler(size=count, probability=batch / count, key=1)
-        self.microbatch = at_once.microbatch
+        self.microbatch = sizes.microbatch
         self.capacity = self.sampler.capacity(self.microbatch * devices.count())
-        self.mechanism = GaussianMechanism('dp_sgd', 1.0, batch / count, settings.clip_norm, 'benchmark')
         optimizer = optax.adam(settings.learning_rate)
-        self.device_step = steps.make_dp_step(
+        self.dp_step = steps.make_dp_step(
             model.example_loss(
                 draws=settings.draws,
                 label_dropout=settings.label_dropout,
-                draws_at_once=at_once.draws,
+                draws_at_once=sizes.draws,
             ),
             optimizer,
-            self.mechanism,
+            GaussianMechanism(
+                name=DP_SGD,
+                noise_multiplier=1.0,
+                sampling_probability=batch / count,
+                sensitivity=settings.clip_norm,
+            ),
+            NoiseKey(identifier='benchmark', key=jax.random.key(0)),
             expected_batch_size=self.sampler.expected_size,
             microbatch=self.microbatch,
             ema_decay=settings.ema_decay,
         )
-        self.key = jax.random.key(0)
         self.state = state_lib.create(params, optimizer)
 
     def measure(self, repeats: int) -> dict:
@@ -303,7 +326,6 @@ class TrainingLoop:
 
     def turn(self) -> dict[str, float]:
         """Some steps in the stage's loop: seconds, shares, and what a checkpoint holds it up."""
-        release = self.mechanism.recorded(self.device_step)
         asked, own_work, idle, written = [], [], [], []  # seconds, each
         before, seen_running = {}, 0.0  # the last step's metrics, and when it certainly had not ended
 
@@ -315,7 +337,7 @@ class TrainingLoop:
                 seen_running = time.perf_counter()
             rows, used = self.batch(number)
             had_ended = not _is_running(before)
-            (state, before), entry = release(number, state, rows, used, self.key)
+            (state, before), entry = self.dp_step(number, state, rows, used)
             now = time.perf_counter()
             idle.append(now - seen_running if had_ended else 0.0)
             seen_running = now

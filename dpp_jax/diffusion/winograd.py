@@ -202,8 +202,8 @@ def _of_groups(function: Callable) -> Callable:
 def _winograd(kernel, x):
     """Return the convolution: (3, 3, C, D), (groups, n, H, W, C) → (groups, n, H, W, D).
 
-    For each i there is one product, batched over j: its operands for a few images fit in a core's cache. Those
-    of one batch of all (i, j) do not, and a product for each is four to five times as much to compile.
+    For each i there is one product, batched over j: its operands for a few images fit in a core's cache.
+    Those of one batch of all (i, j) do not, and a product for each is four times as much to compile.
     """
     form = _forms(x)
     pairs = zip(_inputs(form, x), _matrices(form, kernel, x.dtype))

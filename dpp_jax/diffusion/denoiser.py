@@ -2,8 +2,8 @@
 
 D(x; σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x; c_noise(σ)) (Karras et al. 2022, EDM, equation 7).
 
-A kind is a column of EDM's table 1, and a function below. 'vp', 've' and 'v' are trained as in Dockhorn et al.
-2023 (DPDM, appendix). A new kind is one more function, with its entry in `DENOISERS`.
+A kind is a column of EDM's table 1, and a function below. 'vp', 've' and 'v' are trained as in Dockhorn et
+al. 2023 (DPDM, appendix). A new kind is one more function, with its entry in `DENOISERS`.
 """
 
 from collections.abc import Callable

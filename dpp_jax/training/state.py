@@ -17,13 +17,15 @@ class FlatParams:
     """Parameters, or anything shaped as they are, as one vector.
 
     A network has some 200 arrays. Clipping, noise, Adam and the average treat all their numbers alike: on one
-    vector they are a few long operations instead of a thousand short ones, of which each is compiled and
-    started by itself. A pytree with one leaf; checkpoints hold the arrays by their names (`tree`).
+    vector they are a few long operations instead of a thousand short ones, each of them compiled and started.
+    A pytree with one leaf; checkpoints hold the arrays by their names (`tree`).
+
+    Not `jax.flatten_util.ravel_pytree`: outside of jit it compiles a program for every shape, and its inverse
+    takes no axes in front.
 
     Attributes:
         vector: (..., P), all numbers in the order of `jax.tree.leaves`, of the arrays' dtype (a network's is
-            float32). What jax.vmap, pmap or a gradient make of it is a FlatParams as well, with the
-            axes that they add in front.
+            float32). `jax.vmap`, pmap and gradients make a FlatParams of it, with their axes in front.
     """
 
     def __init__(self, vector: jax.Array, layout: tuple):
@@ -31,7 +33,7 @@ class FlatParams:
 
     @classmethod
     def of(cls, tree: PyTree) -> 'FlatParams':
-        """The tree's arrays (of one dtype), one after the other.
+        """Return the tree's arrays (of one dtype), one after the other.
 
         Raises:
             ValueError: there are no arrays, or they are of several dtypes.
@@ -45,14 +47,14 @@ class FlatParams:
         return cls(vector, (structure, tuple(leaf.shape for leaf in leaves)))
 
     def tree(self) -> PyTree:
-        """The arrays as the network takes them; axes in front of the vector's stay in front.
+        """Return the arrays as the network takes them; axes in front of the vector's stay in front.
 
         Outside of traced functions they are NumPy arrays, views of the vector.
         """
         structure, shapes = self._layout
         library, (vector,) = _on_host_unless_traced([self.vector])
         ends = np.cumsum([math.prod(shape) for shape in shapes])
-        # The gradient of a split is one concatenation; that of slices is a padded vector for each, and their sum.
+        # The gradient of a split is one concatenation; that of slices is a padded vector for each, and a sum.
         parts = library.split(vector, ends[:-1], axis=-1)
         leading = vector.shape[:-1]
         return structure.unflatten([part.reshape(leading + shape) for part, shape in zip(parts, shapes)])
@@ -66,7 +68,7 @@ class FlatParams:
 
 
 def _on_host_unless_traced(arrays: list) -> tuple:
-    """The library to work on the arrays with, and the arrays: JAX would compile a program for each, once."""
+    """Return jnp or NumPy, and the arrays for it: outside of jit, JAX would compile a program for each."""
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         return jnp, arrays
     return np, [np.asarray(array) for array in arrays]
@@ -96,12 +98,12 @@ class TrainState:
     opt_state: PyTree
 
     def weights(self) -> dict[str, PyTree]:
-        """What the training is for: `params` and `ema_params` as the network takes them."""
+        """Return what the training is for: `params` and `ema_params` as the network takes them."""
         return {'params': self.params.tree(), 'ema_params': self.ema_params.tree()}
 
 
 def create(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 from the network's parameters, with the average equal to them and a fresh optimizer.
+    """Return step 0 from the network's parameters, with the average equal to them and a fresh optimizer.
 
     On the host; weights and average share their memory until `devices.replicate` copies them.
     """
@@ -120,14 +122,15 @@ def apply_gradient(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
 ) -> TrainState:
-    """One update of weights and average.
+    """Return the state after one update of weights and average.
 
-    The average's decay warms up as min(ema_decay, (1 + n) / (10 + n)) at update n = 1, 2, ..., as
-    in the PyTorch code, so that the first weights are soon forgotten.
+    The average's decay warms up as min(ema_decay, (1 + n) / (10 + n)) at update n = 1, 2, ..., as in the
+    PyTorch implementation, so that the first weights are soon forgotten.
     """
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     n = (state.step + 1).astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + n) / (10 + n))
+    # `optax.incremental_update` rounds otherwise: a quarter of the weights would have another last bit.
     ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
     return TrainState(state.step + 1, params, ema_params, opt_state)

@@ -79,7 +79,7 @@ def test_sizes_that_do_not_fit_are_named(size, settings, text):
         jax.eval_shape(network.init, jax.random.key(0), *arguments)
 
 
-def test_group_norm_normalises_each_group():
+def test_group_norm_normalizes_each_group():
     x = 5 + 3 * jax.random.normal(jax.random.key(0), (2, 6, 6, 16))
     norm = unet.GroupNorm()
     y = norm.apply(norm.init(jax.random.key(0), x), x)

@@ -42,15 +42,19 @@ class Query(abc.ABC):
 
     Attributes:
         classes: number of classes, ≥ 1.
-        dimensions: d, the number of values of an image.
+        dimensions: d, the number of values of an image, ≥ 1.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
     classes: int
     dimensions: int
 
     def __post_init__(self):
-        checks.require('classes', self.classes, self.classes >= 1, 'at least 1')
-        checks.require('dimensions', self.dimensions, self.dimensions >= 1, 'at least 1')
+        for name in ('classes', 'dimensions'):
+            value = getattr(self, name)
+            checks.require(name, value, checks.is_whole(value, 1), 'a whole number, at least 1')
 
     @property
     @abc.abstractmethod

@@ -41,8 +41,10 @@ def make_noisy(function=identity_sum, key=KEY, **options):
 
 
 TOTAL = {'a': np.arange(12, dtype=np.float32).reshape(3, 4), 'b': np.float32(7)}
-NOISY = {is_random: make_noisy(random_sum if is_random else identity_sum, is_random=is_random)
-         for is_random in (False, True)}
+NOISY = {
+    is_random: make_noisy(random_sum if is_random else identity_sum, is_random=is_random)
+    for is_random in (False, True)
+}
 OTHER = make_noisy(key=OTHER_KEY)
 
 

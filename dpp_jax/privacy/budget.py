@@ -103,7 +103,8 @@ class Budget:
             if planned != entry:
                 raise ValueError(
                     f'{ledger.path} names {entry}, which is not in the plan ({planned}): the ε of the '
-                    'plan does not cover what ran. Restore ledger.jsonl and plan.json, or use another --workdir'
+                    'plan does not cover what ran. Restore ledger.jsonl and plan.json, or use another '
+                    '--workdir'
                 )
         for mechanism, count in used.items():
             if ledger.count(mechanism) < count:

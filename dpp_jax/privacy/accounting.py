@@ -157,8 +157,7 @@ def calibrate(
             it alone.
         ValueError: an argument is out of range.
     """
-    checks.require('epsilon', epsilon, checks.is_positive(epsilon), 'finite and > 0')
-    _check(delta, accountant)
+    check_budget(epsilon, delta, accountant)
 
     def spent(sigma: float) -> float:
         return _spent(make_event(sigma), delta, accountant)
@@ -221,6 +220,12 @@ def _make_accountant(name: str) -> dp_accounting.PrivacyAccountant:
 def _spent(event: DpEvent, delta: float, accountant: str) -> float:
     """`epsilon` without the checks."""
     return float(_make_accountant(accountant).compose(event).get_epsilon(delta))
+
+
+def check_budget(epsilon: float, delta: float, accountant: str) -> None:
+    """Raise a ValueError unless ε > 0, δ is in (0, 1) and the accountant is a name in `ACCOUNTANTS`."""
+    checks.require('epsilon', epsilon, checks.is_positive(epsilon), 'finite and > 0')
+    _check(delta, accountant)
 
 
 def _check(delta: float, accountant: str) -> None:

@@ -28,6 +28,9 @@ class Releases:
     Attributes:
         mechanism: adds the noise.
         count: how many releases, ≥ 1; they have the indices 0 .. count - 1.
+
+    Raises:
+        ValueError: the count is out of range.
     """
 
     mechanism: GaussianMechanism
@@ -50,16 +53,24 @@ class Budget:
     """(ε, δ) and the releases that were calibrated to it.
 
     Attributes:
-        epsilon: the ε that all releases together must not exceed.
-        delta: δ, at which every ε is stated.
+        epsilon: the ε > 0 that all releases together must not exceed.
+        delta: δ in (0, 1), at which every ε is stated.
         accountant: a name in `accounting.ACCOUNTANTS`.
         releases: one item for each mechanism, in the order in which they run.
+
+    Raises:
+        ValueError: a field is out of range, or two items have the same mechanism.
     """
 
     epsilon: float
     delta: float
     accountant: str
     releases: tuple[Releases, ...]
+
+    def __post_init__(self):
+        accounting.check_budget(self.epsilon, self.delta, self.accountant)
+        names = [part.mechanism.name for part in self.releases]
+        checks.require('releases', names, len(set(names)) == len(names), 'one item for each mechanism')
 
     def of(self, name: str) -> Releases | None:
         """Return the releases of the mechanism of this name; None if there are none."""
@@ -92,7 +103,8 @@ class Budget:
             if planned != entry:
                 raise ValueError(
                     f'{ledger.path} names {entry}, which is not in the plan ({planned}): the ε of the '
-                    'plan does not cover what ran. Restore ledger.jsonl and plan.json, or use another --workdir'
+                    'plan does not cover what ran. Restore ledger.jsonl and plan.json, or use another '
+                    '--workdir'
                 )
         for mechanism, count in used.items():
             if ledger.count(mechanism) < count:

@@ -21,6 +21,11 @@ def is_positive(value: object) -> bool:
     return is_number(value) and value > 0
 
 
+def is_text(value: object) -> bool:
+    """Whether `value` is a text that is not empty."""
+    return isinstance(value, str) and value != ''
+
+
 def is_whole(value: object, least: float, most: float = math.inf) -> bool:
     """Whether `value` is a whole number (no bool) in [least, most]."""
     return isinstance(value, numbers.Integral) and is_number(value, least, most)

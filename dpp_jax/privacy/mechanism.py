@@ -26,7 +26,7 @@ import jax
 import jax.flatten_util
 import numpy as np
 
-from dpp_jax.privacy import ledger
+from dpp_jax.privacy import checks, ledger
 
 PyTree = Any
 _DRAWS = 4  # whose sum is a noise value
@@ -39,10 +39,16 @@ class NoiseKey:
     Attributes:
         identifier: public, random name of the key, for the ledger; it is not computed from the key.
         key: JAX key (threefry takes 64 bits).
+
+    Raises:
+        ValueError: the identifier is empty or no text.
     """
 
     identifier: str
     key: jax.Array = dataclasses.field(repr=False)
+
+    def __post_init__(self):
+        checks.require('identifier', self.identifier, checks.is_text(self.identifier), 'a text, not empty')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,8 @@ class GaussianMechanism:
     sensitivity: float
 
     def __post_init__(self):
-        self.entry(0, 'none')  # checks every field
+        checks.require('name', self.name, checks.is_text(self.name), 'a text, not empty')
+        self.entry(0, 'none')  # checks every other field
 
     def entry(self, index: int, identifier: str) -> ledger.Entry:
         """Return what the ledger must hold before release number `index` is used.

@@ -23,6 +23,9 @@ class PoissonSampler:
         probability: inclusion probability q of each example in each batch, in (0, 1].
         key: 128 secret bits. Who knows them knows who was in which batch, and loses the
             amplification by sampling that the accountant counts on.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
     size: int
@@ -30,10 +33,11 @@ class PoissonSampler:
     key: int = dataclasses.field(repr=False)
 
     def __post_init__(self):
-        checks.require('size', self.size, self.size >= 1, 'at least 1')
-        checks.require('probability', self.probability, 0 < self.probability <= 1, 'in (0, 1]')
-        if not 0 <= self.key < 2**128:  # its value must not be printed
-            raise ValueError('key must be an integer of 128 bits')
+        checks.require('size', self.size, checks.is_whole(self.size, 1), 'a whole number, at least 1')
+        is_probability = checks.is_positive(self.probability) and self.probability <= 1
+        checks.require('probability', self.probability, is_probability, 'in (0, 1]')
+        if not checks.is_whole(self.key, 0, 2**128 - 1):  # its value must not be printed
+            raise ValueError('key must be a whole number of 128 bits')
 
     @property
     def expected_size(self) -> float:

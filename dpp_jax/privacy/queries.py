@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from dpp_jax.privacy import checks
 from dpp_jax.privacy.clipping import clip_weights
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey, NoisySum
 
 PyTree = Any
 # Of a noisy class count, relative to the image's norm: 2 % more noise on the image, and on the count of a
@@ -41,15 +42,19 @@ class Query(abc.ABC):
 
     Attributes:
         classes: number of classes, ≥ 1.
-        dimensions: d, the number of values of an image.
+        dimensions: d, the number of values of an image, ≥ 1.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
     classes: int
     dimensions: int
 
     def __post_init__(self):
-        checks.require('classes', self.classes, self.classes >= 1, 'at least 1')
-        checks.require('dimensions', self.dimensions, self.dimensions >= 1, 'at least 1')
+        for name in ('classes', 'dimensions'):
+            value = getattr(self, name)
+            checks.require(name, value, checks.is_whole(value, 1), 'a whole number, at least 1')
 
     @property
     @abc.abstractmethod
@@ -80,6 +85,28 @@ class Query(abc.ABC):
         Returns:
             (classes, ...) float32, in [0, 1] but for the noise.
         """
+
+    def noisy(self, mechanism: GaussianMechanism, noise_key: NoiseKey, expected_size: float) -> NoisySum:
+        """Join the query with its noise: (index, batch, mask) → (central images, ledger entry).
+
+        `batch` is a dict of `images` and `labels`; they and `mask` are as for `sums`.
+
+        Args:
+            mechanism: adds the noise.
+            noise_key: secret.
+            expected_size: as for `estimate`.
+
+        Raises:
+            ValueError: the mechanism's sensitivity is below the query's.
+        """
+        is_covered = mechanism.sensitivity >= self.sensitivity
+        allowed = f'at least {self.sensitivity!r}, the sensitivity of the query'
+        checks.require('sensitivity', mechanism.sensitivity, is_covered, allowed)
+        return mechanism.noisy(
+            lambda batch, mask: (self.sums(batch['images'], batch['labels'], mask), None),
+            noise_key,
+            then=lambda noisy, *_: self.estimate(noisy, expected_size),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

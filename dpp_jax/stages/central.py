@@ -51,11 +51,7 @@ def run(
         size=len(private.images), probability=mechanism.sampling_probability, key=own_keys.sampling
     )
     arrays = {'images': resize.nearest(private.images, settings.downsample), 'labels': private.labels}
-    ask = mechanism.noisy(
-        lambda batch, mask: (query.sums(batch['images'], batch['labels'], mask), None),
-        own_keys.noise,
-        then=lambda noisy, *_: query.estimate(noisy, sample.expected_size),
-    )
+    ask = query.noisy(mechanism, own_keys.noise, sample.expected_size)
     answers = []
     with progress.bar(releases.count, 'central', 'query') as bar:
         for number in range(releases.count):

@@ -17,9 +17,9 @@ import numpy as np
 from opacus import accountants
 import pytest
 
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import accounting, budget
+from dpp_jax.privacy.clipping import clipped_gradient_sum, clipped_sum
 from dpp_jax.privacy.ledger import Entry, Ledger
-from dpp_jax.privacy.mechanism import clipped_gradient_sum, clipped_sum
 
 # Opacus says that more orders might give less, jax_privacy calls what optax will rename.
 pytestmark = pytest.mark.filterwarnings('ignore:Optimal order', 'ignore:optax.global_norm')
@@ -85,7 +85,8 @@ def test_epsilon_of_a_ledger_equals_opacus(tmp_path, monkeypatch):
             ledger.append(Entry(f'mechanism_{part}', index, sigma, q, 2.0, 'r'))
         one_by_one = [(*history[part][:2], 1) for part, _ in releases]
         expected = opacus(one_by_one, delta, WHOLE_ORDERS)
-        assert ledger.epsilon(delta) == pytest.approx(expected, rel=1e-9)
+        total = budget.total_event(budget.group(ledger.entries))
+        assert accounting.epsilon(total, delta) == pytest.approx(expected, rel=1e-9)
 
 
 def zero_unless_finite(gradient):

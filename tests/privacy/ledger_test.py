@@ -5,10 +5,11 @@ import errno
 import hashlib
 import json
 import os
+import stat
 
 import pytest
 
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import accounting, budget
 from dpp_jax.privacy.ledger import Entry, Ledger
 
 QUERY = Entry('central_query', 0, 4.0, 1.0, 8.0, 'a1')
@@ -42,6 +43,11 @@ def lines(entries, previous=''):
     return text
 
 
+def epsilon(ledger, delta, accountant='rdp'):
+    """What all releases that the ledger names spend together."""
+    return accounting.epsilon(budget.total_event(budget.group(ledger.entries)), delta, accountant)
+
+
 def hash_of(line):
     return json.loads(line)['hash']
 
@@ -60,14 +66,14 @@ def test_total_is_that_of_what_ran(path):
     for book in (ledger, Ledger(path)):
         for accountant in ('rdp', 'pld'):
             total = accounting.epsilon(accounting.compose(expected), 1e-4, accountant)
-            assert book.epsilon(1e-4, accountant) == pytest.approx(total, rel=1e-9)
+            assert epsilon(book, 1e-4, accountant) == pytest.approx(total, rel=1e-9)
         assert [book.count(name) for name in ('central_query', 'dp_sgd', 'other')] == [2, 12, 0]
 
 
 def test_nothing_ran(path):
     ledger = Ledger(path)
-    assert path.read_bytes() == b''
-    assert ledger.entries == [] and ledger.epsilon(1e-5) == 0
+    assert not path.exists()
+    assert ledger.entries == [] and epsilon(ledger, 1e-5) == 0
 
 
 def test_mixed_parameters_are_all_counted(path):
@@ -79,7 +85,7 @@ def test_mixed_parameters_are_all_counted(path):
             accounting.subsampled_gaussian(0.9, 1 / 6, 1),
         ]
     )
-    assert ledger.epsilon(1e-5) == pytest.approx(accounting.epsilon(expected, 1e-5))
+    assert epsilon(ledger, 1e-5) == pytest.approx(accounting.epsilon(expected, 1e-5))
 
 
 def test_the_same_release_counts_once(path):
@@ -93,10 +99,10 @@ def test_the_same_release_counts_once(path):
 
 def test_other_randomness_is_another_release(path):
     ledger = filled(path)
-    before = ledger.epsilon(1e-5)
+    before = epsilon(ledger, 1e-5)
     assert ledger.append(dataclasses.replace(STEP, randomness='c3')) is True
     assert ledger.count('dp_sgd') == 2
-    assert ledger.epsilon(1e-5) > before
+    assert epsilon(ledger, 1e-5) > before
 
 
 @pytest.mark.parametrize('name', ['noise_multiplier', 'sampling_probability', 'sensitivity'])
@@ -121,11 +127,20 @@ def test_numbers_survive_exactly(path):
 
 
 def test_the_line_is_on_the_disk_before_append_returns(path, monkeypatch):
-    ledger = Ledger(path)
-    seen = []
-    monkeypatch.setattr(os, 'fsync', lambda descriptor: seen.append(path.read_text()))
+    """The first entry also waits for the file's name in its folder."""
+    ledger, seen = Ledger(path), []
+
+    def fsync(descriptor):
+        kind = 'folder' if stat.S_ISDIR(os.fstat(descriptor).st_mode) else 'file'
+        seen.append((kind, path.read_text()))
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    ledger.append(QUERY)
+    assert seen == [('folder', ''), ('file', QUERY_LINE)]
+    seen.clear()
     ledger.append(STEP)
-    assert seen == [lines([STEP])] == [path.read_text()]
+    assert seen == [('file', QUERY_LINE + STEP_LINE)]
+    assert path.read_text() == QUERY_LINE + STEP_LINE
 
 
 @pytest.mark.parametrize('kept', range(0, len(STEP_LINE)))
@@ -252,8 +267,8 @@ def test_ten_thousand_entries_are_composed_as_one_event(path):
     path.parent.mkdir(parents=True)
     path.write_text(lines(steps(10_000)))
     ledger = Ledger(path)
-    assert len(ledger.event().events) == 1
-    assert ledger.epsilon(1e-5) == pytest.approx(
+    assert len(budget.total_event(budget.group(ledger.entries)).events) == 1
+    assert epsilon(ledger, 1e-5) == pytest.approx(
         accounting.epsilon(accounting.subsampled_gaussian(1.1, 1 / 6, 10_000), 1e-5)
     )
 

@@ -1,169 +1,198 @@
-import os
-from pathlib import Path
-import subprocess
-import sys
+"""The mechanism: noise and ledger entry come together, from one key and one index."""
 
+import dataclasses
+import inspect
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpp_jax.privacy import mechanism as mechanism_lib
-from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum, clipped_sum
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 
-ROOT = Path(__file__).resolve().parents[2]
+KEY = NoiseKey(identifier='key-1', key=jax.random.key(11))
+OTHER_KEY = NoiseKey(identifier='key-2', key=jax.random.key(12))
+INDICES = st.integers(0, 2**31 - 1)
 
 
 def make_mechanism(**changes):
-    settings = dict(
-        name='test', noise_multiplier=3.0, sampling_probability=0.1, sensitivity=2.0, randomness='r'
-    )
+    settings = dict(name='test', noise_multiplier=3.0, sampling_probability=0.1, sensitivity=2.0)
     return GaussianMechanism(**{**settings, **changes})
 
 
-def norm(tree):
-    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
-    return np.linalg.norm(np.concatenate(leaves))
+def identity_sum(total):
+    """A sum that is its own argument, with something aside."""
+    return total, {'aside': jnp.sum(total['a'])}
 
 
-def random_gradients(n, scale, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        'a': (scale * rng.standard_normal((n, 7, 3))).astype(np.float32),
-        'b': {'c': (scale * rng.standard_normal((n, 11))).astype(np.float32)},
-    }
+def random_sum(draw_key, total):
+    """A sum that draws random numbers of its own: what it drew stands aside."""
+    drawn = jax.random.key_data(draw_key)
+    return total, {'drawn': drawn}
 
 
-@pytest.mark.parametrize('scale', [1e-20, 1e-3, 0.1, 1.0, 1e4, 1e12, 1e18])
-def test_clipped_gradient_is_never_longer_than_the_bound(scale):
-    for clip_norm in (1e-3, 1.0, 50.0):
-        gradients = random_gradients(1, scale)
-        total, norms = clipped_sum(gradients, np.array([True]), clip_norm)
-        assert norm(total) <= clip_norm
-        if norm(gradients) < 0.99 * clip_norm:  # short ones stay as they are
-            np.testing.assert_allclose(total['a'], gradients['a'][0], rtol=1e-6)
-        elif scale < 1e18:  # and long ones keep their direction and have the full length
-            assert norm(total) > 0.9999 * clip_norm
-
-
-def test_sum_of_neighbouring_sets_differs_by_at_most_the_bound():
-    """Add one example: far above C, far below, duplicated, or not a number at all."""
-    clip_norm = 0.7
-    base = random_gradients(6, 1.0)
-    total, _ = clipped_sum(base, np.ones(6, bool), clip_norm)
-    odd = random_gradients(5, 1.0, seed=1)
-    odd['a'][0] *= 1e15
-    odd['a'][1] *= 1e-15
-    odd['b']['c'][2] = base['b']['c'][0]
-    odd['a'][3, 0, 0] = np.nan
-    odd['b']['c'][4, 5] = np.inf
-    for i in range(5):
-        more = jax.tree.map(lambda x, y: np.concatenate([x, y[i : i + 1]]), base, odd)
-        other, _ = clipped_sum(more, np.ones(7, bool), clip_norm)
-        change = norm(jax.tree.map(lambda x, y: np.float64(x) - np.float64(y), other, total))
-        assert change <= clip_norm * (1 + 1e-6)
-        assert np.isfinite(norm(other))
-        if i >= 3:
-            assert change == 0
-
-
-def quadratic_loss(params, example):
-    return jnp.sum((params['w'] @ example['x'] - example['y']) ** 2) + jnp.sum(params['b'] * 0.3)
-
-
-@pytest.fixture(scope='module')
-def quadratic():
-    rng = np.random.default_rng(2)
-    params = {'w': rng.standard_normal((3, 4)).astype(np.float32), 'b': np.ones(2, np.float32)}
-    examples = {
-        'x': rng.standard_normal((24, 4)).astype(np.float32),
-        'y': rng.standard_normal((24, 3)).astype(np.float32),
-    }
-    return params, examples
-
-
-def test_the_sum_never_runs_in_less_than_float32():
-    """GPUs and TPUs multiply float32 matrices in TF32 or bfloat16 unless told otherwise: norms above C."""
-    gradients, mask = random_gradients(3, 1.0), np.ones(3, bool)
-    program = str(jax.make_jaxpr(lambda g: clipped_sum(g, mask, 1.0)[0])(gradients))
-    assert program.count('dot_general') == program.count('HIGHEST') // 2 == 2
-
-
-def test_microbatches_equal_a_plain_loop_over_examples(quadratic):
-    params, examples = quadratic
-    mask = np.arange(24) < 17
-    expected = jax.tree.map(lambda p: np.zeros(p.shape, np.float64), params)
-    norms = []
-    for i in range(17):
-        gradient = jax.grad(quadratic_loss)(params, jax.tree.map(lambda x: x[i], examples))
-        norms.append(norm(gradient))
-        factor = min(1.0, 2.0 / norms[-1])
-        expected = jax.tree.map(lambda e, g: e + factor * np.float64(g), expected, gradient)
-    for microbatch in (1, 3, 8, 24):
-        total, sums = jax.jit(
-            lambda p, e, m, k: clipped_gradient_sum(
-                quadratic_loss, p, e, m, clip_norm=2.0, microbatch=microbatch, microbatches=k
-            )
-        )(params, examples, mask, -(-17 // microbatch))
-        jax.tree.map(lambda t, e: np.testing.assert_allclose(t, e, rtol=2e-5), total, expected)
-        assert sums['examples'] == 17 and sums['non_finite'] == 0
-        assert sums['clipped'] == np.sum(np.array(norms) > 2.0)
-        np.testing.assert_allclose(sums['norm'], np.sum(norms), rtol=1e-5)
-
-
-def test_an_example_with_a_non_finite_gradient_counts_as_zero_and_is_counted(quadratic):
-    params, examples = quadratic
-    broken = {**examples, 'x': examples['x'].copy()}
-    broken['x'][5] = np.nan
-    mask = np.ones(24, bool)
-    without = mask.copy()
-    without[5] = False
-    arguments = dict(clip_norm=1.0, microbatch=8, microbatches=3)
-    total, sums = clipped_gradient_sum(quadratic_loss, params, broken, mask, **arguments)
-    expected, _ = clipped_gradient_sum(quadratic_loss, params, examples, without, **arguments)
-    jax.tree.map(lambda t, e: np.testing.assert_allclose(t, e, rtol=1e-6), total, expected)
-    assert sums['non_finite'] == 1 and np.isfinite(sums['loss'])
-
-
-def test_empty_batch_sums_to_zero(quadratic):
-    params, examples = quadratic
-    total, sums = clipped_gradient_sum(
-        quadratic_loss,
-        params,
-        examples,
-        np.zeros(24, bool),
-        clip_norm=1.0,
-        microbatch=8,
-        microbatches=0,
+def make_noisy(function=identity_sum, key=KEY, **options):
+    return make_mechanism().noisy(
+        function, key, then=lambda noisy, aside, *arguments: (noisy, aside, arguments), **options
     )
-    assert norm(total) == 0 and sums['examples'] == 0
+
+
+TOTAL = {'a': np.arange(12, dtype=np.float32).reshape(3, 4), 'b': np.float32(7)}
+NOISY = {
+    is_random: make_noisy(random_sum if is_random else identity_sum, is_random=is_random)
+    for is_random in (False, True)
+}
+OTHER = make_noisy(key=OTHER_KEY)
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def of_the_key(index, is_random):
+    """The keys of noise and of the sum in release number `index`, as key data."""
+    key = jax.random.fold_in(KEY.key, index)
+    return jax.random.split(key) if is_random else (key, None)
+
+
+@jax.jit
+def expected_sum(total, key):
+    """σ Δ = 6 times unit noise of this key, in the order of the leaves."""
+    vector = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(total)])
+    return vector + 6.0 * mechanism_lib.normal(key, vector.shape)
+
+
+@pytest.mark.parametrize('is_random', [False, True])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(index=INDICES)
+def test_release_number_n_has_entry_n_and_the_noise_of_key_and_n(is_random, index):
+    (noisy, aside, arguments), entry = NOISY[is_random](index, TOTAL)
+    noise_key, sum_key = of_the_key(index, is_random)
+    np.testing.assert_array_equal(flat(noisy), expected_sum(TOTAL, noise_key))
+    assert dataclasses.asdict(entry) == {
+        'mechanism': 'test',
+        'index': index,
+        'noise_multiplier': 3.0,
+        'sampling_probability': 0.1,
+        'sensitivity': 2.0,
+        'randomness': 'key-1',
+    }
+    # What stands aside, and the arguments, come through without noise.
+    if is_random:
+        np.testing.assert_array_equal(aside['drawn'], jax.random.key_data(sum_key))
+    else:
+        assert aside['aside'] == TOTAL['a'].sum()
+    jax.tree.map(np.testing.assert_array_equal, arguments, (TOTAL,))
+
+
+@pytest.mark.parametrize('is_random', [False, True])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(one=INDICES, other=INDICES)
+def test_the_same_index_is_the_same_release_and_another_index_is_another(is_random, one, other):
+    """Noise and entry cannot part: both are equal, or both differ."""
+    noisy_sum = NOISY[is_random]
+    (value, aside, _), entry = noisy_sum(one, TOTAL)
+    (again, aside_again, _), entry_again = noisy_sum(one, TOTAL)
+    jax.tree.map(np.testing.assert_array_equal, (value, aside), (again, aside_again))
+    assert entry == entry_again
+    (second, second_aside, _), second_entry = noisy_sum(other, TOTAL)
+    assert (entry.key == second_entry.key) == (one == other)
+    differs = flat(value) != flat(second)
+    # Rounded to float32 beside the sum, one of the 13 values may come out equal by chance; not two.
+    assert not differs.any() if one == other else differs.sum() >= 12
+    if is_random:
+        assert np.array_equal(aside['drawn'], second_aside['drawn']) == (one == other)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(index=INDICES)
+def test_another_key_has_other_noise_and_another_name_in_the_entry(index):
+    (value, *_), entry = NOISY[False](index, TOTAL)
+    (second, *_), second_entry = OTHER(index, TOTAL)
+    assert (flat(value) != flat(second)).sum() >= 12
+    assert entry == dataclasses.replace(second_entry, randomness='key-1')
+    assert second_entry.randomness == 'key-2'
+
+
+def test_the_noise_of_a_sum_that_draws_is_none_that_the_sum_can_draw():
+    """Its key is independent of the noise's, and of the noise of the same release without draws."""
+    index = 5
+    noise_key, sum_key = of_the_key(index, True)
+    plain_key, _ = of_the_key(index, False)
+    keys = [np.asarray(jax.random.key_data(key)) for key in (noise_key, sum_key, plain_key, KEY.key)]
+    assert len({key.tobytes() for key in keys}) == 4
+
+
+@pytest.mark.parametrize('index', [-1, 1.0, True, None])
+def test_an_index_that_the_ledger_cannot_hold_draws_nothing(index):
+    ran = []
+    noisy_sum = make_noisy(compiled=lambda function: lambda *arguments: ran.append(arguments))
+    with pytest.raises(ValueError, match=f'index is {index}; it must be'):
+        noisy_sum(index, TOTAL)
+    assert not ran
+
+
+def test_the_only_ways_to_noise_bring_the_entry_along():
+    """Besides its fields a mechanism has the entry and the noisy sum; a key shows its name alone."""
+    fields = {field.name for field in dataclasses.fields(GaussianMechanism)}
+    public = {name for name, _ in inspect.getmembers(make_mechanism()) if not name.startswith('_')}
+    assert public - fields == {'entry', 'noisy'}
+    assert 'key-1' in repr(KEY) and str(jax.random.key_data(KEY.key)) not in repr(KEY)
+    assert 'Array' not in repr(KEY)
 
 
 def test_the_entry_says_what_the_noise_is():
-    entry = make_mechanism().entry(4)
+    entry = make_mechanism().entry(4, 'r')
     assert (entry.mechanism, entry.index, entry.randomness) == ('test', 4, 'r')
     assert (entry.noise_multiplier, entry.sampling_probability, entry.sensitivity) == (3.0, 0.1, 2.0)
 
 
-@pytest.mark.parametrize('field', ['noise_multiplier', 'sensitivity'])
-@pytest.mark.parametrize('value', [0.0, -1.0, float('nan')])
-def test_a_mechanism_without_noise_is_refused(field, value):
-    with pytest.raises(ValueError, match=f'{field} is {value}'):
+@pytest.mark.parametrize(
+    ('field', 'value', 'allowed'),
+    [
+        ('name', '', 'a text, not empty'),
+        ('name', 3, 'a text, not empty'),
+        ('noise_multiplier', 0.0, 'finite and > 0'),
+        ('noise_multiplier', -1.0, 'finite and > 0'),
+        ('noise_multiplier', float('nan'), 'finite and > 0'),
+        ('noise_multiplier', float('inf'), 'finite and > 0'),
+        ('noise_multiplier', '3', 'a number'),
+        ('noise_multiplier', True, 'a number'),
+        ('sampling_probability', 0.0, r'in \(0, 1\]'),
+        ('sampling_probability', 1.5, r'in \(0, 1\]'),
+        ('sampling_probability', float('nan'), r'in \(0, 1\]'),
+        ('sensitivity', 0.0, 'finite and > 0'),
+        ('sensitivity', -1.0, 'finite and > 0'),
+        ('sensitivity', float('nan'), 'finite and > 0'),
+        ('sensitivity', float('inf'), 'finite and > 0'),
+        ('sensitivity', None, 'a number'),
+    ],
+)
+def test_a_mechanism_without_noise_is_refused(field, value, allowed):
+    with pytest.raises(ValueError, match=f'^{field} is {value!r}; it must be {allowed}'):
         make_mechanism(**{field: value})
 
 
-def test_an_example_with_a_lost_loss_counts_as_zero_even_if_its_gradient_is_finite():
-    def loss(params, example):
-        # Added outside of the gradient's reach, as an overflow in a metric would be.
-        return jnp.sum(params * example['x']) + jax.lax.stop_gradient(example['offset'])
+@pytest.mark.parametrize('identifier', ['', None, 3])
+def test_a_key_without_a_name_is_refused(identifier):
+    with pytest.raises(ValueError, match=f'^identifier is {identifier!r}; it must be a text, not empty'):
+        NoiseKey(identifier=identifier, key=jax.random.key(0))
 
-    params = jnp.ones(3)
-    examples = {'x': jnp.eye(3), 'offset': jnp.array([0.0, jnp.inf, jnp.nan])}
-    total, sums = clipped_gradient_sum(
-        loss, params, examples, jnp.ones(3, bool), clip_norm=2.0, microbatch=3, microbatches=1
-    )
-    np.testing.assert_array_equal(total, [1, 0, 0])
-    assert sums['non_finite'] == 2 and sums['loss'] == 1
+
+def test_mechanism_and_key_take_names_only_and_cannot_be_changed():
+    with pytest.raises(TypeError):
+        GaussianMechanism('test', 3.0, 0.1, 2.0)
+    with pytest.raises(TypeError):
+        NoiseKey('key-1', jax.random.key(0))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_mechanism().noise_multiplier = 0.1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        KEY.identifier = 'other'
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OTHER.noise_key = KEY
 
 
 def test_noise_has_fine_values_in_its_tail():
@@ -179,50 +208,3 @@ def test_noise_has_fine_values_in_its_tail():
     bits = jnp.finfo(jnp.float32)
     farthest = jax.scipy.special.erfinv(1 - bits.epsneg) * np.sqrt(2)  # of one draw
     assert mechanism_lib._DRAWS * farthest / np.sqrt(mechanism_lib._DRAWS) > 10
-
-
-NORM_OF_LONG_VECTORS = """
-import jax, numpy as np
-from dpp_jax.privacy.mechanism import clipped_sum
-
-rng = np.random.default_rng(0)
-rows = (np.full(2_000_000, 0.1), rng.standard_normal(2_000_000), rng.random(2_000_000) ** 8)
-rows = np.stack(rows).astype(np.float32)
-exact = np.linalg.norm(rows.astype(np.float64), axis=1)
-clip = jax.jit(clipped_sum)
-for row in range(3):
-    total, norms = clip({'w': rows}, np.arange(3) == row, 1.0)
-    assert np.abs(norms / exact - 1).max() < 5e-6, (norms, exact)
-    assert 0.9999 < np.linalg.norm(np.asarray(total['w'], np.float64)) <= 1
-"""
-
-
-@pytest.mark.parametrize('flags', [None, ''], ids=['flags_of_the_tests', 'flags_of_a_user'])
-def test_norm_of_millions_of_numbers_is_as_exact_as_the_clip_bound_supposes(flags):
-    """One weight vector, one sum: added up one after the other it would be off by a percent."""
-    if flags is None:
-        exec(NORM_OF_LONG_VECTORS, {})
-        return
-    environment = {**os.environ, 'XLA_FLAGS': flags}
-    subprocess.run([sys.executable, '-c', NORM_OF_LONG_VECTORS], env=environment, check=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize(
-    'values',
-    [
-        np.ones(100_000),  # a sum of squares in bfloat16 would stop growing at 256
-        np.r_[300.0, np.full(90_000, 1.0)],  # and lose every small one beside a large one
-        np.r_[1e18, np.full(1000, 1e-18)],
-        np.full(1000, 1e-18),
-        np.geomspace(1e-10, 1e10, 2001) * (-1) ** np.arange(2001),
-    ],
-    ids=['many', 'one large', 'extremes', 'tiny', 'all sizes'],
-)
-def test_bound_holds_for_bfloat16_gradients_of_any_magnitude(values):
-    gradients = {'w': jnp.asarray(values, jnp.bfloat16)[None]}
-    exact = norm({'w': np.float64(gradients['w'])})
-    total, norms = jax.jit(clipped_sum)(gradients, np.array([True]), 1.0)
-    assert total['w'].dtype == norms.dtype == jnp.float32
-    np.testing.assert_allclose(norms, exact, rtol=1e-5)
-    assert norm(total) <= 1
-    np.testing.assert_allclose(norm(total), min(1, exact), rtol=2e-5)

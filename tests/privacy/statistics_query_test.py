@@ -1,6 +1,4 @@
-"""Queries: sensitivity at the worst images, noise, and what reaches the release."""
-
-import functools
+"""Queries as stage `central` asks them: sensitivity at the worst images, noise, and what reaches release/."""
 
 import jax
 import jax.flatten_util
@@ -8,17 +6,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs import camelyon_32, celeba_32, default, fmnist_28, mnist_28
+from dpp_jax import build
+from dpp_jax.configs import camelyon_32, celeba_32, default, fmnist_28, mnist_28
+from dpp_jax.data.images import Images
+from dpp_jax.privacy.budget import CENTRAL_QUERY
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import folder as workdir_lib
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.keys import Keys
 from dpp_jax.stages import central
 
 # (settings of the query; the extra images that attain the bound)
 QUERIES = {
     'mean': (dict(pixel_center=0.0), ['white']),
-    'mean_centred': (dict(pixel_center=0.5), ['white', 'black']),
-    'mean_off_centre': (dict(pixel_center=0.7), ['black']),
+    'mean_centered': (dict(pixel_center=0.5), ['white', 'black']),
+    'mean_off_center': (dict(pixel_center=0.3), ['white']),
     'mean_clipped': (dict(pixel_center=0.5, clip_norm=2.0), ['white', 'black', 'random', 'copy']),
     'mean_with_counts': (dict(pixel_center=0.5, class_counts='noisy'), ['white', 'black']),
     'mode': (dict(kind='mode', bins=2), ['white', 'black', 'random', 'copy']),
@@ -34,6 +36,18 @@ def query_config(**settings):
     config.query.update(sampling_probability=1.0, queries=2, post_process=False)
     config.query.update(settings)
     return config
+
+
+class NoModel:
+    """Has no parameters, which a plan would count."""
+
+    def shapes(self):
+        return {}
+
+
+def planned(config):
+    """The queries of a run's budget."""
+    return build.plan(config, NoModel(), noise_multiplier=1.0).budget.of(CENTRAL_QUERY)
 
 
 def private_set(n, seed=0, shape=(15, 15, 3)):
@@ -52,21 +66,27 @@ def ask(tmp_path_factory, monkeypatch):
     """
 
     def run(config, images, labels, answer=None):
-        folder = workdir_lib.WorkDir(tmp_path_factory.mktemp('run'))
-        ledger = Ledger(folder.release / 'ledger.jsonl')
-        sigma, totals = config.query.noise_multiplier, []
+        workdir, totals = WorkDir(tmp_path_factory.mktemp('run')), []
+        ledger = Ledger(workdir.ledger)
 
-        def privatise(self, total, key):
+        def add_noise(self, total, key):
             totals.append(np.float64(jax.flatten_util.ravel_pytree(total)[0]))
             return answer(total)
 
+        def run_stage():
+            keys, private = Keys(workdir.keys, config.seed), Images(images=images, labels=labels)
+            query = build.query(config)
+            central.run(
+                config, workdir, keys, ledger, private, lambda: None, query=query, releases=planned(config)
+            )
+
         if answer is None:
-            central.run(config, folder, ledger, sigma, images, labels)
+            run_stage()
         else:
-            monkeypatch.setattr(GaussianMechanism, 'privatise', privatise)
+            monkeypatch.setattr(GaussianMechanism, '_add_noise', add_noise)
             with jax.disable_jit():  # totals are numbers then
-                central.run(config, folder, ledger, sigma, images, labels)
-        with np.load(folder.release / 'central_images.npz') as data:
+                run_stage()
+        with np.load(workdir.central_images) as data:
             return data['images'], totals, ledger.entries
 
     return run
@@ -85,8 +105,8 @@ def test_one_image_changes_a_query_by_its_sensitivity_at_most(ask, settings, wor
         'copy': images[5:6],
     }
     for label, (name, extra) in enumerate(extras.items()):
-        neighbour = np.insert(images, [4], extra, 0), np.insert(labels, 4, label % 3)
-        _, (more, _), entries = ask(config, *neighbour, answer=lambda total: total)
+        neighbor = np.insert(images, [4], extra, 0), np.insert(labels, 4, label % 3)
+        _, (more, _), entries = ask(config, *neighbor, answer=lambda total: total)
         change, bound = np.linalg.norm(more - less), entries[0].sensitivity
         assert change <= bound * (1 + 1e-6)
         assert (change > bound * (1 - 2e-5)) == (name in worst)
@@ -135,29 +155,33 @@ def test_a_class_sum_is_divided_by_the_public_class_size(ask):
 )
 def test_queries_of_the_paper(module, sensitivity, noise_multiplier, probability):
     config = module.get_config()
-    sigma = config.query.noise_multiplier
-    entry = central.make_mechanism(config, sigma, 'r').entry(0)
+    entry = planned(config).mechanism.entry(0, 'r')
     assert entry.sensitivity == pytest.approx(sensitivity, rel=1e-12)
     assert (entry.noise_multiplier, entry.sampling_probability) == (noise_multiplier, probability)
     config.query.pixel_center = 0.5
-    assert central.make_mechanism(config, sigma, 'r').sensitivity == pytest.approx(sensitivity / 2)
-    config.query.kind = 'mode'  # knows no centre
-    assert central.make_mechanism(config, sigma, 'r').sensitivity == pytest.approx(sensitivity)
+    assert planned(config).mechanism.sensitivity == pytest.approx(sensitivity / 2)
+    config.query.kind = 'mode'  # knows no center
+    assert planned(config).mechanism.sensitivity == pytest.approx(sensitivity)
 
 
 def small_images(value, n):
     return np.full((n, 14, 14, 1), value, np.uint8)
 
 
+def draw_many(config, batch, mask, *, expected_size, number, seed):
+    """Central images of one query with other noise each time: (number, classes, ...)."""
+    noise_key = NoiseKey(identifier='test', key=jax.random.key(seed))
+    release = build.query(config).noisy(planned(config).mechanism, noise_key, expected_size)
+    draw = jax.vmap(release.program, in_axes=(None, None, None, 0))
+    return np.asarray(jax.jit(draw)(batch, mask, noise_key.key, np.arange(number, dtype=np.int32)))
+
+
 def test_mean_query_of_mnist_has_the_noise_of_the_paper(statistics):
     """σ Δ / n_c = 5 · 14 / 600, also for an empty sample."""
-    mechanism = central.make_mechanism(mnist_28.get_config(), 5.0, 'r')
-    query = functools.partial(
-        central.mean_query, mechanism=mechanism, classes=10, center=0.0, class_size=600.0
+    nobody = {'images': small_images(255, 60), 'labels': np.zeros(60, np.int32)}
+    draws = draw_many(
+        mnist_28.get_config(), nobody, np.zeros(60, bool), expected_size=6000.0, number=300, seed=3
     )
-    nobody = small_images(255, 60), np.zeros(60, np.int32), np.zeros(60, bool)
-    keys = jax.random.split(jax.random.key(3), 300)
-    draws = np.asarray(jax.jit(jax.vmap(lambda key: query(*nobody, key)))(keys))
     statistics.assert_normal(draws, 0.11666666666666667)
     statistics.assert_unrelated(np.moveaxis(draws, 1, -1).reshape(-1, 10) / 0.11666666666666667)
 
@@ -165,15 +189,13 @@ def test_mean_query_of_mnist_has_the_noise_of_the_paper(statistics):
 def test_mode_query_has_noise_of_sigma_times_sensitivity_in_every_bin(statistics):
     """Where white leads by 20 images it wins with probability Φ(20 / (√2 σ Δ)), σ Δ = 14."""
     config = mnist_28.get_config()
+    config.data.classes = 3
     config.query.update(kind='mode', noise_multiplier=1.0)
-    query = functools.partial(
-        central.mode_query, mechanism=central.make_mechanism(config, 1.0, 'r'), classes=3, bins=2
-    )
     images = np.concatenate([small_images(255, 20), small_images(0, 20), small_images(255, 5)])
     labels = np.repeat([1, 2, 0], [20, 20, 5]).astype(np.int32)
     mask = labels > 0  # of class 0 there is nobody
-    keys = jax.random.split(jax.random.key(4), 1500)
-    white = np.asarray(jax.jit(jax.vmap(lambda key: query(images, labels, mask, key)))(keys))
+    batch = {'images': images, 'labels': labels}
+    white = draw_many(config, batch, mask, expected_size=40.0, number=1500, seed=4)
     assert set(np.unique(white)) == {0, 1}
     for label, lead in enumerate((0, 20, -20)):
         chance = stats.norm.cdf(lead / (2**0.5 * 14))
@@ -188,7 +210,7 @@ def test_released_central_images_carry_that_noise_independent_in_every_query(ask
     images = np.empty((n, 32, 32, 1), np.uint8)
     images[::2], images[1::2] = 127, 128
     released, _, _ = ask(config, images, np.arange(n, dtype=np.int32) % 3)
-    # Whole grey levels, rounded down.
+    # Whole gray levels, rounded down.
     z = (released.reshape(60, -1) + 0.5 - 127.5) / np.hypot(25.5, 12**-0.5)
     statistics.assert_plausible(stats.chi2(z.size), np.sum(z**2))
     statistics.assert_unrelated(z.T)

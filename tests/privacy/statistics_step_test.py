@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum
+from dpp_jax.privacy.clipping import clipped_gradient_sum
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
 
@@ -32,11 +33,14 @@ def linear_loss(params, image, label, key):
 
 
 def make_step(loss, optimizer, microbatch):
-    mechanism = GaussianMechanism('dp_sgd', SIGMA, 0.5, CLIP, 'test')
+    mechanism = GaussianMechanism(
+        name='dp_sgd', noise_multiplier=SIGMA, sampling_probability=0.5, sensitivity=CLIP
+    )
     return steps.make_dp_step(
         loss,
         optimizer,
         mechanism,
+        NoiseKey(identifier='test', key=jax.random.key(5)),
         expected_batch_size=EXPECTED_SIZE,
         microbatch=microbatch,
         ema_decay=0.9,
@@ -54,7 +58,7 @@ def stepper(loss, number, microbatch, optimizer=optax.sgd(1.0)):
             state = start.replace(step=np.int32(step_number))
             state = jax.tree.map(lambda x: np.stack([x] * number), state)
             used = steps.used_microbatches(int(batch['mask'].sum()), microbatch)
-            state, metrics = step(state, devices.deal(batch), used, jax.random.key(5))
+            (state, metrics), _ = step(step_number, state, devices.deal(batch), used)
         return jax.tree.map(np.asarray, state), devices.first(metrics)
 
     return take
@@ -157,7 +161,7 @@ def test_who_else_is_in_the_batch_does_not_change_an_images_own_draws():
 def test_nothing_but_the_noisy_sum_reaches_the_state(monkeypatch):
     """Not the number of images either: with the same noisy sum two batches give the same state."""
     monkeypatch.setattr(
-        GaussianMechanism, 'privatise', lambda self, total, key: jax.tree.map(jnp.ones_like, total)
+        GaussianMechanism, '_add_noise', lambda self, total, key: jax.tree.map(jnp.ones_like, total)
     )
     take = stepper(linear_loss, 2, 4, optax.adam(0.1))
     one, metrics = take(batch_of(digits(18), ['plain', 'tiny', 'huge'] * 6))

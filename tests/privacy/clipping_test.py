@@ -1,0 +1,211 @@
+"""Clipping: no example adds more than the clip norm to the sum, whatever its gradient is."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpp_jax.privacy.clipping import clip_weights, clipped_gradient_sum, clipped_sum
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def norm(tree):
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.linalg.norm(np.concatenate(leaves))
+
+
+def random_gradients(n, scale, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        'a': (scale * rng.standard_normal((n, 7, 3))).astype(np.float32),
+        'b': {'c': (scale * rng.standard_normal((n, 11))).astype(np.float32)},
+    }
+
+
+@pytest.mark.parametrize('scale', [1e-20, 1e-3, 0.1, 1.0, 1e4, 1e12, 1e18])
+def test_clipped_gradient_is_never_longer_than_the_bound(scale):
+    for clip_norm in (1e-3, 1.0, 50.0):
+        gradients = random_gradients(1, scale)
+        total, norms = clipped_sum(gradients, np.array([True]), clip_norm)
+        assert norm(total) <= clip_norm
+        if norm(gradients) < 0.99 * clip_norm:  # short ones stay as they are
+            np.testing.assert_allclose(total['a'], gradients['a'][0], rtol=1e-6)
+        elif scale < 1e18:  # and long ones keep their direction and have the full length
+            assert norm(total) > 0.9999 * clip_norm
+
+
+def test_sum_of_neighboring_sets_differs_by_at_most_the_bound():
+    """Add one example: far above C, far below, duplicated, or not a number at all."""
+    clip_norm = 0.7
+    base = random_gradients(6, 1.0)
+    total, _ = clipped_sum(base, np.ones(6, bool), clip_norm)
+    odd = random_gradients(5, 1.0, seed=1)
+    odd['a'][0] *= 1e15
+    odd['a'][1] *= 1e-15
+    odd['b']['c'][2] = base['b']['c'][0]
+    odd['a'][3, 0, 0] = np.nan
+    odd['b']['c'][4, 5] = np.inf
+    for i in range(5):
+        more = jax.tree.map(lambda x, y: np.concatenate([x, y[i : i + 1]]), base, odd)
+        other, _ = clipped_sum(more, np.ones(7, bool), clip_norm)
+        change = norm(jax.tree.map(lambda x, y: np.float64(x) - np.float64(y), other, total))
+        assert change <= clip_norm * (1 + 1e-6)
+        assert np.isfinite(norm(other))
+        if i >= 3:
+            assert change == 0
+
+
+def quadratic_loss(params, example):
+    return jnp.sum((params['w'] @ example['x'] - example['y']) ** 2) + jnp.sum(params['b'] * 0.3)
+
+
+@pytest.fixture(scope='module')
+def quadratic():
+    rng = np.random.default_rng(2)
+    params = {'w': rng.standard_normal((3, 4)).astype(np.float32), 'b': np.ones(2, np.float32)}
+    examples = {
+        'x': rng.standard_normal((24, 4)).astype(np.float32),
+        'y': rng.standard_normal((24, 3)).astype(np.float32),
+    }
+    return params, examples
+
+
+def test_the_sum_never_runs_in_less_than_float32():
+    """GPUs and TPUs multiply float32 matrices in TF32 or bfloat16 unless told otherwise: norms above C."""
+    gradients, mask = random_gradients(3, 1.0), np.ones(3, bool)
+    program = str(jax.make_jaxpr(lambda g: clipped_sum(g, mask, 1.0)[0])(gradients))
+    assert program.count('dot_general') == program.count('HIGHEST') // 2 == 2
+
+
+def test_microbatches_equal_a_plain_loop_over_examples(quadratic):
+    params, examples = quadratic
+    mask = np.arange(24) < 17
+    expected = jax.tree.map(lambda p: np.zeros(p.shape, np.float64), params)
+    norms = []
+    for i in range(17):
+        gradient = jax.grad(quadratic_loss)(params, jax.tree.map(lambda x: x[i], examples))
+        norms.append(norm(gradient))
+        factor = min(1.0, 2.0 / norms[-1])
+        expected = jax.tree.map(lambda e, g: e + factor * np.float64(g), expected, gradient)
+    for microbatch in (1, 3, 8, 24):
+        total, sums = jax.jit(
+            lambda p, e, m, k: clipped_gradient_sum(
+                quadratic_loss, p, e, m, clip_norm=2.0, microbatch=microbatch, microbatches=k
+            )
+        )(params, examples, mask, -(-17 // microbatch))
+        jax.tree.map(lambda t, e: np.testing.assert_allclose(t, e, rtol=2e-5), total, expected)
+        assert sums['examples'] == 17 and sums['non_finite'] == 0
+        assert sums['clipped'] == np.sum(np.array(norms) > 2.0)
+        np.testing.assert_allclose(sums['norm'], np.sum(norms), rtol=1e-5)
+
+
+def test_an_example_with_a_non_finite_gradient_counts_as_zero_and_is_counted(quadratic):
+    params, examples = quadratic
+    broken = {**examples, 'x': examples['x'].copy()}
+    broken['x'][5] = np.nan
+    mask = np.ones(24, bool)
+    without = mask.copy()
+    without[5] = False
+    arguments = dict(clip_norm=1.0, microbatch=8, microbatches=3)
+    total, sums = clipped_gradient_sum(quadratic_loss, params, broken, mask, **arguments)
+    expected, _ = clipped_gradient_sum(quadratic_loss, params, examples, without, **arguments)
+    jax.tree.map(lambda t, e: np.testing.assert_allclose(t, e, rtol=1e-6), total, expected)
+    assert sums['non_finite'] == 1 and np.isfinite(sums['loss'])
+
+
+def test_empty_batch_sums_to_zero(quadratic):
+    params, examples = quadratic
+    total, sums = clipped_gradient_sum(
+        quadratic_loss,
+        params,
+        examples,
+        np.zeros(24, bool),
+        clip_norm=1.0,
+        microbatch=8,
+        microbatches=0,
+    )
+    assert norm(total) == 0 and sums['examples'] == 0
+
+
+def test_an_example_with_a_lost_loss_counts_as_zero_even_if_its_gradient_is_finite():
+    def loss(params, example):
+        # Added outside of the gradient's reach, as an overflow in a metric would be.
+        return jnp.sum(params * example['x']) + jax.lax.stop_gradient(example['offset'])
+
+    params = jnp.ones(3)
+    examples = {'x': jnp.eye(3), 'offset': jnp.array([0.0, jnp.inf, jnp.nan])}
+    total, sums = clipped_gradient_sum(
+        loss, params, examples, jnp.ones(3, bool), clip_norm=2.0, microbatch=3, microbatches=1
+    )
+    np.testing.assert_array_equal(total, [1, 0, 0])
+    assert sums['non_finite'] == 2 and sums['loss'] == 1
+
+
+NORM_OF_LONG_VECTORS = """
+import jax, numpy as np
+from dpp_jax.privacy.clipping import clipped_sum
+
+rng = np.random.default_rng(0)
+rows = (np.full(2_000_000, 0.1), rng.standard_normal(2_000_000), rng.random(2_000_000) ** 8)
+rows = np.stack(rows).astype(np.float32)
+exact = np.linalg.norm(rows.astype(np.float64), axis=1)
+clip = jax.jit(clipped_sum)
+for row in range(3):
+    total, norms = clip({'w': rows}, np.arange(3) == row, 1.0)
+    assert np.abs(norms / exact - 1).max() < 5e-6, (norms, exact)
+    assert 0.9999 < np.linalg.norm(np.asarray(total['w'], np.float64)) <= 1
+"""
+
+
+@pytest.mark.parametrize('flags', [None, ''], ids=['flags_of_the_tests', 'flags_of_a_user'])
+def test_norm_of_millions_of_numbers_is_as_exact_as_the_clip_bound_supposes(flags):
+    """One weight vector, one sum: added up one after the other it would be off by a percent."""
+    if flags is None:
+        exec(NORM_OF_LONG_VECTORS, {})
+        return
+    environment = {**os.environ, 'XLA_FLAGS': flags}
+    subprocess.run([sys.executable, '-c', NORM_OF_LONG_VECTORS], env=environment, check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    'values',
+    [
+        np.ones(100_000),  # a sum of squares in bfloat16 would stop growing at 256
+        np.r_[300.0, np.full(90_000, 1.0)],  # and lose every small one beside a large one
+        np.r_[1e18, np.full(1000, 1e-18)],
+        np.full(1000, 1e-18),
+        np.geomspace(1e-10, 1e10, 2001) * (-1) ** np.arange(2001),
+    ],
+    ids=['many', 'one large', 'extremes', 'tiny', 'all sizes'],
+)
+def test_bound_holds_for_bfloat16_gradients_of_any_magnitude(values):
+    gradients = {'w': jnp.asarray(values, jnp.bfloat16)[None]}
+    exact = norm({'w': np.float64(gradients['w'])})
+    total, norms = jax.jit(clipped_sum)(gradients, np.array([True]), 1.0)
+    assert total['w'].dtype == norms.dtype == jnp.float32
+    np.testing.assert_allclose(norms, exact, rtol=1e-5)
+    assert norm(total) <= 1
+    np.testing.assert_allclose(norm(total), min(1, exact), rtol=2e-5)
+
+
+def test_rows_of_padding_have_weight_zero_whatever_they_hold():
+    gradients = {'w': jnp.array([[3.0, 4.0], [jnp.nan, 0.0], [0.0, 0.0], [1e30, 1.0]])}
+    weights, norms = clip_weights(gradients, np.zeros(4, bool), 1.0)
+    np.testing.assert_array_equal(weights, np.zeros(4))
+    assert norms[0] == 5
+    total, _ = clipped_sum(gradients, np.zeros(4, bool), 1.0)
+    np.testing.assert_array_equal(total['w'], np.zeros(2))
+
+
+def test_rows_that_are_no_whole_microbatches_are_refused(quadratic):
+    params, examples = quadratic
+    with pytest.raises(ValueError, match='microbatch is 7; it must divide the number of rows, 24'):
+        clipped_gradient_sum(
+            quadratic_loss, params, examples, np.ones(24, bool), clip_norm=1.0, microbatch=7, microbatches=3
+        )

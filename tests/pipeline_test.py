@@ -229,19 +229,23 @@ def edit_plan(workdir, **changes):
 
 
 def test_a_plan_is_shown_beside_a_run_that_works(run, gate, tmp_path, monkeypatch):
-    """Ledger and checkpoints grow meanwhile: a step that was saved was recorded before."""
+    """Whenever a checkpoint is looked for, another process took one more step, and recorded it before."""
     config, reference = run
     workdir = copy_of(reference, tmp_path)
     shutil.rmtree(workdir.model('finetune'))
-    whole, latest = workdir.ledger.read_text(), checkpoint.latest_training
-    edit(workdir.ledger, lambda text: ''.join(text.splitlines(True)[:-1]))
+    lines, latest, steps = workdir.ledger.read_text().splitlines(True), checkpoint.latest_training, [10]
 
     def look(folder):
-        workdir.ledger.write_text(whole)  # the other process goes on
-        return latest(folder)
+        step, saved = latest(folder)
+        if folder != workdir.checkpoints('finetune'):
+            return step, saved
+        steps[0] += 1
+        workdir.ledger.write_text(''.join(lines[: config.query.queries + steps[0]]))
+        return steps[0], saved
 
     monkeypatch.setattr(checkpoint, 'latest_training', look)
-    assert not gate(config, workdir).done['finetune']
+    found = gate(config, workdir)
+    assert not found.done['finetune'] and 10 < steps[0] == found.ledger.count('dp_sgd') < STEPS
 
 
 def test_report_is_made_again_when_the_evaluation_is_newer(run, gate, tmp_path):

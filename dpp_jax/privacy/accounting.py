@@ -194,10 +194,9 @@ def _bracket(
     while (figure := spent(upper)) > budget:
         if upper >= _MOST_NOISE:
             raise BudgetTooSmall(
-                f'the query alone spends ε = {format_epsilon(figure)} at δ = {format_exact(delta)}, '
-                f'the budget dp.epsilon is {format_exact(budget)} (a noise multiplier of {upper:g} '
-                'for everything else is not enough); ask fewer queries, give them more noise '
-                '(query.noise_multiplier, or a query.epsilon_share), or raise the budget',
+                f'the query alone spends ε = {format_epsilon(figure)} at δ = {format_exact(delta)}; the '
+                f'budget dp.epsilon is {format_exact(budget)}. Lower query.queries, raise '
+                'query.noise_multiplier, set query.epsilon_share, or raise the budget',
                 figure,
             )
         upper = min(upper * factor, _MOST_NOISE)

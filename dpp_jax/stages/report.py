@@ -21,7 +21,9 @@ def is_done(workdir: WorkDir, images: artefacts.SyntheticImages, evaluation: art
     """Whether the report that is there shows these images and results."""
     if not workdir.report.exists() or not workdir.report_page.exists():
         return False
-    reported = files.read_json(workdir.report, 'Delete it: --stage=report writes it again')
+    reported = files.read_json(
+        workdir.report, 'Delete the file and run --stage=report: it writes the report again'
+    )
     reported.pop('privacy', None)
     return statement.exists(workdir) and reported == _shown(images, evaluation)
 
@@ -66,7 +68,7 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
         for row in privacy['mechanisms']
     ]
     total = f'ε = {show(privacy["epsilon"])}, δ = {exact(privacy["delta"])}'
-    return [*rows, ('total (by the ledger)', total), ('budget', f'ε = {exact(privacy["budget"])}')]
+    return [*rows, ('total (from the ledger)', total), ('budget', f'ε = {exact(privacy["budget"])}')]
 
 
 def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -74,7 +76,7 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     if 'fid' in results:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))
-        rows.append(('  real test images for scale', f'{results["fid_of_real_test_images"]:.2f}'))
+        rows.append(('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}'))
     for kind, accuracy in results.get('accuracy', {}).items():
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
         rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %'))
@@ -85,10 +87,10 @@ def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
     """The table, and where the files are."""
     found = [
         *(
-            ('synthetic images' if name == 'images' else 'for classifiers', path)
+            ('synthetic images' if name == 'images' else 'images for classifiers', path)
             for name, path in images.paths.items()
         ),
-        ('picture of them', images.picture),
+        ('image grid', images.picture),
         ('model', workdir.model('finetune')),
         ('privacy statement', workdir.statement_text),
         ('privacy ledger', workdir.ledger),
@@ -101,7 +103,7 @@ def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
         lines += [f'NOT PRIVATE: config.seed = {config.seed} makes the noise repeatable.', '']
     lines += [f'  {name:<{width}}{value}' for name, value in rows]
     lines += ['', f'  {note}'] if note else []
-    lines += ['  Scores are computed from real images without a guarantee: do not publish them.', '']
+    lines += ['  Scores come from real images and have no privacy guarantee. Do not publish them.', '']
     lines += [f'  {name:<{width}}{path}' for name, path in found]
     return '\n'.join(lines) + '\n'
 
@@ -148,8 +150,8 @@ ones · unit of privacy: one image, add or remove</p>
 <h2>Privacy and quality</h2>
 <table>{table}</table>
 <p>{html.escape(note)}</p>
-<p class="note">FID and accuracies are computed from real images without a privacy guarantee. Keep this
-page inside; what may be published lies in <code>release/</code>.</p>
+<p class="note">FID and accuracies come from real images and have no privacy guarantee. Do not
+publish this page. You may publish everything in <code>release/</code>.</p>
 <h2>Images</h2>
 <div class="side">{''.join(figures)}</div>
 </body></html>

@@ -33,8 +33,8 @@ def _saving(folder: Path) -> Iterator[None]:
         text = str(error)
         cause = 'no space left on the device' if 'No space left' in text else text.splitlines()[0]
         raise SaveFailed(
-            f'a checkpoint could not be written to {folder} ({cause}). What was saved before is '
-            'intact: mend that, and the same command goes on from there'
+            f'a checkpoint could not be written to {folder} ({cause}). Earlier checkpoints are intact: '
+            'solve the problem, then run the same command to continue'
         ) from error
 
 
@@ -87,7 +87,7 @@ class TrainingStore:
             raise ValueError(
                 f'no checkpoint in {self.folder} can be read: '
                 f'{", ".join([path.name for path in unreadable] + damaged)} ({cause}). If that may pass, '
-                'try again. Else restore the folder; or delete it: the same command then starts this '
+                'try again. Otherwise restore the folder, or delete it: the same command then starts this '
                 'training again, with the same batches and the same noise'
             )
         return None

@@ -54,7 +54,7 @@ def leave_on_sigterm() -> None:
 
     def leave(number, frame):
         del number, frame
-        os.write(2, b'\nStopped before the run began. The same command begins it.\n')
+        os.write(2, b'\nStopped before the run began. Run the same command to start it.\n')
         os._exit(0)
 
     signal.signal(signal.SIGTERM, leave)
@@ -85,7 +85,7 @@ def _watch(reader: int, grace_seconds: float) -> None:
         pass
     threading.Event().wait(grace_seconds)
     print(
-        '\nStopped in the middle of a step. The same command goes on from the last checkpoint.',
+        '\nStopped during a step. Run the same command to continue from the last checkpoint.',
         file=sys.stderr,
         flush=True,
     )

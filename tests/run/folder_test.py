@@ -133,7 +133,7 @@ def test_a_damaged_record_is_named_with_what_to_do(tiny_config, tmp_path, name, 
     read()
     (path,) = tmp_path.rglob(name)
     path.write_text(damage(path.read_text()))
-    with pytest.raises(ValueError, match=f'{name} cannot be read .*Restore it.*delete it'):
+    with pytest.raises(ValueError, match=f'{name} cannot be read .*Restore the file.*delete it'):
         read()
 
 
@@ -153,7 +153,7 @@ def test_other_images_are_refused(tmp_path, change):
             'fewer': (images[:5], labels[:5]),
             'shape': (images.reshape(6, 2, 4, 1), labels),
         }
-        with pytest.raises(ValueError, match='not those .6. with which .*fingerprint'):
+        with pytest.raises(ValueError, match='other images .* was made with .6.: their fingerprint'):
             workdir.check_fingerprint('train', *others[change])
     assert stat.S_IMODE(os.stat(workdir.fingerprints).st_mode) == 0o600
 

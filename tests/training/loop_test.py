@@ -110,7 +110,7 @@ def test_a_run_whose_weights_are_lost_stops_and_keeps_the_last_good_checkpoint(
         in_axes=(0, None),
     )
     written = []
-    with pytest.raises(loop.Diverged, match=f'test is lost.*not finite at step 6.*{good}'):
+    with pytest.raises(loop.Diverged, match=f'test failed: the weights are not finite at step 6.*{good}'):
         train(tmp_path, lost, seconds=seconds, written=written)
     kept = checkpoint.latest_training(tmp_path)
     assert (kept and kept[0]) == (5 if seconds == 0 else None)
@@ -132,7 +132,7 @@ def test_a_lost_loss_is_noticed_before_the_next_checkpoint(tmp_path):
         ),
         in_axes=(0, None),
     )
-    with pytest.raises(loop.Diverged, match='loss is not finite at step 7; .* that of step 6 in'):
+    with pytest.raises(loop.Diverged, match='loss is not finite at step 7. .* that of step 6 in'):
         train(tmp_path, lost, seconds=0.0)
     assert checkpoint.latest_training(tmp_path)[0] == 6
 

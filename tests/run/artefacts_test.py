@@ -70,7 +70,7 @@ def test_damaged_images_are_named_with_what_to_do(settings, tmp_path, images, da
         each.write_bytes(damage(each.read_bytes()))
     with pytest.raises(ValueError, match='images.npz cannot be read .*Run --stage=generate'):
         synthetic.load(path)
-    with pytest.raises(ValueError, match='central_images.npz cannot be read .*--stage=central then'):
+    with pytest.raises(ValueError, match='central_images.npz cannot be read .*run --stage=central'):
         artefacts.central_images(workdir)
 
 

@@ -152,6 +152,6 @@ def test_a_damaged_file_is_named_with_what_to_do(path, ledger, damage):
     torn = damage(path.read_text())
     path.write_text(torn)
     for each in ask:
-        with pytest.raises(ValueError, match='keys.json cannot be read .*Restore the file.*delete the file'):
+        with pytest.raises(ValueError, match='keys.json cannot be read .*Restore the file.*delete it'):
             each()
     assert path.read_text() == torn

@@ -359,10 +359,10 @@ def test_plan_of_a_run_is_the_one_it_follows(run, tiny_config, tmp_path, capsys)
 @pytest.mark.parametrize(
     'change, error, text',
     [
-        ({'data__train_images': 1400}, ValueError, 'train_images is 1400; digits has 1437'),
+        ({'data__train_images': 1400}, ValueError, 'train_images is 1400; it must be 1437'),
         ({'data__source': 'digitz'}, ValueError, 'digitz'),
         ({'data__source': 'idx:nowhere'}, FileNotFoundError, 'nowhere'),
-        ({'data__image_size': 16}, ValueError, 'data.image_size and data.channels say'),
+        ({'data__image_size': 16}, ValueError, 'give images of shape .16, 16, 1.; digits has'),
         ({'data__classes': 9}, ValueError, r'label.*9'),
         ({'data__classes': 11}, ValueError, 'class'),
     ],

@@ -108,7 +108,7 @@ def plan(
 
 
 def _query_releases(config: ConfigDict, sigma: float) -> Releases:
-    """The queries with this noise multiplier."""
+    """Make the queries with this noise multiplier."""
     mechanism = GaussianMechanism(
         name=CENTRAL_QUERY,
         noise_multiplier=sigma,

@@ -112,7 +112,7 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """The least ε ≥ 0 with `gaussian_delta(ε, mu)` ≤ δ; 0 for μ ≤ 0.
+    """Compute the least ε ≥ 0 with `gaussian_delta(ε, mu)` ≤ δ; 0 for μ ≤ 0.
 
     Args:
         mu: finite.

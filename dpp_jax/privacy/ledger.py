@@ -141,7 +141,7 @@ class Ledger:
         return list(self._entries.values())
 
     def count(self, mechanism: str) -> int:
-        """How many releases of `mechanism` there were."""
+        """Return how many releases of `mechanism` there were."""
         return sum(entry.mechanism == mechanism for entry in self._entries.values())
 
     def _is_new(self, entry: Entry) -> bool:

@@ -176,7 +176,7 @@ class Evaluation:
         }
 
     def _load(self) -> dict[str, Any]:
-        """The results so far; nothing if they are of other images, or by other settings, than now."""
+        """Return the results so far; nothing if they are of other images, or by other settings, than now."""
         if not self._path.exists():
             return {}
         results = files.read_json(

@@ -113,7 +113,7 @@ class Keys:
         return name not in known or 'released' in known[name]
 
     def _get(self, name: str) -> dict[str, str]:
-        """The secrets of one part, in hexadecimal, made if there are none."""
+        """Return the secrets of one part, in hexadecimal; make them if there are none."""
         known = self._read()
         if name not in known:
             known[name] = _fresh_secrets(name, self._seed)

@@ -150,7 +150,7 @@ def check_lost(workdir: WorkDir, keys: Keys, budget: Budget, done: dict[str, boo
 
 
 def markdown(statement: dict[str, Any]) -> str:
-    """The statement for people; every ε rounded up."""
+    """Write the statement for people; every ε is rounded up."""
     show, exact = accounting.format_epsilon, accounting.format_exact
     epsilon = statement['epsilon_by_accountant']
     lines = ['# Privacy statement', '']
@@ -212,7 +212,7 @@ def record_code(workdir: WorkDir, stage: str) -> None:
 
 
 def codes(workdir: WorkDir) -> dict[str, list[dict[str, str]]]:
-    """Stage → versions of the code that ran it."""
+    """Return stage → versions of the code that ran it."""
     if not workdir.code.exists():
         return {}
     return files.read_json(
@@ -221,7 +221,7 @@ def codes(workdir: WorkDir) -> dict[str, list[dict[str, str]]]:
 
 
 def code_version() -> dict[str, str]:
-    """Versions of this package (with its commit, where it is a git checkout) and of what it counts with."""
+    """Return the versions of this package, with its commit in a git checkout, and of what it counts with."""
     names = ('dp-accounting', 'jax', 'jaxlib', 'numpy')
     versions = {'dpp_jax': dpp_jax.__version__}
     versions |= {name: importlib.metadata.version(name) for name in names}
@@ -243,7 +243,7 @@ def code_version() -> dict[str, str]:
 
 
 def _epsilons(releases: Sequence[Releases], delta: float, accountant: str) -> dict[str, float | None]:
-    """ε by both accountants, and the order at which RDP attains it; PLD's only where it is cheap or asked."""
+    """Compute ε by both accountants and RDP's order; by PLD only where it is cheap or asked for."""
     event = total_event(releases)
     rdp, order = accounting.epsilon_and_order(event, delta)
     computed = accountant == 'pld' or rdp <= _MOST_FOR_PLD

@@ -99,7 +99,7 @@ def text(config: ConfigDict, plan: Plan) -> str:
 
 
 def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:
-    """The privacy statement of a run that follows the plan."""
+    """Make the privacy statement of a run that follows the plan."""
     budget = plan.budget
     return statement.make(
         budget.releases,

@@ -29,7 +29,7 @@ def is_done(workdir: WorkDir, images: artefacts.SyntheticImages, evaluation: art
 
 
 def _shown(images: artefacts.SyntheticImages, evaluation: artefacts.Evaluation) -> dict[str, Any]:
-    """What a report shows, other than the privacy statement."""
+    """Return what a report shows, other than the privacy statement."""
     return {'images': images.identity(), **evaluation.results}
 
 
@@ -60,7 +60,7 @@ def run(
 
 
 def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
-    """The lines of the table about ε: (what, figure)."""
+    """Return the lines of the table about ε: (what, figure)."""
     show, exact = accounting.format_epsilon, accounting.format_exact
     accountant = privacy['accountant']
     rows = [
@@ -72,7 +72,7 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """The lines of the table about quality: (what, figure)."""
+    """Return the lines of the table about quality: (what, figure)."""
     rows = []
     if 'fid' in results:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))
@@ -84,7 +84,7 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImages, rows, note: str) -> str:
-    """The table, and where the files are."""
+    """Write the table, and where the files are."""
     found = [
         *(
             ('synthetic images' if name == 'images' else 'images for classifiers', path)
@@ -123,7 +123,7 @@ figcaption { color: #56636f; font-size: .9rem }
 
 
 def _page(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImages, rows, note: str) -> str:
-    """One HTML file with everything inside."""
+    """Write one HTML file with everything inside."""
     table = '\n'.join(
         f'<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>' for name, value in rows
     )
@@ -159,7 +159,7 @@ publish this page. You may publish everything in <code>release/</code>.</p>
 
 
 def _figure(config: ConfigDict, data: dict[str, np.ndarray], caption: str, columns: int) -> str:
-    """An image grid with its caption, embedded."""
+    """Write an image grid with its caption, embedded."""
     grid = image_grid.rows_by_class(data['images'], data['labels'], config.data.classes, columns)
     encoded = base64.b64encode(image_grid.png(grid)).decode()
     return (

@@ -129,7 +129,7 @@ def _save(store: checkpoint.TrainingStore, state: PyTree, record: _Record, name:
 
 
 def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore) -> Diverged:
-    """The error that says where things went wrong and what is left."""
+    """Make the error that says where things went wrong and what is left."""
     good = store.latest_step()
     kept = (
         'There is no earlier checkpoint'

@@ -86,7 +86,7 @@ def test_one_image_changes_all_sums_together_by_the_sensitivity_at_most(kind, ow
     query = QUERIES[kind](**SIZES, **own)
     bound = query.sensitivity
 
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=8, deadline=None, derandomize=True)
     @given(
         images=image_bytes | extremes,
         labels=hnp.arrays(np.int32, ROWS, elements=st.integers(0, CLASSES - 1)),
@@ -142,7 +142,7 @@ def test_a_query_has_settings_that_are_tried(kind):
 
 
 @pytest.mark.parametrize('kind', QUERIES)
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     images=image_bytes,
     other=image_bytes,

@@ -170,7 +170,8 @@ def locked(path: Path) -> contextlib.AbstractContextManager:
     The system releases the lock however the process ends. Entering the context raises
     `filelock.Timeout` if another process holds it.
     """
-    return filelock.FileLock(path, timeout=0)
+    # A marker file, which filelock may fall back to, would outlive a killed process, or be taken by another.
+    return filelock.FileLock(path, timeout=0, fallback_to_soft=False)
 
 
 def remove_unfinished(root: Path, folders: Iterable[Path]) -> None:

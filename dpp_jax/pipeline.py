@@ -40,29 +40,30 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
         stage: one of STAGES, 'plan', 'all' or 'clean'.
 
     Raises:
-        ValueError, FileNotFoundError, PermissionError: a setting, the data or the work directory
-            is not as it must be; raised before any privacy is spent.
+        ValueError, OSError: settings, data or work directory are not as they must be; nothing is spent.
     """
     settings.check(config)
     if jax.process_count() > 1:
         raise ValueError(f'this run has {jax.process_count()} processes; it must have one, with all devices')
     workdir, model = WorkDir(root), build.model(config)
-    workdir.check(flatten(config.to_dict()))
     images = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
-    if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
-        images.check()
+    _check_folder(config, workdir, images, stage)
     if stage == 'plan':
         gate = _gate(config, workdir, model, images, read_only=True)
         todo = [name for name in STAGES if not gate.done[name]]
-        sizes = build.sizes(config, model)
-        plan.run(config, workdir, plan=gate.plan, todo=todo, model=model, sizes=sizes)
+        plan.run(config, workdir, plan=gate.plan, todo=todo, model=model, sizes=build.sizes(config, model))
         return
     with workdir.opened():
+        _check_folder(config, workdir, images, stage)  # again: another process may have worked here
         this_run = Run(config, workdir, model, images, _gate(config, workdir, model, images))
-        if stage == 'clean':
-            this_run.clean()
-        else:
-            this_run.run(STAGES if stage == 'all' else (stage,))
+        this_run.clean() if stage == 'clean' else this_run.run(STAGES if stage == 'all' else (stage,))
+
+
+def _check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, stage: str) -> None:
+    """Compare the settings with those that the folder and its images were made with."""
+    workdir.check(flatten(config.to_dict()))
+    if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
+        images.check()
 
 
 class Gate(NamedTuple):
@@ -91,11 +92,12 @@ def _gate(
     }
     artefacts.check_models(workdir, model.shapes())  # before the ledger: of another network, neither fits
     saved = checkpoint.latest_training(workdir.checkpoints('finetune'))
+    stated = {name: statement.stated(workdir, name) for name in (CENTRAL_QUERY, DP_SGD)}
     budget, ledger = run_plan.budget, Ledger(workdir.ledger, read_only=read_only)  # last: it may grow
     steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
-    queries = budget.count(CENTRAL_QUERY) if done['central'] else 0
-    budget.check_ledger(ledger, {CENTRAL_QUERY: queries, DP_SGD: steps})
-    statement.check_lost(workdir, Keys(workdir.keys, config.seed), budget, done)
+    used = {CENTRAL_QUERY: budget.count(CENTRAL_QUERY) * done['central'], DP_SGD: steps}
+    budget.check_ledger(ledger, used)
+    statement.check_lost(workdir, Keys(workdir.keys, config.seed), ledger, budget, done, stated)
     return Gate(plan=run_plan, ledger=ledger, done=done)
 
 
@@ -106,6 +108,7 @@ class Run:
         self.config, self.workdir, self.model, self.images = config, workdir, model, images
         self.plan, self.ledger, self.done = gate.plan, gate.ledger, gate.done
         self.keys = Keys(workdir.keys, config.seed)
+        self._stage = config, workdir, self.keys  # what every stage is given first
 
     @functools.cached_property
     def train(self) -> Images:
@@ -126,6 +129,8 @@ class Run:
             self.workdir.record(flatten(self.config.to_dict()))
             plan_lib.save(self.workdir.plan, self.plan)
             artefacts.write_parameters(self.workdir, self.model)
+            if {'pretrain', 'finetune', 'generate'} & set(todo):
+                _ = self._sizes  # settled before anything is spent
         for stage in todo:
             start = time.monotonic()
             statement.record_code(self.workdir, stage)
@@ -176,11 +181,6 @@ class Run:
 
     def clean(self) -> None:
         clean.run(self.workdir, self.model, is_finished=self.done['finetune'], last=self._write_statement)
-
-    @property
-    def _stage(self) -> tuple:
-        """What every stage is given first."""
-        return self.config, self.workdir, self.keys
 
     @property
     def _private_stage(self) -> tuple:

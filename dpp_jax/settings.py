@@ -66,6 +66,8 @@ def check(config: ConfigDict) -> None:
         lines += _query(config)
     if 'pretrain.augmentation' not in problems:
         lines += _augmentation(config)
+    if not any(name.startswith(('data.', 'generate.')) for name in problems):
+        lines += _refusal('generate', lambda: build.samplers(config))
     if lines:
         raise ValueError('\n'.join(lines))
 
@@ -328,7 +330,7 @@ def _refusal(section: str, make: Callable[[], Any]) -> list[str]:
     """Return the line for the error that `make` raises, or nothing."""
     try:
         make()
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the second: of a setting that there is not
         names_a_setting = re.match(r'\w+ is ', str(error))
         return [f'config.{section}{"." if names_a_setting else ": "}{error}']
     return []

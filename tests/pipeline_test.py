@@ -235,6 +235,7 @@ def test_a_plan_is_shown_beside_a_run_that_works(run, gate, tmp_path, monkeypatc
     config, reference = run
     workdir = copy_of(reference, tmp_path)
     shutil.rmtree(workdir.model('finetune'))
+    workdir.statement.unlink()  # it covers all steps
     lines, latest, steps = workdir.ledger.read_text().splitlines(True), checkpoint.latest_training, [10]
 
     def look(folder):

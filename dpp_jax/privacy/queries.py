@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpp_jax.privacy import checks
 from dpp_jax.privacy.clipping import clip_weights
@@ -146,7 +147,8 @@ class MeanQuery(Query):
 
     @property
     def sensitivity(self) -> float:
-        return math.hypot(self.image_norm, self.count_weight or 0.0)
+        # NumPy's, not math's: ledgers of earlier versions hold its last digit.
+        return float(np.hypot(self.image_norm, self.count_weight or 0.0))
 
     def sums(self, images, labels, mask):
         centered = images / jnp.float32(255) - self.pixel_center

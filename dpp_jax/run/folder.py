@@ -95,7 +95,7 @@ class WorkDir:
                     f'--workdir={self.root} is in use by another process. Wait for it, stop it, or '
                     'use another --workdir'
                 ) from error
-            except OSError as error:
+            except (OSError, NotImplementedError) as error:  # the second: of a file system without locks
                 raise PermissionError(
                     f'--workdir={self.root} cannot be written ({error}); it must be a folder that this '
                     'user may create and write'

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from dpp_jax import files
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import NoiseKey
 
@@ -82,8 +83,10 @@ class Keys:
         """Return the keys of a part of the run ('pretrain', 'generate/images', ...), made on first use.
 
         Raises:
-            ValueError: the file's keys were not made from this seed.
+            ValueError: it is a mechanism, or the file's keys were not made from this seed.
         """
+        if name in (CENTRAL_QUERY, DP_SGD):
+            raise ValueError(f'name is {name!r}; keys of a mechanism are given by `of_mechanism` alone')
         found = self._get(name)
         return PartKeys(order=int(found['sampling'], 16), random=_jax_key(found))
 

@@ -132,15 +132,36 @@ def stated(workdir: WorkDir, mechanism: str) -> int:
     return sum(row['count'] for row in statement['mechanisms'] if row['mechanism'] == mechanism)
 
 
-def check_lost(workdir: WorkDir, keys: Keys, budget: Budget, done: dict[str, bool]) -> None:
+def check_lost(
+    workdir: WorkDir,
+    keys: Keys,
+    ledger: Ledger,
+    budget: Budget,
+    done: dict[str, bool],
+    stated: dict[str, int],
+) -> None:
     """Refuse to repeat a release of which nothing tells what it was.
 
+    Args:
+        workdir: the folder of the run.
+        keys: its keys.
+        ledger: its ledger.
+        budget: its plan's.
+        done: stage → whether its output is there.
+        stated: mechanism → releases that the statement counts; read before the ledger, which may grow.
+
     Raises:
-        ValueError: the statement covers what a stage released, which is not there any more, and the keys
-            of its mechanism do not tell what it was.
+        ValueError: the statement counts releases that the ledger lacks; or it covers what a stage released,
+            which is not there any more, and the keys of its mechanism do not tell what it was.
     """
     for stage, name in (('central', CENTRAL_QUERY), ('finetune', DP_SGD)):
-        is_stated = 0 < budget.count(name) == stated(workdir, name)
+        count = stated[name]
+        if count > ledger.count(name):
+            raise ValueError(
+                f'{ledger.path} has {ledger.count(name)} entries of {name}, but the privacy statement counts '
+                f'{count} releases. Restore the ledger: ε cannot be computed without it'
+            )
+        is_stated = 0 < budget.count(name) == count
         if not done[stage] and is_stated and not keys.may_repeat(name):
             raise ValueError(
                 f'the output of --stage={stage} is missing in {workdir.release}, but the privacy statement '

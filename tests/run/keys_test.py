@@ -155,3 +155,10 @@ def test_a_damaged_file_is_named_with_what_to_do(path, ledger, damage):
         with pytest.raises(ValueError, match='keys.json cannot be read .*Restore the file.*delete it'):
             each()
     assert path.read_text() == torn
+
+
+@pytest.mark.parametrize('name', ['central_query', 'dp_sgd'])
+def test_keys_of_a_mechanism_have_one_door(path, name):
+    with pytest.raises(ValueError, match=f"name is '{name}'; keys of a mechanism"):
+        Keys(path, None).of_part(name)
+    assert not path.exists()

@@ -89,19 +89,37 @@ def test_the_written_statement_says_how_often_a_mechanism_ran(tmp_path):
     assert statement.exists(workdir)
 
 
+def check_lost(workdir, *others):
+    stated = {name: statement.stated(workdir, name) for name in (CENTRAL_QUERY, DP_SGD)}
+    statement.check_lost(workdir, *others, stated)
+
+
 @pytest.mark.parametrize('name, stage', [(CENTRAL_QUERY, 'central'), (DP_SGD, 'finetune')])
 def test_a_lost_release_is_repeated_only_if_the_keys_tell_what_it_was(tmp_path, name, stage):
     workdir = WorkDir(tmp_path)
     keys, part = Keys(workdir.keys, None), releases(3, name=name)
-    keys.of_mechanism(name, Ledger(workdir.ledger))
+    ledger = Ledger(workdir.ledger)
+    identifier = keys.of_mechanism(name, ledger).noise.identifier
+    for number in range(3):
+        ledger.append(part.mechanism.entry(number, identifier))
     budget = Budget(epsilon=50.0, delta=1e-5, accountant='rdp', releases=(part,))
     lost, done = ({'central': is_there, 'finetune': is_there} for is_there in (False, True))
-    statement.check_lost(workdir, keys, budget, lost)  # nothing was stated
+    check_lost(workdir, keys, ledger, budget, lost)  # nothing was stated
     statement.write(workdir, make(releases(2, name=name)))
-    statement.check_lost(workdir, keys, budget, lost)  # nor all of it made
+    check_lost(workdir, keys, ledger, budget, lost)  # nor all of it made
     statement.write(workdir, make(part))
-    statement.check_lost(workdir, keys, budget, done)
+    check_lost(workdir, keys, ledger, budget, done)
     with pytest.raises(ValueError, match=f'the output of --stage={stage} is missing in'):
-        statement.check_lost(workdir, keys, budget, lost)
+        check_lost(workdir, keys, ledger, budget, lost)
     keys.bind_release(name, [])
-    statement.check_lost(workdir, keys, budget, lost)
+    check_lost(workdir, keys, ledger, budget, lost)
+
+
+def test_releases_that_the_statement_counts_and_the_ledger_lacks_are_not_made_again(tmp_path):
+    """Keys, ledger and what was released are lost: new keys would release a second time."""
+    workdir, part = WorkDir(tmp_path), releases(3)
+    budget = Budget(epsilon=50.0, delta=1e-5, accountant='rdp', releases=(part,))
+    statement.write(workdir, make(part))
+    lost = {'central': False, 'finetune': False}
+    with pytest.raises(ValueError, match='0 entries of dp_sgd, but the privacy statement counts 3'):
+        check_lost(workdir, Keys(workdir.keys, None), Ledger(workdir.ledger), budget, lost)

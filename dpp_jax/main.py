@@ -25,9 +25,11 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run; the program
 _STAGE = flags.DEFINE_enum(
     'stage',
     'all',
-    ['plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'clean'],
-    'What to run: one stage; all: those that are not done; plan: spends nothing; clean: deletes private/.',
+    ['plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'clean', 'compose'],
+    'What to run: one stage; all: those that are not done; plan: spends nothing; clean: deletes private/; '
+    'compose: prints what the folders of --with spent together.',
 )
+_WITH = flags.DEFINE_string('with', '', 'Work directories, separated by commas, for --stage=compose.')
 
 
 def main(argv):
@@ -37,6 +39,9 @@ def main(argv):
         from dpp_jax import pipeline
         from dpp_jax.training import devices
 
+        if _STAGE.value == 'compose':
+            pipeline.compose(_WITH.value)
+            return
         devices.one_per_core()
         devices.keep_compiled_programs()
         preemption.stop_on_sigterm()
@@ -46,7 +51,7 @@ def main(argv):
 def entry_point():
     """Run the console script `dpp-jax`."""
     preemption.leave_on_sigterm()  # the imports of `main` take seconds
-    command_line.run(main, help_text=__doc__, shown=[_CONFIG, _WORKDIR, _STAGE])
+    command_line.run(main, help_text=__doc__, shown=[_CONFIG, _WORKDIR, _STAGE, _WITH])
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ from dpp_jax.data.images import Images
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import artefacts, statement
+from dpp_jax.run import artefacts, composition, statement
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
@@ -65,6 +65,11 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
             this_run.run(STAGES if stage == 'all' else (stage,))
 
 
+def compose(workdirs: str) -> None:
+    """Print what several work directories, separated by commas, spent together. Writes nothing."""
+    print(composition.text(workdirs))
+
+
 class Gate(NamedTuple):
     """What a command may rely on: plan, ledger and folder fit each other."""
 
@@ -94,8 +99,10 @@ def _gate(
     budget, ledger = run_plan.budget, Ledger(workdir.ledger, read_only=read_only)  # last: it may grow
     steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
     queries = budget.count(CENTRAL_QUERY) if done['central'] else 0
+    keys = Keys(workdir.keys, config.seed)
+    keys.check_planned([part.mechanism.name for part in budget.releases])
     budget.check_ledger(ledger, {CENTRAL_QUERY: queries, DP_SGD: steps})
-    statement.check_lost(workdir, Keys(workdir.keys, config.seed), budget, done)
+    statement.check_lost(workdir, keys, budget, done)
     return Gate(plan=run_plan, ledger=ledger, done=done)
 
 

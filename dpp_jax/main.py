@@ -37,10 +37,11 @@ def main(argv):
     with command_line.errors_in_one_line():
         # Imported late: a mistake on the command line is told at once.
         from dpp_jax import pipeline
+        from dpp_jax.run import composition
         from dpp_jax.training import devices
 
         if _STAGE.value == 'compose':
-            pipeline.compose(_WITH.value)
+            print(composition.text(_WITH.value))
             return
         devices.one_per_core()
         devices.keep_compiled_programs()

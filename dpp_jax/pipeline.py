@@ -20,7 +20,7 @@ from dpp_jax.data.images import Images
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import artefacts, composition, statement
+from dpp_jax.run import artefacts, statement
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
@@ -63,11 +63,6 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
             this_run.clean()
         else:
             this_run.run(STAGES if stage == 'all' else (stage,))
-
-
-def compose(workdirs: str) -> None:
-    """Print what several work directories, separated by commas, spent together. Writes nothing."""
-    print(composition.text(workdirs))
 
 
 class Gate(NamedTuple):

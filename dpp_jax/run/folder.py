@@ -50,7 +50,7 @@ class WorkDir:
         self.central_images = self.release / 'central_images.npz'
         self.synthetic = self.release / 'synthetic'
         self.keys = self.private / 'keys.json'
-        self.own_config = self.private / 'config.json'
+        self.own_config = self.private / 'config_of_keys.json'
         self.fingerprints = self.private / 'data.json'
         self.sizes = self.private / 'images_at_once.json'
         self.evaluation = self.private / 'evaluation.json'
@@ -107,7 +107,7 @@ class WorkDir:
     def check(self, settings: Mapping[str, Any]) -> None:
         """Check that the folder was made with these settings, by their full names.
 
-        The keys in private/ belong to the settings in private/config.json, also after release/ was moved away.
+        The keys in private/ belong to the settings in `own_config`, also if release/ is moved away.
 
         Raises:
             ValueError: other settings are recorded; the message lists the differences.
@@ -125,8 +125,8 @@ class WorkDir:
             raise ValueError(
                 f'--workdir={self.root} belongs to another config ({path}):\n  '
                 + '\n  '.join(found)
-                + '\nUse those settings, or another --workdir. What this folder spent on the same private images '
-                f'counts on: --config.dp.already_spent={self.root} puts it into the budget of the other.'
+                + '\nUse those settings, or another --workdir. What this folder spent adds up with what '
+                f'another one spends: --config.dp.already_spent={self.root} counts it there.'
             )
 
     def record(self, settings: Mapping[str, Any]) -> None:

@@ -123,8 +123,8 @@ class Keys:
         for name, found in self._read().items():
             if isinstance(found, dict) and 'released' in found and name not in mechanisms:
                 raise ValueError(
-                    f'{self._path} has keys of {name} whose output was released, but this config does not run '
-                    f'{name}: its ε would be forgotten. Use the settings of that run, or another --workdir '
+                    f'{self._path} has keys of {name}, whose output was released. This config does not run '
+                    f'{name}, and would forget its ε. Use the settings of that run, or another --workdir '
                     'with config.dp.already_spent'
                 )
 

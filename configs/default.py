@@ -21,11 +21,18 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     dp.epsilon = parse_epsilon(epsilon)  # the budget of the whole run, > 0
     dp.delta = 1e-5  # in (0, 1), and below 1 / number of private images
     dp.accountant = 'rdp'  # rdp (as the paper), or pld (tighter)
+    # Which sets are neighbors: zero_out (one image counts as nothing; their number is public) | add_remove
+    # (one image more; data.train_images is then a public guess, any number is taken) | replace_one (another
+    # image in the place of one; takes twice the noise, and accountant pld).
+    dp.relation = 'zero_out'
+    # Earlier runs on the same private images, whose ε this budget includes: work directories, paths of a
+    # ledger.jsonl or of a privacy_statement.json, separated by commas. '' = none.
+    dp.already_spent = ''
 
     config.data = data = ConfigDict()
     data.source = 'tfds:mnist'  # digits | tfds:<name> | idx:<folder> | npz:<folder>
     data.dir = ''  # where tensorflow-datasets keeps its data; '' = its own default
-    data.train_images = 60000  # number of private images; treated as public knowledge
+    data.train_images = 60000  # number of private images; public (add_remove: any public number near it)
     data.image_size = 28  # pixels, after average_down
     data.channels = 1  # 1 or 3
     data.classes = 10  # labels are 0 .. classes - 1

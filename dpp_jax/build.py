@@ -1,6 +1,6 @@
 """From the names and numbers in a config to objects: model, query, budget, augmentation, samplers, images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import math
 from pathlib import Path
@@ -13,10 +13,11 @@ from dpp_jax.data.images import Images
 from dpp_jax.diffusion import denoiser, sampler
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
+from dpp_jax.privacy import accounting, queries
 from dpp_jax.privacy import budget as budget_lib
-from dpp_jax.privacy import queries
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Releases
 from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.run import already_spent
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run import sizes as sizes_lib
 
@@ -62,6 +63,7 @@ def plan(
     run_model: Model,
     noise_multiplier: float | None = None,
     query_noise_multiplier: float | None = None,
+    spent_before: Sequence[Releases] | None = None,
 ) -> plan_lib.Plan:
     """Make the plan: calibrate the noise so that query and fine-tuning together stay within (ε, δ).
 
@@ -70,12 +72,26 @@ def plan(
         run_model: whose parameters are counted.
         noise_multiplier: of fine-tuning, where it is decided already.
         query_noise_multiplier: of a query whose noise `query.epsilon_share` decides, likewise.
+        spent_before: what the run was calibrated beside, likewise; None: what `dp.already_spent` names.
 
     Raises:
-        ValueError: the query alone exceeds the budget, or no noise keeps it within its share.
+        ValueError: the query, with what was spent before, exceeds the budget, or no noise keeps it within
+            its share, or what was spent before cannot be read.
     """
     dp, finetune, pretrain, images = config.dp, config.finetune, config.pretrain, config.data.train_images
-    limits = {'epsilon': dp.epsilon, 'delta': dp.delta, 'accountant': dp.accountant}
+    limits = {
+        'epsilon': dp.epsilon,
+        'delta': dp.delta,
+        'accountant': dp.accountant,
+        'relation': dp.relation,
+    }
+    if spent_before is None:
+        spent_before = already_spent.releases(dp.already_spent, is_private=config.seed is None)
+    if bool(already_spent.paths(dp.already_spent)) != bool(spent_before):
+        raise ValueError(
+            f'config.dp.already_spent is {dp.already_spent!r}, but plan.json has {len(spent_before)} releases '
+            'that were spent before. Someone changed the plan: restore the file, or use another --workdir'
+        )
     q, steps = budget_lib.schedule(images, finetune.batch_size, finetune.epochs)
     asked = []
     if pretrain.enabled:
@@ -93,7 +109,9 @@ def plan(
         )
         return Releases(mechanism=mechanism, count=steps)
 
-    budget = budget_lib.calibrate(asked, dp_sgd, noise_multiplier=noise_multiplier, **limits)
+    budget = budget_lib.calibrate(
+        asked, dp_sgd, noise_multiplier=noise_multiplier, before=spent_before, **limits
+    )
     central = budget.count(CENTRAL_QUERY) * config.data.classes
     batch = min(pretrain.batch_size, max(central, 1))
     pretrain_steps = pretrain.epochs * math.ceil(central / batch)
@@ -177,9 +195,11 @@ def images(config: ConfigDict, split: str) -> Images:
             f'config.data.image_size and config.data.channels give images of shape {wanted}; {data.source} '
             f'has images of shape {found.images.shape[1:]} after average_down={data.average_down}'
         )
-    if split == 'train' and len(found.images) != data.train_images:
+    is_public = accounting.RELATIONS[config.dp.relation].size_is_public
+    if split == 'train' and is_public and len(found.images) != data.train_images:
         raise ValueError(
             f'config.data.train_images is {data.train_images}; it must be {len(found.images)}, the number of '
-            f'private images in {data.source}. ε is computed from it'
+            f'private images in {data.source}. ε is computed from it. If their number is not public, set '
+            "config.dp.relation to 'add_remove' and train_images to a public guess of it"
         )
     return found

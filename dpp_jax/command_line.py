@@ -53,6 +53,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         if left[1:]:
             raise Mistake(f'{left[1]} is not a flag; flags are written --name=value')
         workdir = flags.FLAGS['workdir'].value
+        if flags.FLAGS['stage'].value == 'compose':
+            return left
         if not workdir or workdir.startswith('-'):
             found = 'missing' if workdir is None else workdir or 'empty'
             raise Mistake(f'--workdir is {found}; it must name the folder of this run, as in {_EXAMPLE}')
@@ -82,6 +84,8 @@ def _arranged(argv: list[str]) -> list[str]:
         rest.append(argument)
     if any(_HELP.fullmatch(argument) for argument in rest):
         return [program, *rest]
+    if re.search(r'(^|\n)--?stage[=\n]compose($|\n)', '\n'.join(rest)):
+        return [program, *rest]  # reads ledgers, no settings
     if chosen is None:
         raise Mistake(f'--config is missing; it must name a config, as in {_EXAMPLE}')
     chosen = find_config(chosen)

@@ -25,9 +25,11 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run; the program
 _STAGE = flags.DEFINE_enum(
     'stage',
     'all',
-    ['plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'clean'],
-    'What to run: one stage; all: those that are not done; plan: spends nothing; clean: deletes private/.',
+    ['plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'clean', 'compose'],
+    'What to run: one stage; all: those that are not done; plan: spends nothing; clean: deletes private/; '
+    'compose: prints what the folders of --with spent together.',
 )
+_WITH = flags.DEFINE_string('with', '', 'Work directories, separated by commas, for --stage=compose.')
 
 
 def main(argv):
@@ -35,8 +37,12 @@ def main(argv):
     with command_line.errors_in_one_line():
         # Imported late: a mistake on the command line is told at once.
         from dpp_jax import pipeline
+        from dpp_jax.run import composition
         from dpp_jax.training import devices
 
+        if _STAGE.value == 'compose':
+            print(composition.text(_WITH.value))
+            return
         devices.one_per_core()
         devices.keep_compiled_programs()
         preemption.stop_on_sigterm()
@@ -46,7 +52,7 @@ def main(argv):
 def entry_point():
     """Run the console script `dpp-jax`."""
     preemption.leave_on_sigterm()  # the imports of `main` take seconds
-    command_line.run(main, help_text=__doc__, shown=[_CONFIG, _WORKDIR, _STAGE])
+    command_line.run(main, help_text=__doc__, shown=[_CONFIG, _WORKDIR, _STAGE, _WITH])
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ def _registries() -> dict[str, Collection[str]]:
     """Return family → the names that a setting may have."""
     return {
         'accountant': tuple(accounting.ACCOUNTANTS),
+        'relation': tuple(accounting.RELATIONS),
         'query': tuple(queries.QUERIES),
         'source': {kind: source.form for kind, source in sources.SOURCES.items()},
         'augmentation': tuple(augment.AUGMENTATIONS),
@@ -172,6 +173,8 @@ def _table() -> dict[str, _Rule]:
         'dp.epsilon': _POSITIVE,
         'dp.delta': _INSIDE,
         'dp.accountant': _name_in(known['accountant']),
+        'dp.relation': _name_in(known['relation']),
+        'dp.already_spent': _TEXT,
         # data
         'data.source': _source_in(known['source']),
         'data.dir': _TEXT,
@@ -260,6 +263,15 @@ def _sides(image_size: int, multipliers: tuple[int, ...]) -> list[int]:
 
 
 _RELATIONS = (
+    _Relation(
+        'dp.accountant',
+        ('dp.relation',),
+        lambda accountant, relation: accountant in accounting.RELATIONS[relation].accountants,
+        lambda relation: (
+            f'{" or ".join(map(repr, accounting.RELATIONS[relation].accountants))}, because dp.relation is '
+            f'{relation!r}'
+        ),
+    ),
     _Relation(
         'dp.delta',
         ('data.train_images',),

@@ -23,7 +23,7 @@ ALLOWED = {
     'settings': LEAVES | {'evaluation', 'build'},
     'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings'},
     'command_line': {'configs', 'training'},
-    'main': {'command_line', 'training', 'pipeline'},
+    'main': {'command_line', 'training', 'run', 'pipeline'},
 }
 # Rooms that know what a config is; below them, functions take arrays, callables and named arguments.
 KNOW_CONFIG = {'stages', 'build.py', 'settings.py', 'pipeline.py', 'command_line.py', 'main.py'}

@@ -300,7 +300,7 @@ def test_statement_says_what_was_spent_and_that_a_seeded_run_is_not_private(run)
     assert statement['private'] is False
     assert set(statement['code_of_stages']) == set(pipeline.STAGES)
     text = workdir.statement_text.read_text()
-    assert 'THIS RUN IS NOT PRIVATE' in text and 'add or remove one' in text
+    assert 'THIS RUN IS NOT PRIVATE' in text and 'zero-out' in text and 'By replace one' in text
 
 
 def test_other_private_images_are_refused_when_a_run_goes_on(tiny_config, tmp_path):

@@ -77,6 +77,12 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
         ({'dp__delta': 1.0}, 'config.dp.delta is 1.0'),
         ({'dp__delta': 1 / 1437}, 'config.dp.delta is .*below 1 / data.train_images = 0.000696'),
         ({'dp__accountant': 'gdp'}, "config.dp.accountant is 'gdp'; it must be 'rdp' or 'pld'"),
+        ({'dp__relation': 'swap'}, "config.dp.relation is 'swap'; it must be 'zero_out' or 'add_remove' or"),
+        (
+            {'dp__relation': 'replace_one'},
+            "config.dp.accountant is 'rdp'; it must be 'pld', because dp.relation is 'replace_one'",
+        ),
+        ({'dp__already_spent': 3}, 'config.dp.already_spent is 3; it must be a text'),
         ({'data__source': 'digitz'}, "data.source is 'digitz'; it must be 'digits' or 'tfds:<name>'"),
         ({'data__source': 'tfds:'}, "data.source is 'tfds:'"),
         ({'data__source': 'digits:'}, "data.source is 'digits:'"),

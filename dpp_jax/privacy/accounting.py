@@ -1,16 +1,16 @@
 """What Poisson-sampled Gaussian mechanisms spend, and how much noise a budget asks for.
 
 Every figure is computed by dp_accounting; this module builds its events, fixes its settings and
-checks its arguments. Neighboring relation throughout: two sets of private examples are neighbors
-if one has exactly one example more (add or remove one).
+checks its arguments. ε is always that of one neighboring relation, a name in `RELATIONS`.
 """
 
 from collections.abc import Callable, Iterable
+import dataclasses
 import decimal
 import math
 
 import dp_accounting
-from dp_accounting import DpEvent
+from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
@@ -35,6 +35,52 @@ ACCOUNTANTS = {
     'rdp': lambda relation: RdpAccountant(RDP_ORDERS, relation),
     'pld': PLDAccountant,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """Which sets of private images are neighbors.
+
+    Attributes:
+        sentence: for people; continues "Neighboring relation: ".
+        definition: as dp_accounting names it.
+        size_is_public: whether the exact number of private images may be known. If not, what is released
+            must not depend on it.
+        accountants: names in `ACCOUNTANTS` that can count with it.
+    """
+
+    sentence: str
+    definition: NeighboringRelation
+    size_is_public: bool
+    accountants: tuple[str, ...]
+
+
+# zero_out and add_remove have the same ε: a sum changes by the contribution of one image. A sum changes by
+# up to twice as much if an image is replaced, which dp_accounting's relation counts.
+RELATIONS = {
+    'zero_out': Relation(
+        'two sets are neighbors if they differ in one image that counts as nothing in one of them '
+        '(zero-out); the number of images is public and the same',
+        NeighboringRelation.REPLACE_SPECIAL,
+        True,
+        ('rdp', 'pld'),
+    ),
+    'add_remove': Relation(
+        'two sets are neighbors if one has exactly one image more (add or remove one); the number of images '
+        'is not public',
+        NeighboringRelation.ADD_OR_REMOVE_ONE,
+        False,
+        ('rdp', 'pld'),
+    ),
+    'replace_one': Relation(
+        'two sets are neighbors if one image is another one (replace one); the number of images is public '
+        'and the same',
+        NeighboringRelation.REPLACE_ONE,
+        True,
+        ('pld',),
+    ),
+}
+ZERO_OUT, REPLACE_ONE = 'zero_out', 'replace_one'
 # Relative accuracy of a calibrated noise multiplier, and where the search for it ends.
 _TOLERANCE = 1e-4
 _LEAST_NOISE = 2.0**-7
@@ -86,28 +132,30 @@ def compose(events: Iterable[DpEvent]) -> DpEvent:
     return dp_accounting.ComposedDpEvent(list(events))
 
 
-def epsilon(event: DpEvent, delta: float, accountant: str = 'rdp') -> float:
-    """Compute the ε that `event` spends at δ: an upper bound under add or remove one.
+def epsilon(event: DpEvent, delta: float, accountant: str = 'rdp', relation: str = ZERO_OUT) -> float:
+    """Compute the ε that `event` spends at δ: an upper bound.
 
     Args:
         event: from `subsampled_gaussian` or `compose`.
         delta: δ in (0, 1).
         accountant: a name in `ACCOUNTANTS`.
+        relation: a name in `RELATIONS`.
 
     Raises:
-        ValueError: `delta` or `accountant` is out of range.
+        ValueError: `delta`, `accountant` or `relation` is out of range, or the accountant cannot count with
+            the relation.
     """
-    _check(delta, accountant)
-    return _spent(event, delta, accountant)
+    _check(delta, accountant, relation)
+    return _spent(event, delta, accountant, relation)
 
 
-def epsilon_and_order(event: DpEvent, delta: float) -> tuple[float, float]:
+def epsilon_and_order(event: DpEvent, delta: float, relation: str = ZERO_OUT) -> tuple[float, float]:
     """Compute ε by RDP as `epsilon` gives it, and the order of `RDP_ORDERS` that attains it.
 
     The order says nothing where ε is 0.
     """
-    _check(delta, 'rdp')
-    result, order = _make_accountant('rdp').compose(event).get_epsilon_and_optimal_order(delta)
+    _check(delta, 'rdp', relation)
+    result, order = _make_accountant('rdp', relation).compose(event).get_epsilon_and_optimal_order(delta)
     return float(result), float(order)
 
 
@@ -139,6 +187,7 @@ def calibrate(
     epsilon: float,
     delta: float,
     accountant: str = 'rdp',
+    relation: str = ZERO_OUT,
 ) -> float:
     """Find the least noise multiplier σ with which ε(make_event(σ)) stays within the budget.
 
@@ -147,6 +196,7 @@ def calibrate(
         epsilon: the budget ε, finite and > 0.
         delta: δ in (0, 1).
         accountant: a name in `ACCOUNTANTS`.
+        relation: a name in `RELATIONS`.
 
     Returns:
         σ, at most 1e-4 (relative) above the least one. ε(make_event(σ)) by the same accountant was
@@ -157,15 +207,16 @@ def calibrate(
             it alone.
         ValueError: an argument is out of range.
     """
-    check_budget(epsilon, delta, accountant)
+    check_budget(epsilon, delta, accountant, relation)
 
     def spent(sigma: float) -> float:
-        return _spent(make_event(sigma), delta, accountant)
+        return _spent(make_event(sigma), delta, accountant, relation)
 
     start, factor = 1.0, 2.0
     if accountant == 'pld':
-        # Distributions take memory in proportion to ε, so the search stays near RDP's answer,
-        # where ε is near the budget. PLD may meet a budget that RDP cannot: start with much noise.
+        # Distributions take memory in proportion to ε, so the search stays near RDP's answer, where ε is
+        # near the budget (for replace_one, which RDP cannot count, at two to three times the budget). PLD
+        # may meet a budget that RDP cannot: start with much noise.
         factor = 1.25
         try:
             start = calibrate(make_event, epsilon, delta, 'rdp')
@@ -173,7 +224,7 @@ def calibrate(
             start = _MOST_NOISE
     lower, upper = _bracket(spent, epsilon, delta, start, factor)
     sigma = dp_accounting.calibrate_dp_mechanism(
-        lambda: _make_accountant(accountant),
+        lambda: _make_accountant(accountant, relation),
         make_event,
         epsilon,
         delta,
@@ -211,23 +262,27 @@ def _bracket(
     return lower, upper
 
 
-def _make_accountant(name: str) -> dp_accounting.PrivacyAccountant:
-    """Make an empty accountant for add or remove one."""
-    return ACCOUNTANTS[name](dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+def _make_accountant(name: str, relation: str) -> dp_accounting.PrivacyAccountant:
+    """Make an empty accountant."""
+    return ACCOUNTANTS[name](RELATIONS[relation].definition)
 
 
-def _spent(event: DpEvent, delta: float, accountant: str) -> float:
+def _spent(event: DpEvent, delta: float, accountant: str, relation: str) -> float:
     """Compute `epsilon` without its checks."""
-    return float(_make_accountant(accountant).compose(event).get_epsilon(delta))
+    return float(_make_accountant(accountant, relation).compose(event).get_epsilon(delta))
 
 
-def check_budget(epsilon: float, delta: float, accountant: str) -> None:
-    """Raise a ValueError unless ε > 0, δ is in (0, 1) and the accountant is a name in `ACCOUNTANTS`."""
+def check_budget(epsilon: float, delta: float, accountant: str, relation: str = ZERO_OUT) -> None:
+    """Raise a ValueError unless ε > 0, δ is in (0, 1), and this accountant can count with this relation."""
     checks.require('epsilon', epsilon, checks.is_positive(epsilon), 'finite and > 0')
-    _check(delta, accountant)
+    _check(delta, accountant, relation)
 
 
-def _check(delta: float, accountant: str) -> None:
-    """Raise unless both are in range."""
+def _check(delta: float, accountant: str, relation: str) -> None:
+    """Raise unless all are in range."""
     checks.require('delta', delta, checks.is_positive(delta) and delta < 1, 'in (0, 1)')
     checks.require('accountant', accountant, accountant in ACCOUNTANTS, ' or '.join(map(repr, ACCOUNTANTS)))
+    checks.require('relation', relation, relation in RELATIONS, ' or '.join(map(repr, RELATIONS)))
+    able = RELATIONS[relation].accountants
+    allowed = f'{" or ".join(map(repr, able))} with relation {relation!r}'
+    checks.require('accountant', accountant, accountant in able, allowed)

@@ -56,7 +56,9 @@ class Budget:
         epsilon: the ε > 0 that all releases together must not exceed.
         delta: δ in (0, 1), at which every ε is stated.
         accountant: a name in `accounting.ACCOUNTANTS`.
+        relation: a name in `accounting.RELATIONS`: of which neighbors ε is.
         releases: one item for each mechanism, in the order in which they run.
+        before: what earlier runs released from the same private images; it is part of the budget.
 
     Raises:
         ValueError: a field is out of range, or two items have the same mechanism.
@@ -65,10 +67,12 @@ class Budget:
     epsilon: float
     delta: float
     accountant: str
+    relation: str = accounting.ZERO_OUT
     releases: tuple[Releases, ...]
+    before: tuple[Releases, ...] = ()
 
     def __post_init__(self):
-        accounting.check_budget(self.epsilon, self.delta, self.accountant)
+        accounting.check_budget(self.epsilon, self.delta, self.accountant, self.relation)
         names = [part.mechanism.name for part in self.releases]
         checks.require('releases', names, len(set(names)) == len(names), 'one item for each mechanism')
 
@@ -82,9 +86,14 @@ class Budget:
         return part.count if part else 0
 
     def spent(self, *names: str) -> float:
-        """Compute the ε of the named mechanisms together, or of all."""
-        chosen = [part for part in self.releases if not names or part.mechanism.name in names]
-        return accounting.epsilon(total_event(chosen), self.delta, self.accountant)
+        """Compute the ε of the named mechanisms together, or of all with what was spent before."""
+        if not names:
+            return self.epsilon_of([*self.before, *self.releases])
+        return self.epsilon_of(part for part in self.releases if part.mechanism.name in names)
+
+    def epsilon_of(self, releases: Iterable[Releases]) -> float:
+        """Compute the ε of these releases together, as this budget counts."""
+        return accounting.epsilon(total_event(releases), self.delta, self.accountant, self.relation)
 
     def check_ledger(self, ledger: Ledger, used: dict[str, int]) -> None:
         """Check that the ledger fits this budget and what is known to have been used.
@@ -135,6 +144,27 @@ def group(entries: Iterable[Entry]) -> list[Releases]:
     ]
 
 
+def together(ledgers: Iterable[Ledger]) -> list[Entry]:
+    """Return what several ledgers of the same private images name.
+
+    Raises:
+        ValueError: two of them name the same keys: one run, or a copy of it, which would be counted twice,
+            or (continued) use the same noise twice.
+    """
+    entries, seen = [], {}
+    for ledger in ledgers:
+        own = {(entry.mechanism, entry.randomness) for entry in ledger.entries}
+        for name, randomness in sorted(own):
+            if (name, randomness) in seen:
+                raise ValueError(
+                    f'{ledger.path} and {seen[name, randomness]} have releases of {name} with the same keys '
+                    f'({randomness}): one is a copy of the other, or continues it. Name one of them'
+                )
+        seen |= dict.fromkeys(own, ledger.path)
+        entries += ledger.entries
+    return entries
+
+
 def calibrate(
     known: Iterable[Releases],
     free: Callable[[float], Releases],
@@ -142,7 +172,9 @@ def calibrate(
     epsilon: float,
     delta: float,
     accountant: str,
+    relation: str = accounting.ZERO_OUT,
     noise_multiplier: float | None = None,
+    before: Iterable[Releases] = (),
 ) -> Budget:
     """Make the budget in which the free mechanism has the least noise.
 
@@ -152,19 +184,39 @@ def calibrate(
         epsilon: ε > 0 of all together.
         delta: δ in (0, 1).
         accountant: a name in `accounting.ACCOUNTANTS`.
+        relation: a name in `accounting.RELATIONS`.
         noise_multiplier: of the free mechanism where it is decided already; nothing is searched then.
+        before: what earlier runs released.
 
     Raises:
-        accounting.BudgetTooSmall: the known releases exceed the budget alone.
+        accounting.BudgetTooSmall: the known releases, with those before, exceed the budget alone.
         ValueError: an argument is out of range.
     """
-    known = tuple(known)
+    known, before = tuple(known), tuple(before)
+
+    def event(sigma: float) -> DpEvent:
+        return total_event([*before, *known, free(sigma)])
+
     if noise_multiplier is None:
-        noise_multiplier = accounting.calibrate(
-            lambda sigma: total_event([*known, free(sigma)]), epsilon, delta, accountant
-        )
-    releases = (*known, free(noise_multiplier))
-    return Budget(epsilon=epsilon, delta=delta, accountant=accountant, releases=releases)
+        try:
+            noise_multiplier = accounting.calibrate(event, epsilon, delta, accountant, relation)
+        except accounting.BudgetTooSmall as error:
+            if not before:
+                raise
+            raise accounting.BudgetTooSmall(
+                f'config.dp.epsilon is {accounting.format_exact(epsilon)}; it must be above '
+                f'{accounting.format_epsilon(error.least)}, the ε of the query together with what '
+                'config.dp.already_spent names',
+                error.least,
+            ) from error
+    return Budget(
+        epsilon=epsilon,
+        delta=delta,
+        accountant=accountant,
+        relation=relation,
+        releases=(*known, free(noise_multiplier)),
+        before=before,
+    )
 
 
 def calibrate_share(
@@ -174,6 +226,7 @@ def calibrate_share(
     epsilon: float,
     delta: float,
     accountant: str,
+    relation: str = accounting.ZERO_OUT,
 ) -> float:
     """Compute the least σ with which the queries alone spend no more than share · ε.
 
@@ -181,7 +234,9 @@ def calibrate_share(
         ValueError: no noise keeps them within their share.
     """
     try:
-        return accounting.calibrate(lambda sigma: make_query(sigma).event, share * epsilon, delta, accountant)
+        return accounting.calibrate(
+            lambda sigma: make_query(sigma).event, share * epsilon, delta, accountant, relation
+        )
     except accounting.BudgetTooSmall as error:
         least = accounting.format_epsilon(error.least)
         raise ValueError(

@@ -1,7 +1,8 @@
 """Clipping of per-example gradients and the sum that DP-SGD releases (Abadi et al. 2016).
 
-Formal guarantee. Σ_i min(1, C / |g_i|) g_i changes by at most C in L2 norm if one example is added or
-removed, whatever the gradients are:
+Formal guarantee. Σ_i min(1, C / |g_i|) g_i changes by at most C in L2 norm if one example's contribution
+counts as nothing (zero-out, N fixed) or one example is added or removed, and by at most 2 C if one is
+replaced, whatever the gradients are:
 
 | the example's gradient g_i | what it adds to the sum |
 |---|---|

@@ -1,7 +1,9 @@
 """The Gaussian mechanism: noise, added once, together with its ledger entry.
 
-Formal guarantee. Two sets of private images are neighbors if one has exactly one image more (add or remove
-one). A sum of vectors of norm at most Δ changes by at most Δ between neighbors. Adding normal noise of
+Formal guarantee. Neighbors by zero-out: in one of two sets of the same, public size N one image's
+contribution counts as nothing; or by add or remove one: one set has one image more. A sum of vectors of norm
+at most Δ changes by at most Δ between either kind of neighbors, and by at most 2 Δ if one image is replaced
+(which `accounting` counts for that relation). Adding normal noise of
 standard deviation σ·Δ to every coordinate, once, is the Gaussian mechanism with noise multiplier σ. Whatever
 is done with the noisy sum afterwards (division by a public constant, Adam, averaging of weights) is
 post-processing.

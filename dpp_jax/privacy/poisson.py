@@ -19,10 +19,12 @@ class PoissonSampler:
     """Poisson batches of `size` examples; each is a function of its index alone.
 
     Attributes:
-        size: number N of private examples, > 0.
+        size: number of private examples, > 0.
         probability: inclusion probability q of each example in each batch, in (0, 1].
         key: 128 secret bits. Who knows them knows who was in which batch, and loses the
             amplification by sampling that the accountant counts on.
+        public_size: N, a public constant > 0: what a noisy sum is divided by, and the size of a batch's
+            arrays, come from it, and nothing but a batch comes from `size`. None: `size` itself is public.
 
     Raises:
         ValueError: a field is out of range.
@@ -31,9 +33,12 @@ class PoissonSampler:
     size: int
     probability: float
     key: int = dataclasses.field(repr=False)
+    public_size: int | None = None
 
     def __post_init__(self):
         checks.require('size', self.size, checks.is_whole(self.size, 1), 'a whole number, at least 1')
+        is_size = self.public_size is None or checks.is_whole(self.public_size, 1)
+        checks.require('public_size', self.public_size, is_size, 'a whole number, at least 1, or None')
         is_probability = checks.is_positive(self.probability) and self.probability <= 1
         checks.require('probability', self.probability, is_probability, 'in (0, 1]')
         if not checks.is_whole(self.key, 0, 2**128 - 1):  # its value must not be printed
@@ -42,7 +47,11 @@ class PoissonSampler:
     @property
     def expected_size(self) -> float:
         """q N, the public constant that a noisy sum is divided by."""
-        return self.probability * self.size
+        return self.probability * self._public_size
+
+    @property
+    def _public_size(self) -> int:
+        return self.size if self.public_size is None else self.public_size
 
     def indices(self, batch: int) -> np.ndarray:
         """Draw the examples in batch number `batch`: sorted, distinct int64, shape (n,), n >= 0.
@@ -63,7 +72,7 @@ class PoissonSampler:
         variance = self.expected_size * (1 - self.probability)
         bound = math.log(1e12)
         excess = bound / 3 + math.sqrt((bound / 3) ** 2 + 2 * bound * variance)
-        size = min(self.size, math.ceil(self.expected_size + excess))
+        size = min(self._public_size, math.ceil(self.expected_size + excess))
         return math.ceil(size / multiple) * multiple
 
 

@@ -2,7 +2,8 @@
 
 A query takes a Poisson sample of the private images and releases, for every class, the sum of its sampled
 images' contributions, with Gaussian noise of standard deviation σ·Δ (`mechanism`). One image belongs to one
-class, so adding or removing it changes all classes' sums together by at most the norm Δ of one contribution:
+class. If its contribution counts as nothing (zero-out, N fixed), or if it is added or removed, all classes'
+sums together change by at most the norm Δ of one contribution; if it is replaced, by at most 2 Δ:
 
 | query | contribution of an image with d pixels in [0, 1] | sensitivity Δ |
 |---|---|---|

@@ -26,7 +26,7 @@ FREE_SETTINGS = (
 # (`artefacts.check_images`, `artefacts.evaluation`), not the folder.
 _LATER_SETTINGS = ('generate.', 'evaluate.')
 # Settings that earlier versions did not have, with the value that they stood for.
-_NEW_SETTINGS = {'model.network': 'unet'}
+_NEW_SETTINGS = {'model.network': 'unet', 'dp.relation': 'zero_out', 'dp.already_spent': ''}
 _RELEASE_NOTE = (
     'The (ε, δ) in privacy_statement.md covers every file in this folder. It is computed from '
     'ledger.jsonl. If config.json has a seed, nothing here is private.\n'
@@ -50,6 +50,7 @@ class WorkDir:
         self.central_images = self.release / 'central_images.npz'
         self.synthetic = self.release / 'synthetic'
         self.keys = self.private / 'keys.json'
+        self.own_config = self.private / 'config_of_keys.json'
         self.fingerprints = self.private / 'data.json'
         self.sizes = self.private / 'images_at_once.json'
         self.evaluation = self.private / 'evaluation.json'
@@ -106,21 +107,26 @@ class WorkDir:
     def check(self, settings: Mapping[str, Any]) -> None:
         """Check that the folder was made with these settings, by their full names.
 
+        The keys in private/ belong to the settings in `own_config`, also if release/ is moved away.
+
         Raises:
             ValueError: other settings are recorded; the message lists the differences.
         """
-        if not self.config.exists():
+        path = self.config if self.config.exists() else self.own_config
+        if not path.exists():
             return
         recorded = _NEW_SETTINGS | files.read_json(
-            self.config,
+            path,
             'Restore the file. Or delete it and run with the settings of this run: it is written again',
         )
+        recorded.pop('_note', None)
         found = differences(recorded, settings, FREE_SETTINGS + _LATER_SETTINGS)
         if found:
             raise ValueError(
-                f'--workdir={self.root} belongs to another config:\n  '
+                f'--workdir={self.root} belongs to another config ({path}):\n  '
                 + '\n  '.join(found)
-                + '\nUse those settings, or another --workdir.'
+                + '\nUse those settings, or another --workdir. What this folder spent adds up with what '
+                f'another one spends: --config.dp.already_spent={self.root} counts it there.'
             )
 
     def record(self, settings: Mapping[str, Any]) -> None:
@@ -133,6 +139,8 @@ class WorkDir:
                 files.write_text(path, text)
         if not self.config.exists():
             files.write_json(self.config, settings)
+        if not self.own_config.exists():
+            files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
 
     def check_fingerprint(self, name: str, images: np.ndarray, labels: np.ndarray) -> None:
         """Check that `name` ('train') names the images with which it was first seen in this folder.

@@ -7,7 +7,7 @@ it would release, and spend, a second time. What is random without private image
 of central images, synthetic images) takes `of_part`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -114,6 +114,22 @@ class Keys:
         """Whether `bind_release` can tell if what the mechanism makes is what was released with its keys."""
         known = self._read()
         return name not in known or 'released' in known[name]
+
+    def check_planned(self, mechanisms: Collection[str]) -> None:
+        """Refuse a plan without a mechanism whose output was released, or was about to be, with these keys.
+
+        What it spent would not be counted, whatever became of its output.
+
+        Raises:
+            ValueError: the plan does not have such a mechanism.
+        """
+        for name, found in self._read().items():
+            if isinstance(found, dict) and 'released' in found and name not in mechanisms:
+                raise ValueError(
+                    f'{self._path} has keys of {name}, whose output was released. This config does not run '
+                    f'{name}, and would forget its ε. Use the settings of that run, or another --workdir '
+                    'with config.dp.already_spent'
+                )
 
     def _get(self, name: str) -> dict[str, str]:
         """Return the secrets of one part, in hexadecimal; make them if there are none."""

@@ -1,6 +1,6 @@
 """What a run spends and how much it trains, and release/plan.json, which fixes it for a work directory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import math
 from pathlib import Path
@@ -8,7 +8,8 @@ from typing import Any
 
 from dpp_jax import files
 from dpp_jax.privacy import accounting, checks
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
+from dpp_jax.run import already_spent
 
 # What of a plan the guarantee rests on, other than noise that was calibrated: that is read from the file,
 # because another version may calibrate it differently in the last digits.
@@ -16,6 +17,7 @@ _BINDING = (
     'private_images',
     'delta',
     'accountant',
+    'relation',
     'epsilon_budget',
     'query_noise_multiplier',
     'query_sampling_probability',
@@ -24,6 +26,8 @@ _BINDING = (
     'steps',
     'expected_batch_size',
 )
+# What plans of earlier versions did not say, with the value that they stood for.
+_NEW_FIELDS = {'relation': accounting.ZERO_OUT, 'spent_before': []}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class Plan:
 
     Attributes:
         budget: what may be spent, by which releases.
-        private_images: N.
+        private_images: N, a public constant; the exact number of images where the relation has it public.
         parameters: of the network.
         pretrain_steps: steps of pre-training.
         pretrain_noised_images: noised images of pre-training.
@@ -64,10 +68,12 @@ class Plan:
             'private_images': self.private_images,
             'delta': budget.delta,
             'accountant': budget.accountant,
+            'relation': budget.relation,
             'epsilon_budget': budget.epsilon,
             'epsilon_query': budget.spent(CENTRAL_QUERY),
             'epsilon_finetune': budget.spent(DP_SGD),
             'epsilon_total': budget.spent(),
+            'spent_before': already_spent.rows(budget.before),
             'query_noise_multiplier': query and query.mechanism.noise_multiplier,
             'query_sampling_probability': query and query.mechanism.sampling_probability,
             'query_count': budget.count(CENTRAL_QUERY),
@@ -83,15 +89,18 @@ class Plan:
 
 
 def load(
-    path: Path, make: Callable[[float | None, float | None], Plan], query_share: float | None = None
+    path: Path,
+    make: Callable[[float | None, float | None, Sequence[Releases] | None], Plan],
+    query_share: float | None = None,
 ) -> Plan:
     """Return the plan that a work directory follows, or the one that it would be given.
 
-    Reads the noise multipliers from plan.json and recomputes everything else.
+    Reads the noise multipliers, and what was spent before, from plan.json and recomputes everything else.
 
     Args:
         path: of plan.json.
-        make: (noise multiplier of DP-SGD, of the query; None: calibrate it) → plan.
+        make: (noise multiplier of DP-SGD, of the query; None: calibrate it, what was spent before; None: as
+            the config says) → plan.
         query_share: the share of ε that the queries alone may spend; None: no limit of their own.
 
     Raises:
@@ -99,9 +108,10 @@ def load(
             it takes other steps or batches, asks other queries, or does not stay within the budget.
     """
     if not path.exists():
-        return make(None, None)
+        return make(None, None, None)
     recorded = _read(path)
-    plan = make(recorded['noise_multiplier'], recorded['query_noise_multiplier'])
+    before = already_spent.from_rows(recorded['spent_before'])
+    plan = make(recorded['noise_multiplier'], recorded['query_noise_multiplier'], before)
     figures, budget = plan.figures(), plan.budget.epsilon
     for_query = math.inf if query_share is None else query_share * budget
     for name in _BINDING:
@@ -126,7 +136,7 @@ def load(
 
 def _read(path: Path) -> dict[str, Any]:
     """Read the figures in plan.json; a ValueError says which one is missing, or is no noise at all."""
-    recorded = files.read_json(path, 'Restore the file')
+    recorded = _NEW_FIELDS | files.read_json(path, 'Restore the file')
     try:
         for name in (*_BINDING, 'noise_multiplier'):
             if name not in recorded:
@@ -135,7 +145,8 @@ def _read(path: Path) -> dict[str, Any]:
         checks.require('noise_multiplier', sigma, checks.is_positive(sigma), 'a finite number > 0')
         is_good = query_sigma is None or checks.is_positive(query_sigma)
         checks.require('query_noise_multiplier', query_sigma, is_good, 'a finite number > 0, or null')
-    except ValueError as error:
+        already_spent.from_rows(recorded['spent_before'])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is not a valid plan ({error}). Restore the file') from error
     return recorded
 

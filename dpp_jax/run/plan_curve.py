@@ -25,15 +25,18 @@ def points(budget: Budget) -> list[tuple[float, float, float]]:
     query, dp_sgd = budget.of(CENTRAL_QUERY), budget.of(DP_SGD)
 
     def share(*events) -> float:
-        spent = accounting.epsilon(accounting.compose(events), budget.delta, budget.accountant)
+        event = accounting.compose(events)
+        spent = accounting.epsilon(event, budget.delta, budget.accountant, budget.relation)
         return spent / budget.epsilon
+
+    before = [part.event for part in budget.before]
 
     def event(releases, sigma: float):
         mechanism = dataclasses.replace(releases.mechanism, noise_multiplier=sigma)
         return dataclasses.replace(releases, mechanism=mechanism).event
 
     def noise_beside(asked, start: float) -> float:
-        return _search(lambda sigma: share(asked, event(dp_sgd, sigma)), start)
+        return _search(lambda sigma: share(*before, asked, event(dp_sgd, sigma)), start)
 
     own = _FACTORS.index(1)
     own_noise = query.mechanism.noise_multiplier
@@ -43,7 +46,7 @@ def points(budget: Budget) -> list[tuple[float, float, float]]:
         for factor in factors:
             asked = event(query, factor * own_noise)
             own_share = share(asked)
-            if own_share > _LARGEST_SHARE:
+            if share(*before, asked) > _LARGEST_SHARE:
                 break
             sigma = noise_beside(asked, sigma)
             found.append((own_share, factor * own_noise, sigma))

@@ -5,6 +5,7 @@ that nobody types what ran.
 """
 
 from collections.abc import Sequence
+import functools
 import importlib.metadata
 from pathlib import Path
 import subprocess
@@ -15,12 +16,12 @@ from dpp_jax import files
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases, group, total_event
 from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.run import already_spent
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys, is_seeded
 
 TITLES = {CENTRAL_QUERY: 'central images (query)', DP_SGD: 'fine-tuning (DP-SGD)'}
 UNIT = 'one image with its label'
-NEIGHBORS = 'two sets are neighbors if one has exactly one image more (add or remove one)'
 COVERED = (
     'everything in release/: central images, models, synthetic images, and whatever is computed from them',
     'any number of synthetic images that anyone draws from the released model',
@@ -29,12 +30,14 @@ NOT_COVERED = (
     'anything in private/: keys, training losses and gradient norms, FID and accuracies against real '
     'images, reports',
     'other computations on the same images: an earlier run, a run with other settings, a choice of '
-    'settings by their results. Each has its own ε; the ε values add up',
+    'settings by their results. Each has its own ε; the ε values add up (`dpp-jax --stage=compose` states '
+    'them together). What is listed here as spent before is counted',
     'a person with several images: for k images, ε is k times as large, and δ is larger',
     'facts about the population: synthetic images show what many private images have in common',
 )
+_PUBLIC = 'the size of the private images and the number of classes are public'
+_PUBLIC_NUMBER = 'the number of private images, their size and the number of classes are public'
 ASSUMPTIONS = (
-    'the number of private images, their size and the number of classes are public',
     'noise comes from threefry with a secret 64-bit key, as float32. Each value is half the sum of four '
     'normal draws, so it has the granularity of float32 and ends beyond 10 standard deviations. Sums are '
     'rounded to float32. The guarantee is that of exact sums and exact normal noise',
@@ -45,7 +48,8 @@ ASSUMPTIONS = (
     'deleted release again on other devices or with other versions',
     'the adversary does not see how long a run took, or whether it ended',
 )
-_MOST_FOR_PLD = 100.0  # the distributions' memory grows with ε
+MOST_FOR_PLD = 100.0  # the distributions' memory grows with ε
+_MOST_FOR_REPLACE_ONE = 50.0  # whose ε is more than twice as large
 
 
 def make(
@@ -55,6 +59,8 @@ def make(
     delta: float,
     accountant: str,
     budget: float,
+    relation: str = accounting.ZERO_OUT,
+    before: Sequence[Releases] = (),
     code_of_stages: dict[str, list] | None = None,
 ) -> dict[str, Any]:
     """Make the statement, in JSON's types.
@@ -65,9 +71,12 @@ def make(
         delta: δ at which ε is stated.
         accountant: a name in `accounting.ACCOUNTANTS`: whose ε is the run's own.
         budget: the ε that the run was planned for.
+        relation: a name in `accounting.RELATIONS`: of which neighbors the run's own ε is.
+        before: what earlier runs released from the same private images; the ε of this run includes it.
         code_of_stages: stage → versions of the code that ran it, see `record_code`.
     """
-    epsilon = _epsilons(releases, delta, accountant)
+    epsilon = _epsilons([*before, *releases], delta, accountant, relation)
+    meaning = accounting.RELATIONS[relation]
     return {
         'private': is_private,
         'epsilon': epsilon[accountant],
@@ -76,26 +85,30 @@ def make(
         'accountant': accountant,
         'budget': budget,
         'unit_of_privacy': UNIT,
-        'neighboring_relation': NEIGHBORS,
+        'relation': relation,
+        'neighboring_relation': meaning.sentence,
         'epsilon_by_accountant': epsilon,
-        'mechanisms': [
-            {
-                'mechanism': part.mechanism.name,
-                'kind': 'Poisson-sampled Gaussian',
-                'noise_multiplier': part.mechanism.noise_multiplier,
-                'sampling_probability': part.mechanism.sampling_probability,
-                'count': part.count,
-                'sensitivity': part.mechanism.sensitivity,
-                'epsilon': _epsilons([part], delta, accountant),
-            }
-            for part in releases
-        ],
+        'epsilon_of_replace_one': replace_one((*before, *releases), delta),
+        'mechanisms': _rows(releases, delta, accountant, relation),
+        'spent_before': _rows(before, delta, accountant, relation),
         'covered': list(COVERED),
         'not_covered': list(NOT_COVERED),
-        'assumptions': list(ASSUMPTIONS),
+        'assumptions': [_PUBLIC_NUMBER if meaning.size_is_public else _PUBLIC, *ASSUMPTIONS],
         'code': code_version(),
         'code_of_stages': code_of_stages or {},
     }
+
+
+def _rows(releases: Sequence[Releases], delta: float, accountant: str, relation: str) -> list[dict[str, Any]]:
+    """Describe releases, each with its own ε."""
+    return [
+        row
+        | {
+            'kind': 'Poisson-sampled Gaussian',
+            'epsilon': _epsilons([part], delta, accountant, relation),
+        }
+        for part, row in zip(releases, already_spent.rows(releases))
+    ]
 
 
 def of_ledger(workdir: WorkDir, ledger: Ledger, budget: Budget) -> dict[str, Any]:
@@ -106,6 +119,8 @@ def of_ledger(workdir: WorkDir, ledger: Ledger, budget: Budget) -> dict[str, Any
         delta=budget.delta,
         accountant=budget.accountant,
         budget=budget.epsilon,
+        relation=budget.relation,
+        before=budget.before,
         code_of_stages=codes(workdir),
     )
 
@@ -140,7 +155,7 @@ def check_lost(
     done: dict[str, bool],
     stated: dict[str, int],
 ) -> None:
-    """Refuse to repeat a release of which nothing tells what it was.
+    """Refuse to repeat a release of which nothing tells what it was, or to forget one.
 
     Args:
         workdir: the folder of the run.
@@ -152,8 +167,10 @@ def check_lost(
 
     Raises:
         ValueError: the statement counts releases that the ledger lacks; or it covers what a stage released,
-            which is not there any more, and the keys of its mechanism do not tell what it was.
+            which is not there any more, and the keys of its mechanism do not tell what it was; or keys
+            tell of a release by a mechanism that the plan does not have.
     """
+    keys.check_planned([part.mechanism.name for part in budget.releases])
     for stage, name in (('central', CENTRAL_QUERY), ('finetune', DP_SGD)):
         count = stated[name]
         if count > ledger.count(name):
@@ -187,8 +204,14 @@ def markdown(statement: dict[str, Any]) -> str:
         f'(budget: ε = {exact(statement["budget"])}).',
         '',
         f'- Unit of privacy: {statement["unit_of_privacy"]}.',
-        f'- Neighboring relation: {statement["neighboring_relation"]}.',
-        f'- By Rényi differential privacy: ε = {show(epsilon["rdp"])}, at order {epsilon["rdp_order"]:g}.',
+        f'- Neighboring relation: {statement["neighboring_relation"]}. The budget is for this relation.',
+        replace_one_line(statement['relation'], statement['epsilon_of_replace_one']),
+        '- By Rényi differential privacy: '
+        + (
+            f'ε = {show(epsilon["rdp"])}, at order {epsilon["rdp_order"]:g}.'
+            if epsilon['rdp'] is not None
+            else 'this relation cannot be counted.'
+        ),
         '- By privacy loss distributions: '
         + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else 'not computed.'),
         f'- The stated ε is that of the {statement["accountant"].upper()} accountant, with which the run was '
@@ -200,15 +223,22 @@ def markdown(statement: dict[str, Any]) -> str:
         'L2 sensitivity Δ | ε alone (RDP) | ε alone (PLD) |',
         '|---|---|---|---|---|---|---|',
     ]
-    for row in statement['mechanisms']:
+    rows = [('spent before: ', row) for row in statement['spent_before']]
+    for when, row in [*rows, *(('', row) for row in statement['mechanisms'])]:
         alone = row['epsilon']
         lines.append(
-            f'| {TITLES.get(row["mechanism"], row["mechanism"])} | '
+            f'| {when}{TITLES.get(row["mechanism"], row["mechanism"])} | '
             f'{accounting.format_noise(row["noise_multiplier"])} | '
             f'{row["sampling_probability"]:.6g} | {row["count"]} | {row["sensitivity"]:.6g} | '
-            f'{show(alone["rdp"])} | {show(alone["pld"]) if alone["pld"] is not None else "–"} |'
+            f'{_or_dash(alone["rdp"])} | {_or_dash(alone["pld"])} |'
         )
     lines += ['', 'The noise has standard deviation σ·Δ in every coordinate.', '']
+    if rows:
+        lines += [
+            'Rows "spent before" are earlier releases from the same private images (`dp.already_spent`). '
+            'Every ε above this table includes them.',
+            '',
+        ]
     for title, name in (
         ('Covered', 'covered'),
         ('Not covered', 'not_covered'),
@@ -222,6 +252,30 @@ def markdown(statement: dict[str, Any]) -> str:
         for stage, codes in statement['code_of_stages'].items()
     ]
     return '\n'.join([*lines, ''])
+
+
+def _or_dash(value: float | None) -> str:
+    return '–' if value is None else accounting.format_epsilon(value)
+
+
+def replace_one_line(relation: str, value: float | None) -> str:
+    """Say, as an item of a list, what ε is for who reads "neighbors" as "one image replaced"."""
+    if relation == accounting.REPLACE_ONE:
+        return '- By zero-out, or add or remove one, ε is smaller.'
+    figure = 'not computed' if value is None else f'ε = {accounting.format_epsilon(value)}'
+    return (
+        f'- By replace one (another image in the place of one), at the same δ: {figure}, by privacy loss '
+        'distributions. The budget is not for this relation.'
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def replace_one(releases: tuple[Releases, ...], delta: float) -> float | None:
+    """Compute ε by privacy loss distributions for replace one; None where it takes too much memory."""
+    event = total_event(releases)
+    if accounting.epsilon(event, delta) > _MOST_FOR_REPLACE_ONE:
+        return None
+    return accounting.epsilon(event, delta, 'pld', accounting.REPLACE_ONE)
 
 
 def record_code(workdir: WorkDir, stage: str) -> None:
@@ -263,10 +317,14 @@ def code_version() -> dict[str, str]:
     return versions
 
 
-def _epsilons(releases: Sequence[Releases], delta: float, accountant: str) -> dict[str, float | None]:
-    """Compute ε by both accountants and RDP's order; by PLD only where it is cheap or asked for."""
+def _epsilons(
+    releases: Sequence[Releases], delta: float, accountant: str, relation: str
+) -> dict[str, float | None]:
+    """Compute ε by the accountants that can, and RDP's order; by PLD only where it is cheap or asked for."""
     event = total_event(releases)
-    rdp, order = accounting.epsilon_and_order(event, delta)
-    computed = accountant == 'pld' or rdp <= _MOST_FOR_PLD
-    pld = accounting.epsilon(event, delta, 'pld') if computed else None
+    rdp, order = None, None
+    if 'rdp' in accounting.RELATIONS[relation].accountants:
+        rdp, order = accounting.epsilon_and_order(event, delta, relation)
+    computed = accountant == 'pld' or rdp <= MOST_FOR_PLD
+    pld = accounting.epsilon(event, delta, 'pld', relation) if computed else None
     return {'rdp': rdp, 'rdp_order': order, 'pld': pld}

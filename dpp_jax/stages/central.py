@@ -48,7 +48,10 @@ def run(
     settings, classes, mechanism = config.query, config.data.classes, releases.mechanism
     own_keys = keys.of_mechanism(CENTRAL_QUERY, ledger)
     sample = poisson.PoissonSampler(
-        size=len(private.images), probability=mechanism.sampling_probability, key=own_keys.sampling
+        size=len(private.images),
+        probability=mechanism.sampling_probability,
+        key=own_keys.sampling,
+        public_size=config.data.train_images,
     )
     arrays = {'images': resize.nearest(private.images, settings.downsample), 'labels': private.labels}
     ask = query.noisy(mechanism, own_keys.noise, sample.expected_size)

@@ -47,7 +47,10 @@ def run(
     settings, mechanism = config.finetune, releases.mechanism
     own_keys = keys.of_mechanism(DP_SGD, ledger)
     sample = poisson.PoissonSampler(
-        size=len(private.images), probability=mechanism.sampling_probability, key=own_keys.sampling
+        size=len(private.images),
+        probability=mechanism.sampling_probability,
+        key=own_keys.sampling,
+        public_size=config.data.train_images,
     )
     capacity = sample.capacity(sizes.microbatch * devices.count())
     optimizer = optax.adam(settings.learning_rate)

@@ -67,23 +67,27 @@ def text(config: ConfigDict, plan: Plan) -> str:
     """Describe the plan for people; every ε is rounded up, every σ down."""
     exact = accounting.format_exact
     budget, dp_sgd = plan.budget, plan.budget.of(DP_SGD)
+    relation = accounting.RELATIONS[budget.relation]
+    number = '' if relation.size_is_public else 'counted as '
     titles = {
         CENTRAL_QUERY: f'central images ({config.query.kind} query)',
         DP_SGD: 'fine-tuning (DP-SGD)',
     }
     lines = [
-        f'Plan for {config.name}: {plan.private_images:,} private images, '
+        f'Plan for {config.name}: {number}{plan.private_images:,} private images, '
         f'ε = {exact(budget.epsilon)}, δ = {exact(budget.delta)} ({budget.accountant.upper()} accountant)',
-        'Unit of privacy: one image; neighbors differ by adding or removing one.',
+        f'Unit of privacy: one image. Neighboring relation: {relation.sentence}.',
+        f'The budget is for this relation.{_replace_one(plan)}',
         '',
         f'{"mechanism (Poisson-sampled Gaussian)":38}{"σ":>9}{"q":>10}{"count":>8}{"ε alone":>9}',
     ]
-    for part in budget.releases:
+    rows = [(f'spent before: {part.mechanism.name}', part) for part in budget.before]
+    for title, part in [*rows, *((titles[part.mechanism.name], part) for part in budget.releases)]:
         mechanism = part.mechanism
         lines.append(
-            f'{titles[mechanism.name]:38}{accounting.format_noise(mechanism.noise_multiplier):>9}'
+            f'{title:38}{accounting.format_noise(mechanism.noise_multiplier):>9}'
             f'{mechanism.sampling_probability:10.6f}{part.count:8d}'
-            f'{accounting.format_epsilon(budget.spent(mechanism.name)):>9}'
+            f'{accounting.format_epsilon(budget.epsilon_of([part])):>9}'
         )
     lines += [
         f'{"together":38}{"":27}{accounting.format_epsilon(budget.spent()):>9}',
@@ -98,6 +102,16 @@ def text(config: ConfigDict, plan: Plan) -> str:
     return '\n'.join(lines)
 
 
+def _replace_one(plan: Plan) -> str:
+    """Say what ε is if neighbors differ by another image in the place of one."""
+    budget = plan.budget
+    if budget.relation == accounting.REPLACE_ONE:
+        return ''
+    found = statement.replace_one((*budget.before, *budget.releases), budget.delta)
+    figure = 'not computed' if found is None else f'{accounting.format_epsilon(found)} (PLD)'
+    return f' With another image in the place of one (replace one), ε = {figure}.'
+
+
 def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:
     """Make the privacy statement of a run that follows the plan."""
     budget = plan.budget
@@ -107,6 +121,8 @@ def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:
         delta=budget.delta,
         accountant=budget.accountant,
         budget=budget.epsilon,
+        relation=budget.relation,
+        before=budget.before,
     )
 
 

@@ -64,8 +64,12 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
     show, exact = accounting.format_epsilon, accounting.format_exact
     accountant = privacy['accountant']
     rows = [
-        (statement.TITLES.get(row['mechanism'], row['mechanism']), f'ε = {show(row["epsilon"][accountant])}')
-        for row in privacy['mechanisms']
+        (
+            when + statement.TITLES.get(row['mechanism'], row['mechanism']),
+            f'ε = {show(row["epsilon"][accountant])}',
+        )
+        for when, name in (('spent before: ', 'spent_before'), ('', 'mechanisms'))
+        for row in privacy[name]
     ]
     total = f'ε = {show(privacy["epsilon"])}, δ = {exact(privacy["delta"])}'
     return [*rows, ('total (from the ledger)', total), ('budget', f'ε = {exact(privacy["budget"])}')]
@@ -140,12 +144,13 @@ def _page(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
         columns = min(config.query.queries, _COLUMNS)
         central = artefacts.central_images(workdir)
         figures.append(_figure(config, central, 'Central images, one query per column', columns))
+    relation = accounting.RELATIONS[config.dp.relation].sentence
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(config.name)} · dpp_jax</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(config.name)}</h1>
 <p class="lead">{config.generate.images:,} synthetic images from {config.data.train_images:,} private
-ones · unit of privacy: one image, add or remove</p>
+ones · unit of privacy: one image; {html.escape(relation)}</p>
 {warning}
 <h2>Privacy and quality</h2>
 <table>{table}</table>

@@ -138,5 +138,7 @@ def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore) 
     )
     return Diverged(
         f'{name} failed: the {what} not finite at step {step}. {kept}. Lower '
-        f'config.{name}.learning_rate and use another --workdir'
+        f'config.{name}.learning_rate and use another --workdir. What this run spent on the private images '
+        'adds up with the ε of the next one: --stage=compose --with=OLD,NEW states both together, and '
+        '--config.dp.already_spent=OLD puts both into one budget (OLD and NEW: the two work directories)'
     )

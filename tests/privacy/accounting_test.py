@@ -70,6 +70,53 @@ def test_pld_needs_less_noise_on_mnist(epsilon, sigma, no_warnings):
     assert accounting.epsilon(make_event(found), row['delta'], 'pld') <= epsilon
 
 
+@pytest.mark.parametrize(
+    'relation, spent', [('zero_out', 10.00065), ('add_remove', 10.00065), ('replace_one', 21.31401)]
+)
+def test_every_relation_has_its_epsilon_on_mnist(relation, spent):
+    event = accounting.compose(
+        [accounting.subsampled_gaussian(5.0, 0.1, 5), accounting.subsampled_gaussian(1.7424, 1 / 15, 2250)]
+    )
+    assert accounting.epsilon(event, 1e-5, 'pld', relation) == pytest.approx(spent, abs=1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(sigma=st.floats(1.0, 8.0), q=st.sampled_from([0.01, 0.3, 1.0]), count=st.integers(1, 30))
+def test_zero_out_spends_as_add_or_remove_one_and_replace_one_up_to_twice_the_change(sigma, q, count):
+    """Replacing moves a sum by at most twice as much: at most as half the noise, and exactly so for q = 1."""
+    event = accounting.subsampled_gaussian(sigma, q, count)
+    spent = {name: accounting.epsilon(event, 1e-5, 'pld', name) for name in accounting.RELATIONS}
+    assert spent['zero_out'] == spent['add_remove'] <= spent['replace_one']
+    most = accounting.epsilon(accounting.subsampled_gaussian(sigma / 2, q, count), 1e-5, 'pld')
+    assert spent['replace_one'] <= most * (1 + 1e-3) + 1e-3
+    if q == 1:
+        assert spent['replace_one'] == pytest.approx(most, rel=1e-3, abs=1e-3)
+
+
+def test_noise_for_replace_one_is_the_least_that_keeps_it_within_the_budget():
+    def make_event(sigma):
+        return accounting.subsampled_gaussian(sigma, 0.1, 50)
+
+    sigma = accounting.calibrate(make_event, 2.0, 1e-5, 'pld', 'replace_one')
+    assert accounting.epsilon(make_event(sigma), 1e-5, 'pld', 'replace_one') <= 2.0
+    assert accounting.epsilon(make_event(sigma * (1 - 2e-4)), 1e-5, 'pld', 'replace_one') > 2.0
+
+
+@pytest.mark.parametrize(
+    'accountant, relation, text',
+    [
+        ('rdp', 'replace_one', "accountant is 'rdp'; it must be 'pld' with relation 'replace_one'"),
+        ('pld', 'swap', "relation is 'swap'; it must be 'zero_out' or 'add_remove' or 'replace_one'"),
+    ],
+)
+def test_a_relation_that_cannot_be_counted_is_refused(accountant, relation, text):
+    event = accounting.subsampled_gaussian(1.0, 0.1, 1)
+    with pytest.raises(ValueError, match=text):
+        accounting.epsilon(event, 1e-5, accountant, relation)
+    with pytest.raises(ValueError, match=text):
+        accounting.calibrate(lambda sigma: event, 1.0, 1e-5, accountant, relation)
+
+
 def exact_gaussian_delta(sigma, epsilon):
     """δ(ε) of one Gaussian mechanism (Balle, Wang 2018, theorem 8)."""
 

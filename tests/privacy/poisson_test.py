@@ -73,6 +73,21 @@ def test_a_row_of_padding_is_zero_and_holds_nobodys_data(private, capacity, data
         np.testing.assert_array_equal(array, copies[name])
 
 
+@pytest.mark.parametrize('probability', [0.01, 0.3, 1.0])
+def test_where_the_number_of_examples_is_not_public_only_who_is_in_a_batch_depends_on_it(probability):
+    samplers = [
+        poisson.PoissonSampler(size=size, probability=probability, key=KEY, public_size=1000)
+        for size in (1, 999, 1000, 1001, 5000)
+    ]
+    assert {sampler.expected_size for sampler in samplers} == {probability * 1000}
+    assert len({sampler.capacity(8) for sampler in samplers}) == 1
+    usual = poisson.PoissonSampler(size=1000, probability=probability, key=KEY)
+    assert samplers[2].capacity(8) == usual.capacity(8)
+    for number in range(3):  # one example more changes nothing for the others
+        less, more = samplers[1].indices(number), samplers[2].indices(number)
+        np.testing.assert_array_equal(less, more[more < 999])
+
+
 GOOD = dict(size=5, probability=0.1, key=KEY)
 
 
@@ -82,6 +97,8 @@ GOOD = dict(size=5, probability=0.1, key=KEY)
         ('size', 0, 'a whole number, at least 1'),
         ('size', 2.5, 'a whole number, at least 1'),
         ('size', True, 'a whole number, at least 1'),
+        ('public_size', 0, 'a whole number, at least 1'),
+        ('public_size', 2.5, 'a whole number, at least 1'),
         ('probability', 0.0, r'in \(0, 1\]'),
         ('probability', 1.5, r'in \(0, 1\]'),
         ('probability', float('nan'), r'in \(0, 1\]'),

@@ -45,6 +45,27 @@ def test_settings_that_change_no_result_or_only_what_follows_the_model_may_chang
     record(tmp_path, tiny_config(generate__sampler__steps=2, evaluate__epochs=3))
 
 
+def test_private_belongs_to_its_settings_also_where_release_was_moved_away(tiny_config, tmp_path):
+    workdir = record(tmp_path / 'run', tiny_config())
+    workdir.release.rename(tmp_path / 'moved')
+    workdir.check(flatten(tiny_config(generate__sampler__steps=2).to_dict()))
+    with pytest.raises(ValueError, match='config.pretrain.enabled: True there, False now'):
+        workdir.check(flatten(tiny_config(pretrain__enabled=False).to_dict()))
+    record(tmp_path / 'run', tiny_config())
+
+
+@pytest.mark.parametrize('name, stood_for', [('dp.relation', 'zero_out'), ('dp.already_spent', '')])
+def test_a_folder_of_an_earlier_version_is_one_of_zero_out_with_nothing_before(
+    tiny_config, tmp_path, name, stood_for
+):
+    workdir = record(tmp_path, tiny_config())
+    recorded = json.loads(workdir.config.read_text())
+    workdir.config.write_text(json.dumps({key: value for key, value in recorded.items() if key != name}))
+    workdir.check({**recorded, name: stood_for})
+    with pytest.raises(ValueError, match=f'config.{name}: {stood_for} there, other now'):
+        workdir.check({**recorded, name: 'other'})
+
+
 def test_a_setting_that_an_earlier_version_did_not_have_stands_for_what_it_did(tiny_config, tmp_path):
     workdir = record(tmp_path, tiny_config())
     recorded = json.loads(workdir.config.read_text())

@@ -41,6 +41,19 @@ def test_keys_are_not_shown(path, ledger):
         assert str(secret) not in shown
 
 
+def test_a_plan_without_a_mechanism_whose_output_was_released_is_refused(path, ledger):
+    keys = Keys(path, None)
+    for name in ('central_query', 'dp_sgd'):
+        keys.of_mechanism(name, ledger)
+    keys.of_part('pretrain')
+    keys.check_planned(['dp_sgd'])  # nothing was released yet
+    keys.bind_release('central_query', [np.zeros(3)])
+    keys.check_planned(['central_query', 'dp_sgd'])
+    with pytest.raises(ValueError, match='keys of central_query, whose output was released') as refused:
+        keys.check_planned(['dp_sgd'])
+    assert '\n' not in str(refused.value)
+
+
 def test_keys_stay_and_differ_between_parts_and_runs(path, tmp_path, ledger):
     one, two = Keys(path, None), Keys(tmp_path / 'other.json', None)
     keys = [

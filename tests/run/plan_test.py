@@ -12,6 +12,7 @@ from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import plan as plan_lib
 
 _KEPT = ('noise_multiplier', 'query_noise_multiplier')
+_NEEDED = [name for name in plan_lib._BINDING if name not in plan_lib._NEW_FIELDS] + ['noise_multiplier']
 
 
 class NoModel:
@@ -79,7 +80,7 @@ def test_a_figure_that_the_guarantee_rests_on_is_that_of_the_config(saved, name)
         saved(change)
 
 
-@pytest.mark.parametrize('name', [*plan_lib._BINDING, 'noise_multiplier'])
+@pytest.mark.parametrize('name', _NEEDED)
 def test_a_plan_without_a_figure_that_is_needed_is_refused_in_a_line(saved, name):
     def without(figures):
         return {key: value for key, value in figures.items() if key != name}
@@ -97,6 +98,23 @@ def test_noise_that_is_no_noise_is_refused_in_a_line(saved, name, value):
     with pytest.raises(ValueError, match=text) as refused:
         saved(lambda figures: {**figures, name: value}, query__epsilon_share=0.2)
     assert '\n' not in str(refused.value) and name in str(refused.value)
+
+
+def test_a_plan_of_an_earlier_version_is_one_of_zero_out(saved):
+    new = set(plan_lib._NEW_FIELDS)
+    made, loaded = saved(lambda f: {name: value for name, value in f.items() if name not in new})
+    assert loaded == made and loaded.budget.relation == 'zero_out'
+    with pytest.raises(ValueError, match='relation = zero_out; this config gives add_remove'):
+        saved(
+            lambda f: {name: value for name, value in f.items() if name not in new}, dp__relation='add_remove'
+        )
+
+
+@pytest.mark.parametrize('value', [3, [{}], [{'mechanism': 'dp_sgd'}], {'a': 1}, None], ids=repr)
+def test_what_was_spent_before_is_refused_in_a_line_where_it_cannot_be_read(saved, value):
+    with pytest.raises(ValueError, match='plan.json is not a valid plan .*Restore') as refused:
+        saved(lambda figures: {**figures, 'spent_before': value})
+    assert '\n' not in str(refused.value)
 
 
 @pytest.mark.parametrize('text', ['', '{"delta": 1', '[]', '\0' * 9, '\udce9'], ids=repr)

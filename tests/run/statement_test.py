@@ -59,7 +59,7 @@ def test_figures_are_rounded_to_the_safe_side():
 
 
 def test_a_statement_by_pld_is_made_also_where_rdp_is_very_large(monkeypatch):
-    monkeypatch.setattr(statement, '_MOST_FOR_PLD', 1.0)  # the real bound takes long to exceed
+    monkeypatch.setattr(statement, 'MOST_FOR_PLD', 1.0)  # the real bound takes long to exceed
     assert make()['epsilon_by_accountant']['pld'] is None
     made = make(accountant='pld')
     assert made['epsilon_by_accountant']['rdp'] > 1

@@ -110,8 +110,9 @@ def test_a_run_whose_weights_are_lost_stops_and_keeps_the_last_good_checkpoint(
         in_axes=(0, None),
     )
     written = []
-    with pytest.raises(loop.Diverged, match=f'test failed: the .* not finite at step 6.*{good}'):
+    with pytest.raises(loop.Diverged, match=f'test failed: the .* not finite at step 6.*{good}') as told:
         train(tmp_path, lost, seconds=seconds, written=written)
+    assert '--stage=compose --with=' in str(told.value) and 'dp.already_spent' in str(told.value)
     kept = checkpoint.latest_training(tmp_path)
     assert (kept and kept[0]) == (5 if seconds == 0 else None)
 

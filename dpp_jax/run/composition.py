@@ -1,0 +1,110 @@
+"""What several work directories spent together on the same private images, from their ledgers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpp_jax import files
+from dpp_jax.privacy import accounting, budget
+from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.run import statement
+from dpp_jax.run.already_spent import paths
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.keys import is_seeded
+
+_EXAMPLE = '--stage=compose --with=runs/a,runs/b'
+
+
+def text(workdirs: str) -> str:
+    """Say what the runs in these work directories, separated by commas, spent together.
+
+    δ is the largest that one of them states: an ε at a smaller δ also holds at a larger one.
+
+    Raises:
+        ValueError, FileNotFoundError: a folder has no ledger or no plan, or two belong to the same run.
+    """
+    folders = [WorkDir(path) for path in paths(workdirs)]
+    if not folders:
+        raise ValueError(f'--with is empty; it must name work directories, as in {_EXAMPLE}')
+    ledgers, plans = [], []
+    for folder in folders:
+        if not folder.ledger.is_file():
+            raise FileNotFoundError(
+                f'--with names {folder.root}, which has no {folder.ledger.relative_to(folder.root)}; it must '
+                'name work directories of runs that released something'
+            )
+        ledgers.append(Ledger(folder.ledger, read_only=True))
+        plans.append(_plan(folder))
+    entries = budget.together(ledgers)
+    parts = tuple(budget.group(entries))
+    delta = max(plan['delta'] for plan in plans)
+    lines = [f'{len(folders)} run(s) on the same private images, from their ledgers:', '']
+    for folder, ledger, plan in zip(folders, ledgers, plans):
+        own = tuple(budget.group(ledger.entries))
+        lines.append(
+            f'  {folder.root}: {_figures(own, plan["delta"])}; planned for {plan["relation"]}'
+            f'{"" if not plan["spent_before"] else ", beside earlier runs (counted here only if named)"}'
+        )
+    lines += ['', f'  together: {_figures(parts, delta)}', '']
+    lines += _remarks(folders, plans)
+    if any(is_seeded(entry.randomness) for entry in entries):
+        lines.append('NOT PRIVATE: the keys of a run come from config.seed. No ε covers what it released.')
+    return '\n'.join(lines)
+
+
+def _plan(folder: WorkDir) -> dict[str, Any]:
+    """Read δ, relation and what was spent before."""
+    if not folder.plan.is_file():
+        raise FileNotFoundError(
+            f'--with names {folder.root}, which has no release/plan.json. Restore the file'
+        )
+    old = {'relation': accounting.ZERO_OUT, 'spent_before': []}
+    plan = old | files.read_json(folder.plan, 'Restore the file')
+    if plan['relation'] not in accounting.RELATIONS:
+        allowed = ' or '.join(map(repr, accounting.RELATIONS))
+        raise ValueError(f'{folder.plan} has relation = {plan["relation"]!r}; it must be {allowed}')
+    accounting.check_budget(1.0, plan.get('delta'), 'pld', plan['relation'])
+    return plan
+
+
+def _figures(parts: tuple, delta: float) -> str:
+    """Say ε by every relation and accountant that is available."""
+    show = accounting.format_epsilon
+    event = budget.total_event(parts)
+    rdp = accounting.epsilon(event, delta)
+    is_cheap = rdp <= statement.MOST_FOR_PLD
+    pld = show(accounting.epsilon(event, delta, 'pld')) if is_cheap else 'not computed'
+    replaced = statement.replace_one(parts, delta)
+    return (
+        f'ε = {show(rdp)} (RDP), {pld} (PLD) by zero-out or add or remove one; '
+        f'ε = {"not computed" if replaced is None else show(replaced)} (PLD) by replace one; '
+        f'δ = {accounting.format_exact(delta)}'
+    )
+
+
+def _remarks(folders: Sequence[WorkDir], plans: Sequence[dict[str, Any]]) -> list[str]:
+    """Say what was chosen, and what the user must know."""
+    remarks = []
+    deltas = sorted({plan['delta'] for plan in plans})
+    if len(deltas) > 1:
+        remarks.append(
+            f'The runs state different δ ({", ".join(map(accounting.format_exact, deltas))}); the largest is '
+            'taken: all of them hold there.'
+        )
+    relations = {plan['relation'] for plan in plans}
+    if accounting.ZERO_OUT in relations and 'add_remove' in relations:
+        remarks.append(
+            'A run for zero_out makes the number of images public: together they are for zero_out.'
+        )
+    if accounting.REPLACE_ONE in relations and len(relations) > 1:
+        remarks.append('The runs were planned for different relations: read the ε of the one that you need.')
+    seen = {}
+    for folder in folders:
+        if folder.fingerprints.is_file():
+            train = files.read_json(folder.fingerprints, 'Restore the file').get('train') or {}
+            seen[folder.root] = train.get('sha256')
+    if len(set(seen.values())) > 1:
+        remarks.append(
+            'private/data.json names different private images in these folders. The sum is right for every '
+            'image that is in all of them, and too large for the others.'
+        )
+    return remarks

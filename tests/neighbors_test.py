@@ -1,0 +1,120 @@
+"""Neighboring private sets through the whole program: what is released differs by its noisy values alone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpp_jax import pipeline
+from dpp_jax.privacy import poisson
+from dpp_jax.run import composition
+from dpp_jax.run.folder import WorkDir
+
+COUNT = 60
+LEFT_OUT = 17  # number of the image by which two sets differ
+# What the noise went into: names of files, or of folders with all that is in them.
+NOISY = ('central_images.npz', 'central_images.png', 'model', 'synthetic/images.npz', 'synthetic/images.png')
+
+
+def make_images():
+    rng = np.random.default_rng(0)
+    return {'images': rng.integers(0, 256, (COUNT, 8, 8, 1), np.uint8), 'labels': np.arange(COUNT) % 10}
+
+
+def run(config, root, private):
+    """All stages on these private images."""
+    folder = root.parent / f'data_{root.name}'
+    folder.mkdir()
+    np.savez(folder / 'train.npz', **private)
+    np.savez(folder / 'test.npz', **make_images())
+    link = root.parent / 'data'  # the same path in both configs
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder)
+    config.data.source = f'npz:{link}'
+    config.data.train_images = COUNT
+    config.finetune.update(batch_size=20, epochs=1.0)
+    config.evaluate.update(classifiers=('logistic',), fid=False)
+    pipeline.run(config, root, 'all')
+    return WorkDir(root)
+
+
+def zero_out(monkeypatch):
+    """Nobody samples the image: all that it contributes to is as if it were not there."""
+    indices = poisson.PoissonSampler.indices
+
+    def without(sampler, batch):
+        found = indices(sampler, batch)
+        return found[found != LEFT_OUT]
+
+    monkeypatch.setattr(poisson.PoissonSampler, 'indices', without)
+    return make_images()
+
+
+def add_remove(monkeypatch):
+    del monkeypatch
+    return {name: np.delete(array, LEFT_OUT, axis=0) for name, array in make_images().items()}
+
+
+def replace_one(monkeypatch):
+    """Another image, of another class, in the place of one."""
+    del monkeypatch
+    private = make_images()
+    private['images'][LEFT_OUT] = 255 - private['images'][LEFT_OUT]
+    private['labels'][LEFT_OUT] = (private['labels'][LEFT_OUT] + 1) % 10
+    return private
+
+
+@pytest.mark.parametrize('neighbor', [zero_out, add_remove, replace_one], ids=lambda f: f.__name__)
+def test_neighbors_release_the_same_files_and_differ_only_by_what_noise_went_into(
+    tiny_config, tmp_path, monkeypatch, neighbor
+):
+    relation = neighbor.__name__
+    accountant = 'pld' if relation == 'replace_one' else 'rdp'
+
+    def config():
+        return tiny_config(dp__relation=relation, dp__accountant=accountant)
+
+    one = run(config(), tmp_path / 'one', make_images())
+    other = run(config(), tmp_path / 'other', neighbor(monkeypatch))
+    found = [
+        {str(p.relative_to(w.release)): p.read_bytes() for p in w.release.rglob('*') if p.is_file()}
+        for w in (one, other)
+    ]
+    without_noise = [
+        {name: content for name, content in files.items() if not name.startswith(NOISY)} for files in found
+    ]
+    names = [
+        {name for name in files if not name.startswith('model/')} | {name.split('/d/')[0] for name in files}
+        for files in found
+    ]
+    assert names[0] == names[1]
+    assert {'config.json', 'plan.json', 'ledger.jsonl', 'privacy_statement.json'} <= set(without_noise[0])
+    assert without_noise[0] == without_noise[1]
+    assert {w.model(name).exists() for w in (one, other) for name in ('pretrain', 'finetune')} == {True}
+    # The neighbors are different ones: the noisy values differ, because the noise here is the same.
+    assert found[0]['central_images.npz'] != found[1]['central_images.npz']
+    plan = json.loads(found[0]['plan.json'])
+    assert (plan['relation'], plan['private_images']) == (relation, COUNT)
+    assert relation in composition.text(str(one.root))
+
+
+def test_another_number_of_images_is_refused_where_it_is_public(tiny_config, tmp_path):
+    for relation, accountant in (('zero_out', 'rdp'), ('replace_one', 'pld')):
+        config = tiny_config(dp__relation=relation, dp__accountant=accountant)
+        with pytest.raises(ValueError, match='config.data.train_images is 60; it must be 59'):
+            run(config, tmp_path / relation, add_remove(None))
+        assert not WorkDir(tmp_path / relation).ledger.exists()
+
+
+def test_release_moved_away_and_a_run_without_the_query_is_refused(copied_run):
+    """It would spend a second time under a budget that knows nothing of the query."""
+    config, workdir = copied_run
+    workdir.release.rename(workdir.root / 'published')
+    with config.unlocked():
+        config.pretrain.enabled = False
+    with pytest.raises(ValueError, match='config.pretrain.enabled: True there, False now'):
+        pipeline.run(config, workdir.root, 'all')
+    workdir.own_config.unlink()  # as in a folder of an earlier version
+    with pytest.raises(ValueError, match='keys of central_query, whose output was released'):
+        pipeline.run(config, workdir.root, 'all')
+    assert not workdir.ledger.exists()

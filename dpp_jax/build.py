@@ -184,4 +184,3 @@ def images(config: ConfigDict, split: str) -> Images:
             'to the number of private images'
         )
     return found
-

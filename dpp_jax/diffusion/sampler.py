@@ -98,7 +98,7 @@ def heun(
         x_hat = x_cur + std * noise(i) if churn.s_churn > 0 else x_cur
 
         def advance(order, state):
-            """Go from x_hat to t_{i+1}: by the slope there (order 0), then by the mean of it and the next."""
+            """Go from x_hat to t_{i+1}: by the slope at t_hat, then (order 1) by its mean with the next."""
             x, level, d_cur = state
             d_prime = (x - denoise(x, jnp.full(x.shape[:1], level), label)) / level
             d = jnp.where(order == 0, d_prime, (d_cur + d_prime) / 2)

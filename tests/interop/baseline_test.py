@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpp_jax import pipeline
-from dpp_jax.privacy import mechanism
+from dpp_jax import build
+from dpp_jax.privacy import clipping
 from scripts.benchmark import pytorch_baseline as baseline
 
 DRAWS, EXAMPLES, CLIP_NORM = 2, 3, 0.7
@@ -55,7 +55,7 @@ class Twins:
 def twins(tiny_config):
     """With a second level: halving and doubling, and attention at the smaller size."""
     config = tiny_config(model__multipliers=(2, 2), model__attention_resolutions=(4,))
-    return Twins(pipeline.make_model(config))
+    return Twins(build.model(config))
 
 
 def test_network_has_the_same_parameters_and_output(twins):
@@ -84,7 +84,7 @@ def test_plain_gradient(twins):
 def test_clipped_sum_of_opacus(twins):
     examples = (twins.images, twins.drawn)
     clipped = jax.jit(
-        lambda params: mechanism.clipped_gradient_sum(
+        lambda params: clipping.clipped_gradient_sum(
             twins.loss, params, examples, jnp.ones(EXAMPLES, bool),
             clip_norm=CLIP_NORM, microbatch=1, microbatches=EXAMPLES,
         )

@@ -17,7 +17,7 @@ import pytest
 from dpp_jax.diffusion import denoiser, sampler, unet
 from dpp_jax.diffusion.model import Model
 from dpp_jax.interop import pytorch
-from dpp_jax.privacy import mechanism
+from dpp_jax.privacy import clipping
 
 # name of the file: image channels, classes, size, attention at
 FILES = {'mnist_28_nf16': (1, 10, 28, 14), 'rgb_32_nf16': (3, 2, 32, 16)}
@@ -135,7 +135,7 @@ def test_dp_gradient(golden):
     def everything(params):
         losses, gradients = jax.vmap(jax.value_and_grad(example_loss), (None, 0))(params, examples)
         clip_norm = float(golden['dp_clip'])
-        total, norms = mechanism.clipped_sum(gradients, jnp.ones(5, bool), clip_norm)
+        total, norms = clipping.clipped_sum(gradients, jnp.ones(5, bool), clip_norm)
         return losses, norms, total
 
     losses, norms, total = everything(golden.params)

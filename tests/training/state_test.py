@@ -1,4 +1,4 @@
-"""Parameters as one vector: the same numbers, by the same names on disk, and one leaf for all that follows."""
+"""Parameters as one vector: the same numbers, the same names on disk, and one leaf for all that follows."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """The two steps: independent of devices, padding and microbatches; noise once; DP-SGD as written."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,11 @@ import optax
 import pytest
 from sklearn import datasets
 
-from dpp_jax import pipeline
+from dpp_jax import build
 from dpp_jax.data import augment
 from dpp_jax.diffusion import winograd
-from dpp_jax.privacy.mechanism import GaussianMechanism, clipped_gradient_sum, clipped_sum
+from dpp_jax.privacy.clipping import clipped_gradient_sum, clipped_sum
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
 
@@ -29,11 +32,22 @@ def params(tiny_model):
     return tiny_model.init(jax.random.key(3))
 
 
+def noise_key(seed=5):
+    return NoiseKey(identifier='test', key=jax.random.key(seed))
+
+
+def make_mechanism(sigma=1.0, clip_norm=0.5):
+    return GaussianMechanism(
+        name='dp_sgd', noise_multiplier=sigma, sampling_probability=0.5, sensitivity=clip_norm
+    )
+
+
 def dp_step(tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2, at_once=None):
     return steps.make_dp_step(
         tiny_model.example_loss(draws=draws, label_dropout=0.1, draws_at_once=at_once),
         optimizer,
-        GaussianMechanism('dp_sgd', sigma, 0.5, clip_norm, 'test'),
+        make_mechanism(sigma, clip_norm),
+        noise_key(),
         expected_batch_size=20.0,
         microbatch=microbatch,
         ema_decay=0.9,
@@ -42,10 +56,11 @@ def dp_step(tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD
 
 def take(step, params, digits, indices, *, number, microbatch, capacity=32, optimizer=SGD):
     """One step from `params` on the first `number` devices; the update and the metrics."""
-    batch = steps.make_batch(*digits, np.asarray(indices), capacity)
+    batch = steps.make_batch(*digits, np.asarray(indices, int), capacity)
     state = devices.replicate(state_lib.create(params, optimizer))
     used = steps.used_microbatches(len(indices), microbatch)
-    new, metrics = step(state, devices.deal(batch), used, jax.random.key(5))
+    (new, metrics), entry = step(0, state, devices.deal(batch), used)
+    assert entry == step.mechanism.entry(0, 'test')
     new, metrics = devices.first(new), devices.first(metrics)
     return jax.tree.map(np.subtract, new.params.tree(), params), metrics, new
 
@@ -118,13 +133,13 @@ def test_update_is_the_clipped_sum_plus_the_same_noise(eight_device_step, tiny_m
 
 
 def test_batch_size_changes_recompile_nothing(eight_device_step, params, digits, compilations):
-    state = devices.replicate(state_lib.create(params, SGD))
-    key = jax.random.key(1)
+    state, numbers = devices.replicate(state_lib.create(params, SGD)), itertools.count()
 
     def run(state, n):
         batch = devices.deal(steps.make_batch(*digits, np.arange(n), 32))
         used = steps.used_microbatches(n, 2)
-        return eight_device_step(state, batch, used, key)[0]
+        (state, _), _ = eight_device_step(next(numbers), state, batch, used)
+        return state
 
     state = run(run(state, 7), 3)
     before = compilations.count
@@ -194,7 +209,7 @@ def test_no_real_row_lies_behind_the_microbatches_that_are_visited(number, micro
 @pytest.mark.parametrize('scale', [1.0, 30.0])
 def test_clip_bound_holds_with_a_bfloat16_network(tiny_config, scale):
     """Activations are bfloat16; master weights, gradients, norms and the clipped sum are float32."""
-    model = pipeline.make_model(tiny_config(model__dtype='bfloat16', model__blocks=1))
+    model = build.model(tiny_config(model__dtype='bfloat16', model__blocks=1))
     loss = model.example_loss(draws=2, label_dropout=0.1)
     # Larger weights: gradients of many orders of magnitude in one network.
     params = jax.tree.map(lambda leaf: scale * leaf, model.init(jax.random.key(0)))
@@ -225,8 +240,8 @@ def test_the_fast_sum_of_clipped_gradients_equals_a_plain_one_in_float64(tiny_co
     """Own convolution, draws in parts, images in microbatches; and the library's, one image at a time."""
     monkeypatch.setattr(winograd, '_is_small', lambda kernel: False)  # as it is for usual widths
     levels = {'model__multipliers': (1, 2), 'model__attention_resolutions': (4,)}
-    fast = pipeline.make_model(tiny_config(**levels))
-    plain = pipeline.make_model(tiny_config(**levels, model__dtype='float64'))
+    fast = build.model(tiny_config(**levels))
+    plain = build.model(tiny_config(**levels, model__dtype='float64'))
     rng = np.random.default_rng(4)
     params = jax.tree.map(  # the first weights of some layers are zero: their inputs' gradients would be
         lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32),
@@ -280,7 +295,8 @@ def test_a_training_is_lost_by_a_batch_and_not_by_an_example(expected, size, bro
         step = steps.make_dp_step(
             lambda params, image, label, key: jnp.where(label == 1, jnp.nan, 1.0) * jnp.sum(params['w']),
             SGD,
-            GaussianMechanism('dp_sgd', 1.0, 0.5, 1.0, 'test'),
+            make_mechanism(clip_norm=1.0),
+            noise_key(),
             expected_batch_size=expected,
             microbatch=4,
             ema_decay=0.9,

@@ -1,0 +1,360 @@
+"""Queries: what they add up, that one image changes it by the sensitivity at most, and what they refuse.
+
+The tests of sensitivity know no query by name: one that is added to `QUERIES` is tested with all its
+settings.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+import jax
+import numpy as np
+import pytest
+
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
+from dpp_jax.privacy.queries import QUERIES, MeanQuery, ModeQuery, Query, make_query
+
+CLASSES, SHAPE = 3, (4, 5, 1)
+DIMENSIONS = 20
+SIZES = {'classes': CLASSES, 'dimensions': DIMENSIONS}
+ROWS = 6  # of a padded sample
+# Numbers around which a setting may do something else; those that a query refuses are left out.
+POOL = (None, False, True, 0, 1, 2, 3, 16, 64, 0.1, 0.3, 0.5, 0.7, 2.5, 4.2, 30.0)
+
+
+# --- Sensitivity, of every query
+
+
+def values_of(query, name):
+    """Return what the setting may be: its default, of POOL, and of the names in the query's own refusal."""
+    fields = {field.name: field for field in dataclasses.fields(query)}
+    default, found = fields[name].default, []
+    candidates = [] if default is dataclasses.MISSING else [default]
+    try:
+        query(**SIZES, **{name: 'no such name'})
+    except ValueError as error:
+        candidates += re.findall(r"'(\w+)'", str(error).partition('must be')[2])
+    for value in (*candidates, *POOL):
+        try:
+            query(**SIZES, **{name: value})
+        except ValueError:
+            continue
+        # True is no other 1 to Python.
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in found):
+            found.append(value)
+    return found
+
+
+@functools.cache
+def all_settings(kind):
+    """Return every combination of the values of a query's own settings."""
+    query = QUERIES[kind]
+    names = [field.name for field in dataclasses.fields(query) if field.name not in SIZES]
+    return [dict(zip(names, values)) for values in itertools.product(*(values_of(query, n) for n in names))]
+
+
+EVERY_SETTING = [
+    pytest.param(kind, own, id='-'.join([kind, *(f'{name}={value}' for name, value in own.items())]))
+    for kind in QUERIES
+    for own in all_settings(kind)
+]
+
+
+def flat(tree):
+    """Return all sums as one vector in float64."""
+    return np.concatenate([np.float64(leaf).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def with_one_more(images, labels, mask, place):
+    """Return the sample with its last row, which is padding, moved to `place` and counted."""
+    order = np.insert(np.arange(ROWS - 1), place, ROWS - 1)
+    return images[order], labels[order], np.insert(mask[:-1], place, True)
+
+
+image_bytes = hnp.arrays(np.uint8, (ROWS, *SHAPE), elements=st.integers(0, 255))
+extremes = hnp.arrays(np.uint8, (ROWS, *SHAPE), elements=st.sampled_from([0, 255]))
+
+
+@pytest.mark.parametrize(('kind', 'own'), EVERY_SETTING)
+def test_one_image_changes_all_sums_together_by_the_sensitivity_at_most(kind, own):
+    """Of random and of extreme images, with any labels, beside any others and any padding."""
+    query = QUERIES[kind](**SIZES, **own)
+    bound = query.sensitivity
+
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(
+        images=image_bytes | extremes,
+        labels=hnp.arrays(np.int32, ROWS, elements=st.integers(0, CLASSES - 1)),
+        count=st.integers(0, ROWS - 1),
+        place=st.integers(0, ROWS - 1),
+    )
+    def check(images, labels, count, place):
+        less = images, labels, np.arange(ROWS) < count
+        more = with_one_more(*less, min(place, count))
+        change = np.linalg.norm(flat(query.sums(*more)) - flat(query.sums(*less)))
+        # Sums of a few images: float32 rounds each of them by 6e-8 at most.
+        assert change <= bound * (1 + 1e-6)
+
+    check()
+
+
+def candidates():
+    """Return images of which one must be the longest contribution: all grays, corners of the cube, random."""
+    rng = np.random.default_rng(7)
+    grays = np.broadcast_to(np.arange(256).reshape(-1, 1, 1, 1), (256, *SHAPE))
+    corners = 255 * rng.integers(0, 2, (200, *SHAPE))
+    anything = rng.integers(0, 256, (200, *SHAPE))
+    return np.concatenate([grays, corners, anything]).astype(np.uint8)
+
+
+@pytest.mark.parametrize(('kind', 'own'), EVERY_SETTING)
+def test_one_image_attains_the_sensitivity_within_a_hundredth(kind, own):
+    """More noise than one image can ask for would be noise for nothing."""
+    query = QUERIES[kind](**SIZES, **own)
+    images, mask = candidates()[:, None], np.ones(1, bool)
+    contributions = jax.vmap(lambda image: query.sums(image, np.zeros(1, np.int32), mask))(images)
+    squares = [
+        np.square(np.float64(leaf)).reshape(len(images), -1) for leaf in jax.tree.leaves(contributions)
+    ]
+    longest = np.sqrt(np.concatenate(squares, axis=1).sum(axis=1)).max()
+    assert 0.99 * query.sensitivity <= longest <= query.sensitivity * (1 + 1e-6)
+
+
+@pytest.mark.parametrize('kind', QUERIES)
+def test_a_query_has_settings_that_are_tried(kind):
+    """The search of the tests above finds the defaults, names, and numbers on both sides of a bound."""
+    assert len(all_settings(kind)) >= 1
+    assert issubclass(QUERIES[kind], Query)
+    if kind == 'mean':
+        for name, some in {
+            'class_counts': ['public', 'noisy'],
+            'clip_norm': [None, 0.1, 2.5, 30.0],
+            'pixel_center': [0.0, 0.3, 0.5],
+        }.items():
+            assert set(some) <= {own[name] for own in all_settings(kind)}
+    if kind == 'mode':
+        assert {2, 3, 16, 64} <= {own['bins'] for own in all_settings(kind)}
+
+
+@pytest.mark.parametrize('kind', QUERIES)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    images=image_bytes,
+    other=image_bytes,
+    count=st.integers(0, ROWS),
+    label=st.integers(0, CLASSES - 1),
+    choice=st.integers(0, 10**6),
+)
+def test_what_padding_holds_changes_no_bit(kind, images, other, count, label, choice):
+    own = all_settings(kind)[choice % len(all_settings(kind))]
+    query = QUERIES[kind](**SIZES, **own)
+    mask = np.arange(ROWS) < count
+    labels = np.arange(ROWS, dtype=np.int32) % CLASSES
+    padded = np.where(mask[:, None, None, None], images, other), np.where(mask, labels, label)
+    np.testing.assert_array_equal(flat(query.sums(*padded, mask)), flat(query.sums(images, labels, mask)))
+    if count == 0:
+        assert not flat(query.sums(*padded, mask)).any()
+
+
+@pytest.mark.parametrize('kind', QUERIES)
+def test_sums_and_estimate_have_one_row_for_each_class(kind):
+    """And central images the shape of images, also of an empty sample."""
+    query = make_query(kind, **SIZES, settings={})
+    images, labels = np.zeros((ROWS, *SHAPE), np.uint8), np.zeros(ROWS, np.int32)
+    total = query.sums(images, labels, np.zeros(ROWS, bool))
+    for leaf in jax.tree.leaves(total):
+        assert leaf.dtype == np.float32 and leaf.shape[0] == CLASSES
+    estimate = query.estimate(total, 2.0)
+    assert estimate.dtype == np.float32 and estimate.shape == (CLASSES, *SHAPE)
+
+
+# --- With a mechanism
+
+
+def make_mechanism(query, noise_multiplier=1e-9, **changes):
+    fields = dict(
+        name='query',
+        noise_multiplier=noise_multiplier,
+        sampling_probability=0.5,
+        sensitivity=query.sensitivity,
+    )
+    return GaussianMechanism(**(fields | changes))
+
+
+def ask(query, images, labels, mask, expected_size=float(CLASSES)):
+    """Return central images, with next to no noise. Expected size CLASSES: a class's size is 1."""
+    noise_key = NoiseKey(identifier='test', key=jax.random.key(0))
+    noisy = query.noisy(make_mechanism(query), noise_key, expected_size)
+    return np.asarray(noisy(0, {'images': images, 'labels': labels}, mask)[0])
+
+
+@pytest.mark.parametrize('kind', QUERIES)
+def test_the_noisy_query_is_the_estimate_of_sums_with_noise_and_has_its_entry(kind):
+    query = make_query(kind, **SIZES, settings={})
+    images, labels = random_images(ROWS)
+    mask = np.arange(ROWS) < 4
+    mechanism = make_mechanism(query, noise_multiplier=0.5)
+    noise_key = NoiseKey(identifier='k', key=jax.random.key(1))
+    result, entry = query.noisy(mechanism, noise_key, 6.0)(2, {'images': images, 'labels': labels}, mask)
+    plain = mechanism.noisy(
+        lambda total: (total, None), noise_key, then=lambda noisy, *_: query.estimate(noisy, 6.0)
+    )
+    expected, expected_entry = plain(2, query.sums(images, labels, mask))
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    assert entry == expected_entry == mechanism.entry(2, 'k')
+    assert entry.sensitivity == query.sensitivity
+
+
+@pytest.mark.parametrize('kind', QUERIES)
+def test_a_mechanism_with_too_little_noise_for_the_query_is_refused(kind):
+    query = make_query(kind, **SIZES, settings={})
+    noise_key = NoiseKey(identifier='test', key=jax.random.key(0))
+    short = 0.999 * query.sensitivity
+    with pytest.raises(ValueError, match=f'^sensitivity is {short!r}; it must be at least '):
+        query.noisy(make_mechanism(query, sensitivity=short), noise_key, 1.0)
+
+
+# --- What the mean and the mode are
+
+
+def random_images(n, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, *SHAPE)).astype(np.uint8)
+    return images, rng.integers(0, CLASSES, n).astype(np.int32)
+
+
+@pytest.mark.parametrize('center', [0.0, 0.5])
+def test_mean_query_is_the_sum_per_class_without_padding(center):
+    images, labels = random_images(30)
+    mask = np.arange(30) < 21
+    result = ask(MeanQuery(**SIZES, pixel_center=center), images, labels, mask)
+    for label in range(CLASSES):
+        rows = images[:21][labels[:21] == label] / 255.0 - center
+        np.testing.assert_allclose(result[label], rows.sum(0) + center, atol=1e-4)
+
+
+def test_mode_query_is_the_most_frequent_value():
+    images, labels = random_images(60)
+    images[labels == 1] = 200  # bin 3 of 4
+    result = ask(ModeQuery(**SIZES, bins=4), images, labels, np.ones(60, bool))
+    np.testing.assert_array_equal(result[1], np.ones(SHAPE, np.float32))
+    rows = images[labels == 0] // 64
+    counts = np.stack([(rows == b).sum(0) for b in range(4)], -1)
+    chosen = np.round(result[0] * 3).astype(int)
+    np.testing.assert_array_equal(np.take_along_axis(counts, chosen[..., None], -1)[..., 0], counts.max(-1))
+
+
+def test_noisy_counts_give_the_means_of_unequal_classes():
+    """A public class size would be wrong by as much as the classes differ."""
+    images, labels = random_images(60)
+    labels = np.where(np.arange(60) < 50, 0, 1 + np.arange(60) % 2).astype(np.int32)
+    means = np.stack([images[labels == c].mean(0) / 255 for c in range(CLASSES)])
+    found = {
+        counts: ask(
+            MeanQuery(**SIZES, pixel_center=0.3, class_counts=counts), images, labels, np.ones(60, bool), 60.0
+        )
+        for counts in ('noisy', 'public')
+    }
+    np.testing.assert_allclose(found['noisy'], means, atol=1e-5)
+    assert np.abs(found['public'] - means).max() > 0.1
+
+
+@pytest.mark.parametrize('clip_norm', [None, 0.35 * 20**0.5])
+def test_a_large_class_is_summed_exactly_and_rounded_once(clip_norm):
+    """In any order the same bits; so one image more changes the sum by no more than itself and a rounding."""
+    n, center = 20_001, 0.3
+    images = np.random.default_rng(0).integers(0, 256, (n, *SHAPE)).astype(np.uint8)
+    images[0] = 255
+    query = MeanQuery(classes=1, dimensions=DIMENSIONS, pixel_center=center, clip_norm=clip_norm)
+    sums = jax.jit(query.sums)
+
+    def total(rows, size):
+        return np.float64(sums(images[rows], np.zeros(n, np.int32), np.arange(n) < size))
+
+    everybody = total(np.arange(n), n)
+    np.testing.assert_array_equal(total(np.random.default_rng(1).permutation(n), n), everybody)
+    bound = 0.7 * 20**0.5 if clip_norm is None else clip_norm
+    change = np.linalg.norm(everybody - total(np.r_[1:n, 0], n - 1))
+    assert bound * (1 - 2e-3) < change < bound * (1 + n * 2**-23)
+
+
+def test_clipping_scales_long_images_to_the_norm_and_leaves_short_ones():
+    images, labels = random_images(2)
+    images[1] = 128
+    labels[:] = 0, 1
+    query = MeanQuery(**SIZES, pixel_center=0.5, clip_norm=0.7)
+    result = ask(query, images, labels, np.ones(2, bool)) - 0.5
+    centered = images / 255.0 - 0.5
+    assert np.linalg.norm(centered[0]) > 0.7 > np.linalg.norm(centered[1])
+    expected = centered[0] * 0.7 / np.linalg.norm(centered[0])
+    np.testing.assert_allclose(result[0], expected, atol=1e-4)
+    np.testing.assert_allclose(result[1], centered[1], atol=1e-6)
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize(
+    ('query', 'field', 'value', 'allowed'),
+    [
+        (MeanQuery, 'classes', 0, 'a whole number, at least 1'),
+        (MeanQuery, 'classes', 2.5, 'a whole number, at least 1'),
+        (ModeQuery, 'dimensions', 0, 'a whole number, at least 1'),
+        (ModeQuery, 'dimensions', None, 'a whole number, at least 1'),
+        (MeanQuery, 'pixel_center', -0.1, r'a number in \[0, 0.5\]'),
+        (MeanQuery, 'pixel_center', 0.7, r'a number in \[0, 0.5\]'),
+        (MeanQuery, 'pixel_center', float('nan'), r'a number in \[0, 0.5\]'),
+        (MeanQuery, 'pixel_center', True, r'a number in \[0, 0.5\]'),
+        (MeanQuery, 'clip_norm', 0.0, r'a number in \[1e-6, 1e6\], or not set'),
+        (MeanQuery, 'clip_norm', 1e-7, r'a number in \[1e-6, 1e6\], or not set'),
+        (MeanQuery, 'clip_norm', float('inf'), r'a number in \[1e-6, 1e6\], or not set'),
+        (MeanQuery, 'class_counts', 'exact', "'public' or 'noisy'"),
+        (ModeQuery, 'bins', 1, r'a whole number in \[2, 256\]'),
+        (ModeQuery, 'bins', 257, r'a whole number in \[2, 256\]'),
+        (ModeQuery, 'bins', 2.0, r'a whole number in \[2, 256\]'),
+        (ModeQuery, 'bins', True, r'a whole number in \[2, 256\]'),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(query, field, value, allowed):
+    with pytest.raises(ValueError, match=f'^{field} is {value!r}; it must be {allowed}$'):
+        query(**{**SIZES, field: value})
+
+
+@pytest.mark.parametrize('kind', QUERIES)
+def test_a_query_takes_names_only_and_cannot_be_changed(kind):
+    with pytest.raises(TypeError):
+        QUERIES[kind](CLASSES, DIMENSIONS)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QUERIES[kind](**SIZES).dimensions = 1
+
+
+def test_an_unknown_kind_is_refused_with_those_that_are_known():
+    names = ' or '.join(map(repr, QUERIES))
+    with pytest.raises(ValueError, match=f"^kind is 'median'; it must be {names}$"):
+        make_query('median', **SIZES, settings={})
+
+
+def test_a_query_takes_the_settings_that_are_its_own():
+    """And lets those of other kinds be, unless they promise what it cannot keep."""
+    shared = {'pixel_center': 0.5, 'clip_norm': 2.0, 'class_counts': 'noisy', 'bins': 7, 'queries': 3}
+    mean = make_query('mean', **SIZES, settings=shared)
+    assert mean == MeanQuery(**SIZES, pixel_center=0.5, clip_norm=2.0, class_counts='noisy')
+    kept = shared | {'clip_norm': None, 'class_counts': 'public'}
+    assert make_query('mode', **SIZES, settings=kept) == ModeQuery(**SIZES, bins=7)
+
+
+@pytest.mark.parametrize(
+    ('promise', 'text'),
+    [
+        ({'clip_norm': 2.0}, 'clip_norm is 2.0, which the mode query cannot use; it must be None'),
+        ({'class_counts': 'noisy'}, "class_counts is 'noisy', which the mode query cannot use"),
+    ],
+)
+def test_a_promise_that_a_query_cannot_keep_is_refused(promise, text):
+    with pytest.raises(ValueError, match=f'^{text}'):
+        make_query('mode', **SIZES, settings=promise)

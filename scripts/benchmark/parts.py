@@ -149,12 +149,9 @@ def central_query(config) -> Work:
         sensitivity=query.sensitivity,
     )
     key = jax.random.key(0)
-    ask = mechanism.noisy(
-        lambda images, labels, mask: (query.sums(images, labels, mask), None),
-        NoiseKey(identifier='benchmark', key=key),
-        then=lambda noisy, *_: query.estimate(noisy, float(count)),
-    )
-    arguments = small, labels, np.ones(count, bool), key, np.int32(0)
+    ask = query.noisy(mechanism, NoiseKey(identifier='benchmark', key=key), float(count))
+    batch = {'images': small, 'labels': labels}
+    arguments = batch, np.ones(count, bool), key, np.int32(0)
     contender = timing.compiled('central query', ask.program, *arguments)
     return Work(contender, count, 'images')
 

@@ -149,7 +149,7 @@ def central_query(config) -> Work:
         sensitivity=query.sensitivity,
     )
     key = jax.random.key(0)
-    ask = query.noisy(mechanism, NoiseKey(identifier='benchmark', key=key), float(count))
+    ask = query.noisy(mechanism, NoiseKey(identifier='benchmark', keys=keys), float(count))
     batch = {'images': small, 'labels': labels}
     arguments = batch, np.ones(count, bool), key, np.int32(0)
     contender = timing.compiled('central query', ask.program, *arguments)
@@ -291,7 +291,7 @@ class TrainingLoop:
                 sampling_probability=batch / count,
                 sensitivity=settings.clip_norm,
             ),
-            NoiseKey(identifier='benchmark', key=jax.random.key(0)),
+            NoiseKey(identifier='benchmark', keys=jax.random.split(jax.random.key(0), 4)),
             expected_batch_size=self.sampler.expected_size,
             microbatch=self.microbatch,
             ema_decay=settings.ema_decay,

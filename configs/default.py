@@ -40,7 +40,9 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     query.queries = 5  # how many times; each gives one central image per class
     query.downsample = 2  # keep every k-th pixel for the query; results are resized back
     query.pixel_center = 0.0  # subtracted from pixels in [0, 1]; 0 as the paper; in [0, 0.5]; mean only
-    query.clip_norm = placeholder(float)  # L2 norm that centered images are clipped to; unset: none; mean only
+    query.clip_norm = placeholder(
+        float
+    )  # L2 norm that centered images are clipped to; unset: none; mean only
     # What a class's sum is divided by: public (q N / classes: right for classes of equal size), or noisy
     # (its noisy count, 2 % more noise on the images: for unequal classes); mean only
     query.class_counts = 'public'

@@ -79,7 +79,6 @@ def _gate(
     """Read plan, ledger and what is done; a ValueError says what does not fit."""
     make_plan = functools.partial(build.plan, config, model)
     run_plan = plan_lib.load(workdir.plan, make_plan, query_share=config.query.epsilon_share)
-    budget, ledger = run_plan.budget, Ledger(workdir.ledger, read_only=read_only)
     evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
     has_query = config.pretrain.enabled
     done = {
@@ -90,7 +89,9 @@ def _gate(
         'evaluate': evaluation.is_complete,
         'report': report.is_done(workdir, images, evaluation),
     }
+    artefacts.check_models(workdir, model.shapes())  # before the ledger: of another network, neither fits
     saved = checkpoint.latest_training(workdir.checkpoints('finetune'))
+    budget, ledger = run_plan.budget, Ledger(workdir.ledger, read_only=read_only)  # last: it may grow
     steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
     queries = budget.count(CENTRAL_QUERY) if done['central'] else 0
     budget.check_ledger(ledger, {CENTRAL_QUERY: queries, DP_SGD: steps})
@@ -145,7 +146,6 @@ class Run:
                 f'--stage={todo[0]} needs what --stage={missing[0]} writes to {self.workdir.root}; '
                 'run that first, or --stage=all'
             )
-        artefacts.check_models(self.workdir, self.model.shapes())
         if {'central', 'finetune', 'evaluate'} & set(todo):
             private = self.train  # its checks
             if 'evaluate' in todo:

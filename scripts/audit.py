@@ -1,13 +1,13 @@
 """Attack the query and DP-SGD as they are, and with planted faults; compare with the ε that is claimed.
 
-    python scripts/audit.py --json=runs/audit.json      (three minutes on two cores; --quick: one)
+    python -m scripts.audit --json=runs/audit.json      (three minutes on two cores; --quick: one)
 
-Every row releases from two neighbouring sets of private images, thousands of times, and turns the success of
+Every row releases from two neighboring sets of private images, thousands of times, and turns the success of
 the best guess, whether the canary was there, into lower bounds on ε that hold with 95 % confidence. The code
 must stay within its claim, and the faults must be caught: otherwise the audit could not see them. The exit
 status is 1 if either fails.
 
-What is attacked is the real code: the query as stage `central` makes it from a config, and the step that
+What is attacked is the real code: the query with its noise as stage `central` asks it, and the step that
 `steps.make_dp_step` makes, where a vmap over one device takes the place of the only pmap, so that thousands
 of trainings run at once.
 
@@ -30,22 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from configs import digits_8  # noqa: E402
-from dpp_jax.auditing import bounds as bounds_lib  # noqa: E402
-from dpp_jax.privacy import accounting
-from dpp_jax.privacy import mechanism as mechanism_lib  # noqa: E402
-from dpp_jax.privacy.mechanism import (
-    GaussianMechanism,
-    clip_weights,  # noqa: E402
-)
-from dpp_jax.privacy.poisson import PoissonSampler  # noqa: E402
-from dpp_jax.stages import central  # noqa: E402
-from dpp_jax.training import (
-    devices,
-    steps,  # noqa: E402
-)
+from dpp_jax import build
+from dpp_jax.auditing import bounds as bounds_lib
+from dpp_jax.configs import digits_8
+from dpp_jax.privacy import accounting, clipping, queries
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
+from dpp_jax.privacy.poisson import PoissonSampler
+from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
 
 DELTA = 1e-5
@@ -63,14 +55,14 @@ class Code:
 
     Attributes:
         mechanism: the class that adds the noise.
-        clip: takes the place of `mechanism.clip_weights`.
+        clip: takes the place of `clipping.clip_weights`.
         divisor: (number of images in the sum, public constant) → what the noisy sum is divided by.
         sampler: the class that tosses the coins.
         is_gaussian: given who was sampled, outcomes are normal and the canary only moves their mean.
     """
 
     mechanism: type[GaussianMechanism] = GaussianMechanism
-    clip: Callable = clip_weights
+    clip: Callable = clipping.clip_weights
     divisor: Callable = lambda count, constant: constant
     sampler: type[PoissonSampler] = PoissonSampler
     is_gaussian: bool = True
@@ -79,17 +71,17 @@ class Code:
 class HalvedNoise(GaussianMechanism):
     """Fault: half the noise that the ledger records."""
 
-    def privatise(self, total, key):
-        noisy = super().privatise(total, key)
+    def _add_noise(self, total, key):
+        noisy = super()._add_noise(total, key)
         return jax.tree.map(lambda exact, value: (exact + value) / 2, total, noisy)
 
 
 class NoNoiseOnEmptyBatch(GaussianMechanism):
     """Fault: an empty batch, whose sum is 0, is released as it is."""
 
-    def privatise(self, total, key):
+    def _add_noise(self, total, key):
         is_empty = jnp.all(jnp.array([jnp.all(leaf == 0) for leaf in jax.tree.leaves(total)]))
-        noisy = super().privatise(total, key)
+        noisy = super()._add_noise(total, key)
         return jax.tree.map(lambda exact, value: jnp.where(is_empty, exact, value), total, noisy)
 
 
@@ -102,7 +94,7 @@ class SampledTwice(PoissonSampler):
 
 def no_clipping(gradients, mask, clip_norm):
     """Fault: every gradient has weight 1."""
-    _, norms = clip_weights(gradients, mask, clip_norm)
+    _, norms = REAL.clip(gradients, mask, clip_norm)
     return mask.astype(jnp.float32), norms
 
 
@@ -110,7 +102,7 @@ REAL = Code()
 FAULTS = {
     'noise halved': Code(mechanism=HalvedNoise),
     'clipping removed': Code(clip=no_clipping),
-    'division by the realised count': Code(divisor=lambda count, _: jnp.maximum(count, 1), is_gaussian=False),
+    'division by the realized count': Code(divisor=lambda count, _: jnp.maximum(count, 1), is_gaussian=False),
     'no noise on an empty batch': Code(mechanism=NoNoiseOnEmptyBatch, is_gaussian=False),
     'sampled twice': Code(sampler=SampledTwice),
 }
@@ -121,7 +113,7 @@ FAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """One row of the table: two neighbouring sets, the code that sees them, and what it claims.
+    """One row of the table: two neighboring sets, the code that sees them, and what it claims.
 
     Attributes:
         name: of what is attacked.
@@ -199,11 +191,13 @@ def query_attack(
     """
     code = FAULTS.get(fault, REAL)
     config = digits_8.get_config('1')
+    config.query.noise_multiplier = noise_multiplier
     config.data.classes = 2
     config.query.update(kind='mean', pixel_center=0.0, clip_norm=None, class_counts='public')
     config.query.update(settings or {}, sampling_probability=q)
-    mechanism = central.make_mechanism(config, noise_multiplier, 'audit')
-    mechanism = code.mechanism(**dataclasses.asdict(mechanism))
+    query = build.query(config)
+    planned = build.plan(config, build.model(config), noise_multiplier=1.0).budget.of(CENTRAL_QUERY)
+    mechanism = code.mechanism(**dataclasses.asdict(planned.mechanism))
     images = np.zeros((4, 8, 8, 1), np.uint8)
     images[1:3], images[3] = 128, 255
     labels = np.array([0, 1, 1, 0], np.int32)
@@ -211,11 +205,12 @@ def query_attack(
     def run(masks, key):
         counts = jnp.zeros(2).at[labels].add(masks[0])
         class_size = code.divisor(counts[:, None, None, None], 2.0)
-        query = central._make_query(config, mechanism, expected_size=2 * class_size)
-        return jnp.mean(query(images, labels, masks[0], key)[0])
+        ask = query.noisy(mechanism, NoiseKey(identifier='audit', key=key), 2 * class_size)
+        answer, _ = ask(0, {'images': images, 'labels': labels}, masks[0])
+        return jnp.mean(answer[0])
 
     def scores(runs, seed):
-        with mock.patch.object(central, 'clip_weights', code.clip):
+        with mock.patch.object(queries, 'clip_weights', code.clip):
             return play(run, code, np.full(3, q == 1), q, 1, runs, seed)
 
     return make_attack(name, fault, mechanism, 1, scores)
@@ -264,22 +259,26 @@ def make_training(mechanism: GaussianMechanism, code: Code) -> Callable:
     optimizer = optax.sgd(LEARNING_RATE)
 
     def run(masks, key):
-        def one_step(state, mask):
+        def one_step(state, number_and_mask):
+            number, mask = number_and_mask
             step = steps.make_dp_step(
                 loss,
                 optimizer,
                 mechanism,
+                NoiseKey(identifier='audit', key=key),
                 expected_batch_size=code.divisor(jnp.sum(mask), EXPECTED_BATCH),
                 microbatch=2,
                 ema_decay=0.9,
             )
             rows = jax.tree.map(lambda leaf: leaf[None], {**batch, 'mask': mask})
-            state, _ = step(state, rows, 1, key)
+            # A number that is traced has no entry.
+            state, _ = step.program(state, rows, 1, key, number)
             return state, state.params.tree()['bias'][0, 1, 0]
 
         start = state_lib.create(jax.tree.map(jnp.asarray, init_params()), optimizer)
         start = jax.tree.map(lambda leaf: leaf[None], start)
-        _, biases = jax.lax.scan(one_step, start, masks)
+        numbers = jnp.arange(len(masks), dtype=jnp.int32)
+        _, biases = jax.lax.scan(one_step, start, (numbers, masks))
         return jnp.append(start.params.tree()['bias'][0, 1, 0], biases)
 
     return run
@@ -305,12 +304,14 @@ def sgd_attack(
     The set has one image beside the canary; with q < 1 none.
     """
     code, steps_count = FAULTS.get(fault, REAL), 10
-    mechanism = code.mechanism('dp_sgd', noise_multiplier, q, CLIP_NORM, 'audit')
+    mechanism = code.mechanism(
+        name=DP_SGD, noise_multiplier=noise_multiplier, sampling_probability=q, sensitivity=CLIP_NORM
+    )
     run = make_training(mechanism, code)
 
     def scores(runs, seed):
         with (
-            mock.patch.object(mechanism_lib, 'clip_weights', code.clip),
+            mock.patch.object(clipping, 'clip_weights', code.clip),
             mock.patch.object(devices, 'parallel', over_one_device),
         ):
             biases = play(run, code, np.array([q == 1]), q, steps_count, runs, seed)
@@ -326,7 +327,7 @@ def attacks() -> list[Attack]:
     """All rows: the real code first, then every fault in the query and in DP-SGD."""
     clipped = dict(settings=dict(clip_norm=0.35 * 8, pixel_center=0.3))
     sampled_query, sampled_sgd = dict(q=0.5, noise_multiplier=1.0), dict(q=0.5, noise_multiplier=3.0)
-    halved, unclipped, realised, no_noise, twice = FAULTS
+    halved, unclipped, realized, no_noise, twice = FAULTS
     return [
         query_attack('query'),
         query_attack('query, clipped', **clipped),
@@ -337,12 +338,12 @@ def attacks() -> list[Attack]:
         sgd_attack('DP-SGD, sampled', **sampled_sgd),
         query_attack('query', halved),
         query_attack('query, clipped', unclipped, **clipped),
-        query_attack('query', realised),
+        query_attack('query', realized),
         query_attack('query, sampled', no_noise, **sampled_query),
         query_attack('query, sampled', twice, **sampled_query),
         sgd_attack('DP-SGD', halved),
         sgd_attack('DP-SGD', unclipped),
-        sgd_attack('DP-SGD', realised),
+        sgd_attack('DP-SGD', realized),
         sgd_attack('DP-SGD, sampled', no_noise, **sampled_sgd),
         sgd_attack('DP-SGD, sampled', twice, **sampled_sgd),
     ]

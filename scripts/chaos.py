@@ -56,8 +56,7 @@ SETTINGS = {
     'loop.checkpoint_every_seconds': 0.2,
 }
 _PARTS = 7  # that draw keys: query, pre-training, fine-tuning, images, features, two classifiers
-
-
+_TODO = 'runs  '  # how the line begins in which the program names the stages that it will run
 NEW_KEY = 'new key'  # an event like the begin of a stage
 
 
@@ -92,11 +91,11 @@ class Process:
         """The stage in progress; None while the program starts, or when it ended."""
         if self._process.poll() is not None:
             return None
-        todo = [line for line in self._lines if line.startswith('would run')]
+        todo = [line for line in self._lines if line.startswith(_TODO)]
         if not todo:
             return None
         done = {line.split(':')[0] for line in self._lines if ': done in' in line}
-        names = [name.strip() for name in todo[0].removeprefix('would run').split(',')]
+        names = [name.strip() for name in todo[0].removeprefix(_TODO).split(',')]
         return next((name for name in names if name not in done), None)
 
     def met(self, event: str) -> bool:

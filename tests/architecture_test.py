@@ -77,7 +77,7 @@ def test_files_are_synced_renamed_and_locked_in_one_place():
 
 
 def test_one_place_draws_the_noise():
-    """Only a mechanism takes a noise key; nobody else calls `normal` of the mechanism or adds noise itself."""
+    """Only a mechanism takes a noise key; nobody else adds noise itself."""
     for path in MODULES:
         relative = str(path.relative_to(PACKAGE))
         if relative != 'privacy/mechanism.py':

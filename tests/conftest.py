@@ -87,7 +87,7 @@ def finished_run(tmp_path_factory):
 
     Made once, and copied for every process of the suite.
     """
-    from dpp_jax.run import folder as workdir_lib
+    from dpp_jax.run.folder import WorkDir
 
     config = make_tiny_config(generate__png_tree=True, generate__separate_classifier_images=True)
     config.generate.classifier_sampler.update(name='ddim', steps=3)
@@ -101,7 +101,7 @@ def finished_run(tmp_path_factory):
             told.write_text(text)
     root = tmp_path_factory.mktemp('run')
     shutil.copytree(shared / 'finished_run', root, dirs_exist_ok=True)
-    return config, workdir_lib.WorkDir(root), told.read_text()
+    return config, WorkDir(root), told.read_text()
 
 
 def _run_and_listen(config, root):
@@ -120,19 +120,32 @@ def _run_and_listen(config, root):
 @pytest.fixture
 def copied_run(finished_run, tmp_path):
     """Config and work directory of a copy of the finished run, to be tampered with."""
-    from dpp_jax.run import folder as workdir_lib
+    from dpp_jax.run.folder import WorkDir
 
     config, reference, _ = finished_run
     shutil.copytree(reference.root, tmp_path, dirs_exist_ok=True)
-    return config, workdir_lib.WorkDir(tmp_path)
+    return config, WorkDir(tmp_path)
 
 
 @pytest.fixture(scope='session')
 def tiny_model():
     """The tiny config's model."""
-    from dpp_jax import pipeline
+    from dpp_jax import build
 
-    return pipeline.make_model(make_tiny_config())
+    return build.model(make_tiny_config())
+
+
+@pytest.fixture(scope='session')
+def gate():
+    """A function (config, work directory) → what a command relies on: plan, ledger, and what is done."""
+    from dpp_jax import build, pipeline
+    from dpp_jax.run import artefacts, folder
+
+    def read(config, workdir):
+        images = artefacts.SyntheticImages(workdir, folder.flatten(config.to_dict()))
+        return pipeline._gate(config, workdir, build.model(config), images, read_only=True)
+
+    return read
 
 
 class CompilationCounter:

@@ -8,10 +8,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from dpp_jax import pipeline
+from dpp_jax import files, pipeline
 from dpp_jax.privacy import accounting
+from dpp_jax.privacy import budget as budget_lib
 from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.run import folder as workdir_lib
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.stages import generate
 from dpp_jax.training import checkpoint
 
@@ -23,9 +25,9 @@ def run(finished_run):
     return finished_run[:2]
 
 
-def test_every_stage_is_done_and_a_second_run_computes_nothing(run, compilations, capsys):
+def test_every_stage_is_done_and_a_second_run_computes_nothing(run, gate, compilations, capsys):
     config, workdir = run
-    assert all(pipeline.done(config, workdir).values())
+    assert all(gate(config, workdir).done.values())
     before = compilations.count
     pipeline.run(config, workdir.root, 'all')
     assert compilations.count == before
@@ -34,27 +36,33 @@ def test_every_stage_is_done_and_a_second_run_computes_nothing(run, compilations
 
 def test_ledger_recomputes_the_epsilon_of_the_plan(run):
     config, workdir = run
-    ledger = ledger_lib.Ledger(workdir.release / 'ledger.jsonl')
-    planned = json.loads((workdir.release / 'plan.json').read_text())
+    ledger = ledger_lib.Ledger(workdir.ledger)
+    planned = json.loads(workdir.plan.read_text())
     assert ledger.count('central_query') == config.query.queries
     assert ledger.count('dp_sgd') == planned['steps']
-    spent = accounting.epsilon(ledger.event(), config.dp.delta, 'rdp')
+    spent = epsilon(ledger, config.dp.delta)
     assert spent == pytest.approx(planned['epsilon_total'], rel=1e-6)
     assert spent <= config.dp.epsilon
 
 
+def epsilon(ledger, delta, accountant='rdp'):
+    return accounting.epsilon(budget_lib.total_event(budget_lib.group(ledger.entries)), delta, accountant)
+
+
 def test_synthetic_images_are_balanced_uint8_with_their_pictures(run):
     config, workdir = run
-    for path in generate.files(config, workdir).values():
+    synthetic = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
+    assert set(synthetic.paths) == {'images', 'classifier_images'}
+    for path in synthetic.paths.values():
         with np.load(path) as data:
             images, labels = data['images'], data['labels']
         assert images.shape == (40, 8, 8, 1) and images.dtype == np.uint8
         assert np.all(np.bincount(labels, minlength=10) == 4)
         assert images.std() > 1
         assert Image.open(path.with_suffix('.png')).size[0] > 100
-    tree = sorted((workdir.release / 'synthetic' / 'png').rglob('*.png'))
+    tree = sorted((workdir.synthetic / 'png').rglob('*.png'))
     assert len(tree) == 40
-    with np.load(generate.files(config, workdir)['images']) as data:
+    with np.load(synthetic.paths['images']) as data:
         number = int(tree[-1].stem)
         np.testing.assert_array_equal(np.asarray(Image.open(tree[-1])), data['images'][number, ..., 0])
         assert data['labels'][number] == int(tree[-1].parent.name)
@@ -66,11 +74,11 @@ def test_what_looks_at_private_images_lies_in_private(run):
     assert {'evaluation.json', 'report.html', 'keys.json', 'metrics/finetune'} <= private
     text = ''.join(p.read_text() for p in workdir.release.glob('*.json*'))
     assert 'fid' not in text.replace('evaluate.fid', '') and '"loss"' not in text
-    keys = json.loads((workdir.private / 'keys.json').read_text())
+    keys = json.loads(workdir.keys.read_text())
     assert not any(keys[part]['noise'] in text for part in keys if part != '_note')
-    results = json.loads((workdir.private / 'evaluation.json').read_text())
+    results = json.loads(workdir.evaluation.read_text())
     assert set(results['accuracy']) == {'logistic', 'mlp'} and results['fid'] > 0
-    report = (workdir.private / 'report.txt').read_text()
+    report = workdir.report_text.read_text()
     assert 'small CNN' in report and 'NOT PRIVATE' in report and 'δ = 0.0001' in report
 
 
@@ -78,23 +86,22 @@ def test_metrics_are_tensorboard_events(run):
     from tensorflow.python.summary.summary_iterator import summary_iterator
 
     _, workdir = run
-    (path,) = (workdir.private / 'metrics' / 'finetune').glob('events*')
+    (path,) = workdir.metrics('finetune').glob('events*')
     tags = {value.tag for event in summary_iterator(str(path)) for value in event.summary.value}
     assert {'loss', 'gradient_norm', 'clipped_share', 'batch_size'} <= tags
 
 
 def final_files(workdir):
     """Bytes or arrays of everything that a run must end with."""
-    with np.load(workdir.release / 'synthetic' / 'images.npz') as data:
+    with np.load(workdir.synthetic / 'images.npz') as data:
         images = data['images']
-    ledger = (workdir.release / 'ledger.jsonl').read_text()
-    return images, ledger
+    return images, workdir.ledger.read_text()
 
 
 def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(run, tiny_config, tmp_path, monkeypatch):
     """Stopped in the query, in fine-tuning and between two batches of images."""
     config, reference = run
-    root = workdir_lib.WorkDir(tmp_path)
+    root = WorkDir(tmp_path)
 
     class Stop(Exception):
         pass
@@ -133,26 +140,25 @@ def test_a_stage_out_of_order_says_what_is_missing(tiny_config, tmp_path):
 def test_lost_keys_are_refused_because_new_ones_would_spend_twice(tiny_config, tmp_path):
     config = tiny_config()
     config.seed = None
-    workdir = workdir_lib.WorkDir(tmp_path)
+    workdir = WorkDir(tmp_path)
     pipeline.run(config, tmp_path, 'central')
-    images = workdir.release / 'central_images.npz'
+    images = workdir.central_images
     with np.load(images) as data:
         first = data['images']
-    ledger = (workdir.release / 'ledger.jsonl').read_text()
+    ledger = workdir.ledger.read_text()
     images.unlink()
     pipeline.run(config, tmp_path, 'central')  # with its keys it makes the same release again
     with np.load(images) as data:
         np.testing.assert_array_equal(data['images'], first)
     images.unlink()
-    (workdir.private / 'keys.json').unlink()
+    workdir.keys.unlink()
     with pytest.raises(ValueError, match='spend its budget a second time'):
         pipeline.run(config, tmp_path, 'central')
-    assert (workdir.release / 'ledger.jsonl').read_text() == ledger
+    assert workdir.ledger.read_text() == ledger
 
 
 def ledger_of(workdir):
-    path = workdir.release / 'ledger.jsonl'
-    return path.read_text() if path.exists() else ''
+    return workdir.ledger.read_text() if workdir.ledger.exists() else ''
 
 
 @pytest.mark.parametrize('place', ['release/model/pretrain', 'release/model/finetune', 'resume'])
@@ -169,33 +175,37 @@ def test_a_checkpoint_of_another_network_is_refused_before_the_query(run, tiny_c
     stage = 'central' if place.endswith('model/finetune') else 'all'
     with pytest.raises(ValueError, match='another network'):
         pipeline.run(config, tmp_path, stage)
-    assert not ledger_of(workdir_lib.WorkDir(tmp_path))
+    assert not ledger_of(WorkDir(tmp_path))
 
 
 def copy_of(workdir, folder):
     """The work directory of another run, to be tampered with."""
     shutil.copytree(workdir.root, folder, dirs_exist_ok=True)
-    return workdir_lib.WorkDir(folder)
+    return WorkDir(folder)
 
 
 @pytest.mark.parametrize(
     'tamper, text',
     [
-        (lambda w: (w.release / 'ledger.jsonl').unlink(), 'names 0 releases of central_query; 2 were'),
+        (lambda w: w.ledger.unlink(), 'names 0 releases of central_query; 2 were'),
         (
-            lambda w: edit(w.release / 'ledger.jsonl', lambda t: ''.join(t.splitlines(True)[:-1])),
+            lambda w: edit(w.ledger, lambda t: ''.join(t.splitlines(True)[:-1])),
             f'names {STEPS - 1} releases of dp_sgd; {STEPS} were',
         ),
         (
-            lambda w: edit(w.release / 'ledger.jsonl', lambda t: t.replace('1.0, "sens', '0.9, "sens', 1)),
+            lambda w: edit(w.ledger, lambda t: t.replace('1.0, "sens', '0.9, "sens', 1)),
             'line 1 of .*not a ledger entry',
         ),
         (lambda w: edit_plan(w, noise_multiplier=0.4), 'noise_multiplier = 0.4, which spends'),
         (lambda w: edit_plan(w, noise_multiplier=20.0), 'which is not in the plan'),
         (lambda w: edit_plan(w, steps=99), f'steps = 99; this config gives {STEPS}'),
         (lambda w: edit_plan(w, delta=1e-3), 'delta = 0.001; this config gives 0.0001'),
+        (
+            lambda w: edit(w.plan, lambda t: t.replace('"steps"', '"step"')),
+            'not a valid plan .it has no steps',
+        ),
     ],
-    ids=['deleted', 'cut', 'edited', 'less noise', 'more noise', 'more steps', 'larger delta'],
+    ids=['deleted', 'cut', 'edited', 'less noise', 'more noise', 'more steps', 'larger delta', 'no steps'],
 )
 def test_a_ledger_or_plan_that_no_longer_fits_is_refused(run, tmp_path, tamper, text):
     config, reference = run
@@ -215,18 +225,33 @@ def edit(path, change):
 
 
 def edit_plan(workdir, **changes):
-    path = workdir.release / 'plan.json'
-    edit(path, lambda text: json.dumps({**json.loads(text), **changes}))
+    edit(workdir.plan, lambda text: json.dumps({**json.loads(text), **changes}))
 
 
-def test_report_is_made_again_when_the_evaluation_is_newer(run, tmp_path):
+def test_a_plan_is_shown_beside_a_run_that_works(run, gate, tmp_path, monkeypatch):
+    """Ledger and checkpoints grow meanwhile: a step that was saved was recorded before."""
     config, reference = run
     workdir = copy_of(reference, tmp_path)
-    results = json.loads((workdir.private / 'evaluation.json').read_text())
-    workdir_lib.write_json(workdir.private / 'evaluation.json', {**results, 'fid': 123.4})
-    assert not pipeline.done(config, workdir)['report']
+    shutil.rmtree(workdir.model('finetune'))
+    whole, latest = workdir.ledger.read_text(), checkpoint.latest_training
+    edit(workdir.ledger, lambda text: ''.join(text.splitlines(True)[:-1]))
+
+    def look(folder):
+        workdir.ledger.write_text(whole)  # the other process goes on
+        return latest(folder)
+
+    monkeypatch.setattr(checkpoint, 'latest_training', look)
+    assert not gate(config, workdir).done['finetune']
+
+
+def test_report_is_made_again_when_the_evaluation_is_newer(run, gate, tmp_path):
+    config, reference = run
+    workdir = copy_of(reference, tmp_path)
+    results = json.loads(workdir.evaluation.read_text())
+    files.write_json(workdir.evaluation, {**results, 'fid': 123.4})
+    assert not gate(config, workdir).done['report']
     pipeline.run(config, tmp_path, 'all')
-    assert '123.40' in (workdir.private / 'report.txt').read_text()
+    assert '123.40' in workdir.report_text.read_text()
 
 
 @pytest.mark.parametrize('stage', ['central', 'finetune'])
@@ -234,40 +259,40 @@ def test_nothing_is_released_before_its_statement(run, tmp_path, stage, monkeypa
     """A crash right after the release must not leave a statement that knows nothing of it."""
     config, reference = run
     workdir = copy_of(reference, tmp_path)
-    (workdir.release / 'privacy_statement.json').unlink()
-    (workdir.release / 'privacy_statement.md').unlink()
+    workdir.statement.unlink()
+    workdir.statement_text.unlink()
     if stage == 'central':
-        (workdir.release / 'central_images.npz').unlink()
+        workdir.central_images.unlink()
     else:
-        shutil.rmtree(workdir.release / 'model' / 'finetune')
-    names, write_npz, save_model = [], workdir_lib.write_npz, checkpoint.save_model
+        shutil.rmtree(workdir.model('finetune'))
+    counts, write_npz, save_model = [], files.write_npz, checkpoint.save_model
 
     def look(save):
         def then_save(path, *arguments, **named):
-            statement = json.loads((workdir.release / 'privacy_statement.json').read_text())
-            names.append([row['count'] for row in statement['mechanisms']])
+            statement = json.loads(workdir.statement.read_text())
+            counts.append([row['count'] for row in statement['mechanisms']])
             save(path, *arguments, **named)
 
         return then_save
 
-    monkeypatch.setattr(workdir_lib, 'write_npz', look(write_npz))
+    monkeypatch.setattr(files, 'write_npz', look(write_npz))
     monkeypatch.setattr(checkpoint, 'save_model', look(save_model))
     pipeline.run(config, tmp_path, stage)
-    assert names == [[config.query.queries, STEPS]]
+    assert counts == [[config.query.queries, STEPS]]
 
 
 def test_statement_says_what_was_spent_and_that_a_seeded_run_is_not_private(run):
     config, workdir = run
-    statement = json.loads((workdir.release / 'privacy_statement.json').read_text())
-    ledger = ledger_lib.Ledger(workdir.release / 'ledger.jsonl')
-    assert statement['epsilon'] == pytest.approx(ledger.epsilon(1e-4)) and statement['delta'] == 1e-4
-    assert statement['epsilon_by_accountant']['pld'] == pytest.approx(ledger.epsilon(1e-4, 'pld'))
+    statement = json.loads(workdir.statement.read_text())
+    ledger = ledger_lib.Ledger(workdir.ledger)
+    assert statement['epsilon'] == pytest.approx(epsilon(ledger, 1e-4)) and statement['delta'] == 1e-4
+    assert statement['epsilon_by_accountant']['pld'] == pytest.approx(epsilon(ledger, 1e-4, 'pld'))
     query, steps = statement['mechanisms']
     assert (query['count'], query['noise_multiplier'], query['sensitivity']) == (2, 4.0, 2.8)
     assert (steps['count'], steps['sampling_probability']) == (STEPS, pytest.approx(1 / STEPS))
     assert statement['private'] is False
     assert set(statement['code_of_stages']) == set(pipeline.STAGES)
-    text = (workdir.release / 'privacy_statement.md').read_text()
+    text = workdir.statement_text.read_text()
     assert 'THIS RUN IS NOT PRIVATE' in text and 'add or remove one' in text
 
 
@@ -281,20 +306,20 @@ def test_other_private_images_are_refused_when_a_run_goes_on(tiny_config, tmp_pa
     config = tiny_config(data__source=f'npz:{folder}', data__train_images=60)
     config.finetune.batch_size = 20
     pipeline.run(config, tmp_path / 'run', 'central')
-    spent = ledger_of(workdir_lib.WorkDir(tmp_path / 'run'))
+    spent = ledger_of(WorkDir(tmp_path / 'run'))
     images['images'][5, 3, 3, 0] ^= 1
     np.savez(folder / 'train.npz', **images)
     pipeline.run(config, tmp_path / 'run', 'pretrain')  # reads no private image
     with pytest.raises(ValueError, match='fingerprint differs'):
         pipeline.run(config, tmp_path / 'run', 'finetune')
-    assert ledger_of(workdir_lib.WorkDir(tmp_path / 'run')) == spent
+    assert ledger_of(WorkDir(tmp_path / 'run')) == spent
 
 
 def test_a_plan_is_shown_where_its_picture_cannot_be_written(tiny_config, tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, 'Read-only file system')
 
-    monkeypatch.setattr(workdir_lib, 'write_bytes', refuse)
+    monkeypatch.setattr(files, 'write_bytes', refuse)
     pipeline.run(tiny_config(), tmp_path / 'run', 'plan')
     told = capsys.readouterr()
     assert 'The statement of such a run' in told.out
@@ -314,10 +339,10 @@ def test_plan_of_a_run_is_the_one_it_follows(run, tiny_config, tmp_path, capsys)
         pipeline.run(tiny_config(finetune__epochs=2), reference.root, 'plan')
     pipeline.run(config, reference.root, 'plan')
     assert 'nothing: everything is done' in capsys.readouterr().out
-    workdir = workdir_lib.WorkDir(tmp_path)
+    workdir = WorkDir(tmp_path)
     workdir.release.mkdir()
-    for name in ('config.json', 'plan.json'):
-        shutil.copy(reference.release / name, workdir.release)
+    for path in (reference.config, reference.plan):
+        shutil.copy(path, workdir.release)
     edit_plan(workdir, noise_multiplier=7.654321)
     pipeline.run(config, tmp_path, 'plan')
     assert '7.6543' in capsys.readouterr().out
@@ -342,11 +367,10 @@ def test_bad_data_is_refused_before_any_privacy_is_spent(tiny_config, tmp_path, 
         config.model.attention_resolutions = (16,)
     with pytest.raises(error, match=text):
         pipeline.run(config, tmp_path, 'all')
-    ledger = tmp_path / 'release' / 'ledger.jsonl'
-    assert not ledger.exists() or not ledger.read_text()
+    assert not ledger_of(WorkDir(tmp_path))
 
 
 def test_what_is_at_once_is_settled_by_a_training_and_not_before(tiny_config, tmp_path):
     """The query alone says nothing about how long the trainings are that follow."""
     pipeline.run(tiny_config(), tmp_path, 'central')
-    assert not (tmp_path / 'private' / 'images_at_once.json').exists()
+    assert not WorkDir(tmp_path).sizes.exists()

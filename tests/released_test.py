@@ -9,62 +9,105 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dpp_jax import pipeline
-from dpp_jax.run import folder as workdir_lib
-from dpp_jax.stages import central, evaluate, generate, plan, report
+from dpp_jax import files, pipeline
+from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import flatten
+from dpp_jax.run.keys import Keys
+from dpp_jax.stages import central
 
 
 def cut(path):
     """What a power failure may leave of a file, or of all files of a folder."""
-    files = [path] if path.is_file() else [each for each in path.rglob('*') if each.is_file()]
-    assert files
-    for each in files:
+    found = [path] if path.is_file() else [each for each in path.rglob('*') if each.is_file()]
+    assert found
+    for each in found:
         each.write_bytes(each.read_bytes()[: each.stat().st_size // 2])
 
 
 def weights(workdir, model):
-    return jax.tree.leaves(generate.load_weights(workdir, model))
+    return jax.tree.leaves(artefacts.weights(workdir, 'finetune', model.shapes()))
 
 
-def images_of(workdir):
-    return generate.load(workdir.release / 'synthetic' / 'images.npz')['images']
+def synthetic_of(config, workdir):
+    return artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
 
 
-def test_a_lost_model_is_made_again_as_the_same_bits(copied_run, tiny_model):
+def images_in(folder):
+    return files.read_npz(folder / 'images.npz', '')['images']
+
+
+def test_a_lost_model_is_made_again_as_the_same_bits(copied_run, tiny_model, gate):
     """From the last checkpoint; where that is torn, no later start may take it for a beginning."""
     config, workdir = copied_run
     released = weights(workdir, tiny_model)
-    resume = workdir.private / 'resume' / 'finetune'
+    resume = workdir.checkpoints('finetune')
     shutil.copytree(resume, workdir.root / 'whole')
-    shutil.rmtree(workdir.release / 'model' / 'finetune')
+    shutil.rmtree(workdir.model('finetune'))
     (last,) = [path for path in resume.iterdir() if path.name.isdigit()]
     cut(last)
     for _ in range(2):
         with pytest.raises(ValueError, match=f'no checkpoint in .* can be read: {last.name} '):
             pipeline.run(config, workdir.root, 'finetune')
     shutil.rmtree(resume)
-    planned = plan.load(config, tiny_model, workdir)
     # It may be trained again: what it must be is known.
-    pipeline.check_ledger(config, workdir, planned, pipeline.done(config, workdir))
+    assert not gate(config, workdir).done['finetune']
     (workdir.root / 'whole').rename(resume)
     pipeline.run(config, workdir.root, 'finetune')
     jax.tree.map(np.testing.assert_array_equal, weights(workdir, tiny_model), released)
 
 
+def as_the_version_before_wrote_it(workdir):
+    """The files of a run whose form changed since."""
+    settings = json.loads(workdir.config.read_text())
+    del settings['model.network']
+    files.write_json(workdir.config, settings)
+    plan = json.loads(workdir.plan.read_text())
+    files.write_json(workdir.plan, {**plan, 'memory_bytes_per_device': 123_456_789})
+
+
+def test_a_run_of_the_version_before_is_done(copied_run, gate, capsys):
+    config, workdir = copied_run
+    as_the_version_before_wrote_it(workdir)
+    before = {path: path.read_bytes() for path in workdir.root.rglob('*') if path.is_file()}
+    assert all(gate(config, workdir).done.values())
+    pipeline.run(config, workdir.root, 'all')
+    assert f'Everything is done in {workdir.root}: {", ".join(pipeline.STAGES)}.' in capsys.readouterr().out
+    after = {path: path.read_bytes() for path in workdir.root.rglob('*') if path.is_file()}
+    assert after.keys() - before.keys() <= {workdir.root / '.lock'}
+    assert {path: after[path] for path in before} == before
+    with pytest.raises(ValueError, match='config.model.width: 8 there, 16 now'):  # its settings still bind it
+        pipeline.run(with_settings(config, model__width=16), workdir.root, 'all')
+
+
+def test_what_a_run_of_the_version_before_lost_is_made_again_as_the_same_bytes(copied_run, tiny_model):
+    config, workdir = copied_run
+    as_the_version_before_wrote_it(workdir)
+    released = weights(workdir, tiny_model)
+    lost = [workdir.central_images, *synthetic_of(config, workdir).paths.values(), workdir.evaluation]
+    kept = [workdir.config, workdir.plan, workdir.ledger, workdir.keys]
+    before = {path: path.read_bytes() for path in lost + kept}
+    for path in lost:
+        path.unlink()
+    shutil.rmtree(workdir.model('finetune'))
+    pipeline.run(config, workdir.root, 'all')
+    assert {path: path.read_bytes() for path in lost + kept} == before
+    jax.tree.map(np.testing.assert_array_equal, weights(workdir, tiny_model), released)
+
+
 def change_keys(workdir, change):
-    path = workdir.private / 'keys.json'
-    keys = json.loads(path.read_text())
+    keys = json.loads(workdir.keys.read_text())
     change(keys)
-    path.write_text(json.dumps(keys))
+    workdir.keys.write_text(json.dumps(keys))
 
 
 def test_another_model_under_the_same_noise_is_not_released(copied_run):
     config, workdir = copied_run
-    shutil.rmtree(workdir.release / 'model' / 'finetune')
+    shutil.rmtree(workdir.model('finetune'))
     change_keys(workdir, lambda keys: keys['dp_sgd'].update(released='of another device'))
-    with pytest.raises(ValueError, match='dp_sgd, made again, is not what was released'):
+    with pytest.raises(ValueError, match='dp_sgd came out differently .* nothing is released'):
         pipeline.run(config, workdir.root, 'finetune')
-    assert not (workdir.release / 'model' / 'finetune').exists()
+    assert not workdir.model('finetune').exists()
 
 
 @pytest.mark.parametrize(
@@ -85,26 +128,26 @@ def test_a_release_of_which_nothing_is_known_is_not_made_again(copied_run, stage
 
 def test_other_central_images_under_the_same_noise_are_not_released(copied_run, monkeypatch):
     config, workdir = copied_run
-    path = workdir.release / 'central_images.npz'
-    released = central.load(workdir)['images']
+    path = workdir.central_images
+    released = artefacts.central_images(workdir)['images']
     path.unlink()
     picture = path.with_suffix('.png')
     picture.unlink()
     monkeypatch.setattr(central, 'to_images', lambda *_, **__: released ^ 1)
-    with pytest.raises(ValueError, match='central_query, made again, is not what was released'):
+    with pytest.raises(ValueError, match='central_query came out differently .* nothing is released'):
         pipeline.run(config, workdir.root, 'central')
     assert not path.exists() and not picture.exists()
 
 
 def test_no_central_image_appears_before_the_file_that_counts(copied_run, monkeypatch):
     config, workdir = copied_run
-    (workdir.release / 'central_images.npz').unlink()
-    (workdir.release / 'central_images.png').unlink()
+    workdir.central_images.unlink()
+    workdir.central_images.with_suffix('.png').unlink()
 
     def die(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workdir_lib, 'write_npz', die)
+    monkeypatch.setattr(files, 'write_npz', die)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, workdir.root, 'central')
     assert not list(workdir.release.glob('central_images*'))
@@ -116,15 +159,16 @@ def test_clean_deletes_private_and_leaves_a_run_that_can_be_sampled(copied_run, 
     pipeline.run(config, workdir.root, 'clean')
     assert not workdir.private.exists()
     assert 'move' in capsys.readouterr().out
-    statement = json.loads((workdir.release / 'privacy_statement.json').read_text())
+    statement = json.loads(workdir.statement.read_text())
     assert [row['count'] for row in statement['mechanisms']] == [config.query.queries, 23]
     assert {p.name for p in workdir.release.iterdir()} == before
-    old = images_of(workdir)
-    (workdir.release / 'synthetic').rename(workdir.release / 'first')
+    old = images_in(workdir.synthetic)
+    workdir.synthetic.rename(workdir.release / 'first')
     more = with_settings(config, generate__images=80)
     pipeline.run(more, workdir.root, 'generate')
-    assert images_of(workdir).shape == (80, 8, 8, 1) and images_of(workdir).std() > 1
-    np.testing.assert_array_equal(generate.load(workdir.release / 'first' / 'images.npz')['images'], old)
+    new = images_in(workdir.synthetic)
+    assert new.shape == (80, 8, 8, 1) and new.std() > 1
+    np.testing.assert_array_equal(images_in(workdir.release / 'first'), old)
 
 
 def test_clean_is_refused_while_private_is_needed(tiny_config, tmp_path):
@@ -136,7 +180,7 @@ def test_clean_is_refused_while_private_is_needed(tiny_config, tmp_path):
 
 def test_clean_keeps_private_where_the_model_cannot_be_read(copied_run):
     config, workdir = copied_run
-    cut(workdir.release / 'model' / 'finetune')
+    cut(workdir.model('finetune'))
     before = {path for path in workdir.private.rglob('*')}
     with pytest.raises(ValueError, match='deleted nothing.*model/finetune cannot be read'):
         pipeline.run(config, workdir.root, 'clean')
@@ -151,41 +195,41 @@ def with_settings(config, **changes):
 
 def test_images_by_other_settings_never_take_the_place_of_those_there(copied_run):
     config, workdir = copied_run
-    old, other = images_of(workdir), with_settings(config, generate__images=80)
+    old, other = images_in(workdir.synthetic), with_settings(config, generate__images=80)
     for stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
         with pytest.raises(ValueError) as refused:
             pipeline.run(other, workdir.root, stage)
         assert 'config.generate.images: 40 there, 80 now' in str(refused.value)
-        assert f'move {workdir.release / "synthetic"} away' in str(refused.value)
-    np.testing.assert_array_equal(images_of(workdir), old)
+        assert f'move {workdir.synthetic} away' in str(refused.value)
+    np.testing.assert_array_equal(images_in(workdir.synthetic), old)
     pipeline.run(with_settings(config, generate__batch_size=7), workdir.root, 'generate')
 
 
-def test_scores_and_report_are_of_the_images_that_are_there(copied_run):
+def test_scores_and_report_are_of_the_images_that_are_there(copied_run, gate):
     config, workdir = copied_run
-    synthetic = workdir.release / 'synthetic'
     more = with_settings(config, generate__images=80, generate__png_tree=False)
-    synthetic.rename(workdir.release / 'first')
-    generate._record(more, workdir)
-    for path in generate.files(more, workdir).values():
-        workdir_lib.write_npz(path, images=np.zeros((80, 8, 8, 1), np.uint8), labels=np.arange(80) % 10)
-    finished = pipeline.done(more, workdir)
-    assert not finished['evaluate'] and not finished['report']
+    workdir.synthetic.rename(workdir.release / 'first')
+    others = synthetic_of(more, workdir)
+    others.record()
+    for path in others.paths.values():
+        files.write_npz(path, images=np.zeros((80, 8, 8, 1), np.uint8), labels=np.arange(80) % 10)
+    done = gate(more, workdir).done
+    assert not done['evaluate'] and not done['report']
     pipeline.run(more, workdir.root, 'report')
-    text = (workdir.private / 'report.txt').read_text()
+    text = workdir.report_text.read_text()
     assert '80 synthetic images' in text and 'FID' not in text and 'accuracy' not in text
-    assert report.is_done(more, workdir)
-    synthetic.rename(workdir.release / 'second')
-    (workdir.release / 'first').rename(synthetic)
-    finished = pipeline.done(config, workdir)
-    assert finished['evaluate'] and not finished['report']
+    assert gate(more, workdir).done['report']
+    workdir.synthetic.rename(workdir.release / 'second')
+    (workdir.release / 'first').rename(workdir.synthetic)
+    done = gate(config, workdir).done
+    assert done['evaluate'] and not done['report']
 
 
-def test_scores_by_other_settings_do_not_count(finished_run):
+def test_scores_by_other_settings_do_not_count(finished_run, gate):
     config, workdir, _ = finished_run
-    assert evaluate.is_done(config, workdir)
-    assert not evaluate.is_done(with_settings(config, evaluate__epochs=3), workdir)
-    assert evaluate.is_done(with_settings(config, evaluate__classifiers=('mlp',)), workdir)
+    assert gate(config, workdir).done['evaluate']
+    assert not gate(with_settings(config, evaluate__epochs=3), workdir).done['evaluate']
+    assert gate(with_settings(config, evaluate__classifiers=('mlp',)), workdir).done['evaluate']
 
 
 @pytest.mark.parametrize(
@@ -224,7 +268,7 @@ def contents(folder):
     for path in sorted(path for path in folder.rglob('*') if path.is_file()):
         yield path, path.read_bytes()
         if path.suffix == '.npz':
-            yield from ((path, array.tobytes()) for array in workdir_lib.load_npz(path, '').values())
+            yield from ((path, array.tobytes()) for array in files.read_npz(path, '').values())
     for path in (folder / 'model').iterdir():
         with ocp.StandardCheckpointer() as checkpointer:
             leaves = jax.tree.leaves(checkpointer.restore(path.absolute()))
@@ -233,7 +277,7 @@ def contents(folder):
 
 def leaks(workdir, told):
     """Where the secrets of keys.json are seen."""
-    keys = json.loads((workdir.private / 'keys.json').read_text())
+    keys = json.loads(workdir.keys.read_text())
     secrets = [
         (f'{part}/{kind}', form)
         for part in keys.keys() - {'_note'}
@@ -254,8 +298,8 @@ def test_no_key_is_told_or_released(finished_run):
 def test_a_key_that_is_told_or_released_is_seen(copied_run):
     """Otherwise the test above could not fail."""
     _, workdir = copied_run
-    keys = workdir.keys('dp_sgd', 1)
-    np.savez_compressed(workdir.release / 'a.npz', key=jax.random.key_data(keys.noise))
+    keys = Keys(workdir.keys, 1).of_mechanism('dp_sgd', Ledger(workdir.ledger))
+    np.savez_compressed(workdir.release / 'a.npz', key=jax.random.key_data(keys.noise.key))
     (workdir.release / 'b.txt').write_text(f'the key is {keys.sampling}')
     found = leaks(workdir, f'{keys.sampling:x}')
     assert found == {

@@ -81,27 +81,27 @@ class WorkDir:
         Raises:
             PermissionError: they cannot be written, or another process works in them.
         """
-        try:
-            self.release.mkdir(parents=True, exist_ok=True)
-            self.private.mkdir(mode=0o700, exist_ok=True)
-            os.chmod(self.private, 0o700)
-            for folder in (self.root, self.release, self.private):
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-        except OSError as error:
-            raise PermissionError(
-                f'--workdir={self.root} cannot be written ({error}); it must be a folder that this '
-                'user may create and write'
-            ) from error
-        try:
-            with files.locked(self.root / '.lock'):
-                files.remove_unfinished(self.root, (self.release, self.private))
-                yield
-        except filelock.Timeout as error:
-            raise PermissionError(
-                f'--workdir={self.root} is in use by another process; wait for it, stop it, or '
-                'use another --workdir'
-            ) from error
+        with contextlib.ExitStack() as stack:
+            try:
+                self.release.mkdir(parents=True, exist_ok=True)
+                self.private.mkdir(mode=0o700, exist_ok=True)
+                os.chmod(self.private, 0o700)
+                for folder in (self.root, self.release, self.private):
+                    with tempfile.TemporaryFile(dir=folder):
+                        pass
+                stack.enter_context(files.locked(self.root / '.lock'))
+            except filelock.Timeout as error:
+                raise PermissionError(
+                    f'--workdir={self.root} is in use by another process; wait for it, stop it, or '
+                    'use another --workdir'
+                ) from error
+            except OSError as error:
+                raise PermissionError(
+                    f'--workdir={self.root} cannot be written ({error}); it must be a folder that this '
+                    'user may create and write'
+                ) from error
+            files.remove_unfinished(self.root, (self.release, self.private))
+            yield
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Check that the folder was made with these settings, by their full names.

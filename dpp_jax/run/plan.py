@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from dpp_jax import files
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import accounting, checks
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget
 
 # What of a plan the guarantee rests on, other than noise that was calibrated: that is read from the file,
@@ -96,22 +95,19 @@ def load(
         query_share: the share of ε that the queries alone may spend; None: no limit of their own.
 
     Raises:
-        ValueError: the file's plan is not one that this config can have: it takes other steps or
-            batches, asks other queries, or does not stay within the budget.
+        ValueError: the file is damaged or lacks a field, or its plan is not one that this config can have:
+            it takes other steps or batches, asks other queries, or does not stay within the budget.
     """
     if not path.exists():
         return make(None, None)
-    try:
-        recorded = json.loads(path.read_text())
-        plan = make(recorded['noise_multiplier'], recorded['query_noise_multiplier'])
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f'{path} is not a plan ({error!r}); restore it') from error
+    recorded = _read(path)
+    plan = make(recorded['noise_multiplier'], recorded['query_noise_multiplier'])
     figures, budget = plan.figures(), plan.budget.epsilon
     for_query = math.inf if query_share is None else query_share * budget
     for name in _BINDING:
-        if recorded.get(name) != figures[name]:
+        if recorded[name] != figures[name]:
             raise ValueError(
-                f'{path} has {name} = {recorded.get(name)}; this config gives {figures[name]}. '
+                f'{path} has {name} = {recorded[name]}; this config gives {figures[name]}. '
                 'The plan was changed: restore it, or use another --workdir'
             )
     for name, spent, limit, allowed in (
@@ -126,6 +122,22 @@ def load(
                 'another --workdir'
             )
     return plan
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read the figures in plan.json; a ValueError says which one is missing, or is no noise at all."""
+    recorded = files.read_json(path, 'Restore the file')
+    try:
+        for name in (*_BINDING, 'noise_multiplier'):
+            if name not in recorded:
+                raise ValueError(f'it has no {name}')
+        sigma, query_sigma = recorded['noise_multiplier'], recorded['query_noise_multiplier']
+        checks.require('noise_multiplier', sigma, checks.is_positive(sigma), 'a finite number > 0')
+        is_good = query_sigma is None or checks.is_positive(query_sigma)
+        checks.require('query_noise_multiplier', query_sigma, is_good, 'a finite number > 0, or null')
+    except ValueError as error:
+        raise ValueError(f'{path} is not a valid plan ({error}). Restore the file') from error
+    return recorded
 
 
 def save(path: Path, plan: Plan) -> None:

@@ -143,7 +143,8 @@ def check_params(folder: Path, params: PyTree) -> None:
     """
     saved = _saved_shapes(folder)
     if saved is not None:
-        _compare(_shapes(saved['params']), _shapes(_to_dict(params)), folder)
+        found = saved.get('params') if isinstance(saved, dict) else None
+        _compare(_shapes(found), _shapes(_to_dict(params)), folder)
 
 
 def _saved_shapes(folder: Path) -> PyTree | None:

@@ -1,8 +1,8 @@
 """The statistics of the audit, and that it tells the real code from code with a fault."""
 
-import importlib.util
+import dataclasses
 import json
-from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,20 +12,12 @@ from scipy import stats
 
 from dpp_jax.auditing import bounds
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
+from scripts import audit
 
-SCRIPT = Path(__file__).resolve().parents[2] / 'scripts' / 'audit.py'
 RUNS = 10_000
-
-
-@pytest.fixture(scope='module')
-def script():
-    spec = importlib.util.spec_from_file_location('audit_script', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- Statistics
@@ -148,7 +140,7 @@ def test_family_bound_without_sampling_is_the_gaussian_bound():
 
 @pytest.mark.parametrize('flip', [False, True])
 @pytest.mark.parametrize('swap', [False, True])
-def test_plain_bound_comes_within_a_twentieth_on_randomised_response(flip, swap):
+def test_plain_bound_comes_within_a_twentieth_on_randomized_response(flip, swap):
     """Two answers, of which one tells: all four combinations of event and direction."""
     exact = 2.0
     rate = 0.1  # of the telling answer where it is rare; e² times that in the other set
@@ -195,52 +187,62 @@ def test_bad_arguments_are_named():
 # --- The code under attack
 
 
-def test_the_audited_training_is_the_training(script):
+def make_mechanism(noise_multiplier, q):
+    return GaussianMechanism(
+        name='dp_sgd',
+        noise_multiplier=noise_multiplier,
+        sampling_probability=q,
+        sensitivity=audit.CLIP_NORM,
+    )
+
+
+def test_the_audited_training_is_the_training():
     """The audit's vmap over one device takes the steps that a pmap takes: same batches, key, weights."""
-    mechanism = GaussianMechanism('dp_sgd', 2.0, 0.5, script.CLIP_NORM, 'test')
+    mechanism = make_mechanism(2.0, 0.5)
     masks = np.array([[True, True], [False, False], [True, False], [False, True]])
     key = jax.random.key(3)
-    with script.mock.patch.object(devices, 'parallel', script.over_one_device):
-        audited = jax.jit(script.make_training(mechanism, script.REAL))(masks, key)
+    with mock.patch.object(devices, 'parallel', audit.over_one_device):
+        audited = jax.jit(audit.make_training(mechanism, audit.REAL))(masks, key)
 
-    optimizer = optax.sgd(script.LEARNING_RATE)
+    optimizer = optax.sgd(audit.LEARNING_RATE)
     with devices.limited_to(1):
         step = steps.make_dp_step(
-            script.loss,
+            audit.loss,
             optimizer,
             mechanism,
-            expected_batch_size=script.EXPECTED_BATCH,
+            NoiseKey(identifier='test', key=key),
+            expected_batch_size=audit.EXPECTED_BATCH,
             microbatch=1,
             ema_decay=0.9,
         )
-        state = devices.replicate(state_lib.create(script.init_params(), optimizer))
+        state = devices.replicate(state_lib.create(audit.init_params(), optimizer))
         images = np.stack([np.full((2, 2, 1), 200, np.uint8), np.zeros((2, 2, 1), np.uint8)])
         biases = [0.0]
-        for mask in masks:
+        for number, mask in enumerate(masks):
             batch = steps.make_batch(images, np.arange(2), np.flatnonzero(mask), 2)
-            state, _ = step(state, devices.deal(batch), 2, key)
+            (state, _), _ = step(number, state, devices.deal(batch), 2)
             biases.append(devices.first(state.params).tree()['bias'][1, 0])
     assert len(np.unique(biases)) == 5  # every step moved it
     np.testing.assert_allclose(audited, biases, rtol=1e-5)
 
 
-def test_the_canary_is_as_long_as_the_claim_allows(script):
+def test_the_canary_is_as_long_as_the_claim_allows():
     """A shorter canary would prove less than the code may leak."""
-    mechanism = GaussianMechanism('dp_sgd', 1e-6, 1.0, script.CLIP_NORM, 'test')
-    with script.mock.patch.object(devices, 'parallel', script.over_one_device):
-        run = jax.jit(script.make_training(mechanism, script.REAL))
+    mechanism = make_mechanism(1e-6, 1.0)
+    with mock.patch.object(devices, 'parallel', audit.over_one_device):
+        run = jax.jit(audit.make_training(mechanism, audit.REAL))
         with_canary, without = (
             run(np.tile([True, there], (5, 1)), jax.random.key(0)) for there in (True, False)
         )
-    per_step = script.LEARNING_RATE * script.CLIP_NORM / script.EXPECTED_BATCH
+    per_step = audit.LEARNING_RATE * audit.CLIP_NORM / audit.EXPECTED_BATCH
     np.testing.assert_allclose(np.diff(with_canary), per_step, rtol=1e-4)
     np.testing.assert_allclose(without, 0, atol=1e-6)
 
 
 @pytest.fixture(scope='module')
-def rows(script):
+def rows():
     """The table, with few runs."""
-    return [script.examine(attack, RUNS, 100 + i) for i, attack in enumerate(script.attacks())]
+    return [audit.examine(attack, RUNS, 100 + i) for i, attack in enumerate(audit.attacks())]
 
 
 def test_the_real_code_stays_within_its_claim_and_the_audit_is_not_blind(rows):
@@ -248,35 +250,35 @@ def test_the_real_code_stays_within_its_claim_and_the_audit_is_not_blind(rows):
     assert len(real) == 7
     for row in real:
         assert row['verdict'] == 'within the claim' and row['as_expected'], row
-        # Most frequent grey values tell less than the noisy histograms that the claim is for.
+        # Most frequent gray values tell less than the noisy histograms that the claim is for.
         share = 0.25 if row['attack'] == 'query, mode' else 0.6
         assert share * row['claimed_epsilon'] < row['lower_bound'] <= row['claimed_epsilon'], row
 
 
-def test_every_fault_is_caught_in_the_query_and_in_training(rows, script):
+def test_every_fault_is_caught_in_the_query_and_in_training(rows):
     faulty = [row for row in rows if row['fault'] is not None]
     attacked = {(row['attack'].split(',')[0], row['fault']) for row in faulty}
-    assert attacked == {(name, fault) for name in ('query', 'DP-SGD') for fault in script.FAULTS}
+    assert attacked == {(name, fault) for name in ('query', 'DP-SGD') for fault in audit.FAULTS}
     for row in faulty:
         excess = 1.0 if row['fault'] == 'sampled twice' else 1.3
         assert row['lower_bound'] > excess * row['claimed_epsilon'], row
         assert row['verdict'] == 'caught' and row['as_expected'], row
 
 
-def test_script_prints_writes_and_fails_when_a_claim_is_broken(script, monkeypatch, capsys, tmp_path):
+def test_script_prints_writes_and_fails_when_a_claim_is_broken(monkeypatch, capsys, tmp_path):
     """A claim that is too low for the real code."""
-    honest = script.query_attack('query')
+    honest = audit.query_attack('query')
     event = accounting.subsampled_gaussian(20.0, 1.0, 1)
-    bold = script.dataclasses.replace(honest, name='bold', event=event)
-    monkeypatch.setattr(script, 'attacks', lambda: [honest, bold])
-    monkeypatch.setattr(script, 'QUICK_RUNS', 6_000)
+    bold = dataclasses.replace(honest, name='bold', event=event)
+    monkeypatch.setattr(audit, 'attacks', lambda: [honest, bold])
+    monkeypatch.setattr(audit, 'QUICK_RUNS', 6_000)
     file = tmp_path / 'new' / 'audit.json'
-    assert script.main(['--quick', f'--json={file}']) == 1
+    assert audit.main(['--quick', f'--json={file}']) == 1
     written = json.loads(file.read_text())
     assert [row['verdict'] for row in written['rows']] == ['within the claim', 'CLAIM BROKEN']
     assert written['confidence'] == 0.95 and written['rows'][0]['runs'] == 6_000
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[2].endswith(f'CLAIM BROKEN     {written["rows"][1]["seconds"]:>6}')
 
-    monkeypatch.setattr(script, 'attacks', lambda: [honest])
-    assert script.main(['--quick']) == 0
+    monkeypatch.setattr(audit, 'attacks', lambda: [honest])
+    assert audit.main(['--quick']) == 0

@@ -6,10 +6,15 @@ import types
 import jax
 import pytest
 
-from configs import digits_8, mnist_28
-from dpp_jax import pipeline
-from dpp_jax.run import folder, sizes
+from dpp_jax import build
+from dpp_jax.configs import digits_8, mnist_28
+from dpp_jax.run import sizes
+from dpp_jax.run.folder import WorkDir
 from dpp_jax.training import devices
+
+
+def choose(config):
+    return build.sizes(config, build.model(config))
 
 
 @pytest.mark.parametrize('images', [None, 1, 5, 8, 64, 1000])
@@ -18,7 +23,7 @@ def test_draws_divide_and_no_more_than_the_images_set_go_together(images, microb
     config = mnist_28.get_config('1')
     config.loop.images_at_once = images
     config.finetune.microbatch = microbatch
-    found = sizes.choose(config)
+    found = choose(config)
     assert config.finetune.draws % found.draws == 0
     assert found.microbatch == (microbatch or found.microbatch)
     # One draw of each image of a microbatch is the least.
@@ -29,20 +34,23 @@ def test_draws_divide_and_no_more_than_the_images_set_go_together(images, microb
 def test_a_trial_does_two_microbatches(tiny_config):
     """The real one: it runs, and counts what it did."""
     config = tiny_config(finetune__microbatch=None, model__multipliers=(1,), model__attention_resolutions=())
-    trial = sizes._trial(config, pipeline.make_model(config), 4)
-    assert trial() == jax.local_device_count() * 2 * 2 * config.finetune.draws
+    model, draws = build.model(config), config.finetune.draws
+    at_once = sizes.choose(model, draws=draws, images_at_once=4)
+    trial = sizes._trial(model, at_once, draws=draws, label_dropout=config.finetune.label_dropout)
+    assert trial() == jax.local_device_count() * 2 * at_once.microbatch * draws
+    assert at_once.microbatch == 2
 
 
 def test_small_images_go_in_greater_numbers(monkeypatch):
     monkeypatch.setattr(devices, 'local', lambda: jax.local_devices()[:1])
     monkeypatch.setattr(devices, 'cores', lambda: 2)
-    small, large = (sizes.choose(c.get_config('1')) for c in (digits_8, mnist_28))
+    small, large = (choose(c.get_config('1')) for c in (digits_8, mnist_28))
     assert (large.microbatch, large.draws) == (1, 8)
     assert small.images > 10 * large.images
     monkeypatch.setattr(devices, 'cores', lambda: 8)
-    assert sizes.choose(mnist_28.get_config('1')).images == 4 * large.images
+    assert choose(mnist_28.get_config('1')).images == 4 * large.images
     monkeypatch.setattr(devices, 'local', lambda: jax.local_devices()[:8])
-    assert sizes.choose(mnist_28.get_config('1')).images == large.images // 2, 'one core for each'
+    assert choose(mnist_28.get_config('1')).images == large.images // 2, 'one core for each'
 
 
 @pytest.mark.parametrize(('gigabytes', 'images'), [(None, 512), (80, 512), (12, 128)])
@@ -50,7 +58,7 @@ def test_an_accelerator_holds_what_its_memory_allows(monkeypatch, gigabytes, ima
     device = types.SimpleNamespace(memory_stats=lambda: gigabytes and {'bytes_limit': gigabytes * 1e9})
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     monkeypatch.setattr(devices, 'local', lambda: [device])
-    assert sizes.choose(mnist_28.get_config('1')) == sizes.Sizes(images, images // 32, 32)
+    assert choose(mnist_28.get_config('1')) == sizes.Sizes(images=images, microbatch=images // 32, draws=32)
 
 
 def test_the_fastest_is_taken_if_it_is_clearly_faster():
@@ -70,13 +78,14 @@ def test_the_fastest_is_taken_if_it_is_clearly_faster():
 @pytest.fixture
 def trials(monkeypatch, tmp_path):
     """Trials of any number at once, of which half the rule's is the fastest; and who was tried."""
-    tried = []
+    tried, rule = [], choose(mnist_28.get_config('1')).images
 
-    def trial(config, model, images):
-        tried.append(images)
-        if images == 2 * sizes.choose(config).images:
+    def trial(model, at_once, *, draws, label_dropout):
+        tried.append(at_once.images)
+        assert at_once == sizes.choose(model, draws=draws, images_at_once=at_once.images)
+        if at_once.images == 2 * rule:
             return None  # too much for the memory
-        return lambda: time.sleep(0.01 if images == sizes.choose(config).images // 2 else 0.05) or 1
+        return lambda: time.sleep(0.01 if at_once.images == rule // 2 else 0.05) or 1
 
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setattr(sizes, '_trial', trial)
@@ -86,14 +95,17 @@ def trials(monkeypatch, tmp_path):
 def settle(root, noised_images, **changes):
     config = mnist_28.get_config('1')
     config.update_from_flattened_dict(changes)
-    model = pipeline.make_model(config)
-    found = sizes.settle(config, model, folder.WorkDir(root), noised_images)
-    assert config.to_dict() == (mnist_28.get_config('1') if not changes else found).to_dict()
-    return found.loop.images_at_once
+    found = build.settled_sizes(config, build.model(config), WorkDir(root).sizes, noised_images)
+    model, settings = build.model(config), config.finetune
+    expected = sizes.choose(
+        model, draws=settings.draws, images_at_once=found.images, microbatch=settings.microbatch
+    )
+    assert found == expected
+    return found.images
 
 
 def test_a_long_training_is_worth_a_trial_that_is_not_repeated(trials, tmp_path):
-    rule = sizes.choose(mnist_28.get_config('1')).images
+    rule = choose(mnist_28.get_config('1')).images
     assert settle(tmp_path / 'one', 10**9) == rule // 2
     assert sorted(trials) == [rule // 4, rule // 2, rule, 2 * rule]
     assert settle(tmp_path / 'other', 10**9) == rule // 2
@@ -101,7 +113,7 @@ def test_a_long_training_is_worth_a_trial_that_is_not_repeated(trials, tmp_path)
 
 
 def test_a_short_training_and_what_the_user_sets_are_not_tried(trials, tmp_path):
-    assert settle(tmp_path / 'short', 1000) == sizes.choose(mnist_28.get_config('1')).images
+    assert settle(tmp_path / 'short', 1000) == choose(mnist_28.get_config('1')).images
     assert settle(tmp_path / 'set', 10**9, **{'loop.images_at_once': 5}) == 5
     assert not trials and not (tmp_path / 'set').exists()
 

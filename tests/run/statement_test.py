@@ -3,30 +3,56 @@
 from decimal import Decimal
 import json
 
-from dpp_jax.privacy.ledger import Entry
-from dpp_jax.run import folder as workdir_lib
+import pytest
+
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
+from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import statement
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.keys import Keys, seeded_identifier
+
+BUDGET = Budget(epsilon=50.0, delta=1e-5, accountant='rdp', releases=())
 
 
-def entries(count=3, sigma=2.0, randomness='abc'):
-    return [Entry('dp_sgd', index, sigma, 1.0, 1.0, randomness) for index in range(count)]
+def releases(count=3, sigma=2.0, name=DP_SGD):
+    mechanism = GaussianMechanism(
+        name=name, noise_multiplier=sigma, sampling_probability=1.0, sensitivity=1.0
+    )
+    return Releases(mechanism=mechanism, count=count)
 
 
-def make(releases, **changes):
-    settings = dict(delta=1e-5, accountant='rdp', budget=50.0)
-    return statement.make(releases, **{**settings, **changes})
+def make(*parts, **changes):
+    settings = dict(delta=1e-5, accountant='rdp', budget=50.0, is_private=True)
+    return statement.make(parts or [releases()], **{**settings, **changes})
 
 
-def test_keys_from_a_seed_make_a_run_not_private_whatever_the_config_says():
-    assert make(entries())['private'] is True
-    mixed = make([*entries(), *entries(1, randomness=workdir_lib.seeded(3))])
-    assert mixed['private'] is False
+def written(workdir, *identifiers):
+    """The statement of a ledger that names three releases with each of these keys."""
+    ledger = Ledger(workdir.ledger)
+    for identifier in identifiers:
+        for index in range(3):
+            ledger.append(releases().mechanism.entry(index, identifier))
+    return statement.of_ledger(workdir, ledger, BUDGET)
+
+
+def test_keys_from_a_seed_make_a_run_not_private_whatever_the_config_says(tmp_path):
+    private = written(WorkDir(tmp_path / 'private'), 'abc')
+    mixed = written(WorkDir(tmp_path / 'mixed'), 'abc', seeded_identifier(3))
+    assert private['private'] is True and mixed['private'] is False
     assert 'NOT PRIVATE' in statement.markdown(mixed)
-    assert 'NOT PRIVATE' not in statement.markdown(make(entries()))
+    assert 'NOT PRIVATE' not in statement.markdown(private)
+
+
+def test_releases_with_other_keys_are_other_releases(tmp_path):
+    """The same step with two keys is spent twice."""
+    twice = written(WorkDir(tmp_path), 'abc', 'def')
+    assert [row['count'] for row in twice['mechanisms']] == [6]
+    assert twice['epsilon'] == make(releases(6))['epsilon'] > make(releases(3))['epsilon']
 
 
 def test_figures_are_rounded_to_the_safe_side():
-    made = make(entries(sigma=2.00009), budget=1.0000004, delta=1.23456789e-5)
+    made = make(releases(sigma=2.00009), budget=1.0000004, delta=1.23456789e-5)
     assert Decimal(made['epsilon_rounded_up']) >= Decimal(made['epsilon'])
     text = statement.markdown(made)
     assert '| 2.0000 |' in text and 'ε = 1.0000004' in text and '1.23456789e-05' in text
@@ -34,15 +60,15 @@ def test_figures_are_rounded_to_the_safe_side():
 
 def test_a_statement_by_pld_is_made_also_where_rdp_is_very_large(monkeypatch):
     monkeypatch.setattr(statement, '_MOST_FOR_PLD', 1.0)  # the real bound takes long to exceed
-    assert make(entries())['epsilon_by_accountant']['pld'] is None
-    made = make(entries(), accountant='pld')
+    assert make()['epsilon_by_accountant']['pld'] is None
+    made = make(accountant='pld')
     assert made['epsilon_by_accountant']['rdp'] > 1
     assert 0 < made['epsilon'] == made['epsilon_by_accountant']['pld']
     assert 'differentially private' in statement.markdown(made)
 
 
 def test_every_version_of_the_code_is_named(tmp_path, monkeypatch):
-    workdir = workdir_lib.WorkDir(tmp_path)
+    workdir = WorkDir(tmp_path)
     statement.record_code(workdir, 'central')
     statement.record_code(workdir, 'central')
     monkeypatch.setattr(statement, 'code_version', lambda: {'dpp_jax': '99'})
@@ -50,13 +76,32 @@ def test_every_version_of_the_code_is_named(tmp_path, monkeypatch):
     statement.record_code(workdir, 'finetune')
     codes = statement.codes(workdir)
     assert [len(codes[stage]) for stage in ('central', 'finetune')] == [2, 1]
-    text = statement.markdown(make(entries(), code_of_stages=codes))
+    text = statement.markdown(make(code_of_stages=codes))
     assert '`finetune` was run by dpp_jax 99.' in text and '; then dpp_jax 99.' in text
 
 
 def test_the_written_statement_says_how_often_a_mechanism_ran(tmp_path):
-    workdir = workdir_lib.WorkDir(tmp_path)
+    workdir = WorkDir(tmp_path)
     assert statement.stated(workdir, 'dp_sgd') == 0
-    statement.write(workdir, make([*entries(3), *entries(5, sigma=3.0, randomness='other')]))
+    statement.write(workdir, make(releases(3), releases(5, sigma=3.0)))
     assert statement.stated(workdir, 'dp_sgd') == 8 and statement.stated(workdir, 'query') == 0
-    assert json.loads((workdir.release / 'privacy_statement.json').read_text())['private']
+    assert json.loads(workdir.statement.read_text())['private']
+    assert statement.exists(workdir)
+
+
+@pytest.mark.parametrize('name, stage', [(CENTRAL_QUERY, 'central'), (DP_SGD, 'finetune')])
+def test_a_lost_release_is_repeated_only_if_the_keys_tell_what_it_was(tmp_path, name, stage):
+    workdir = WorkDir(tmp_path)
+    keys, part = Keys(workdir.keys, None), releases(3, name=name)
+    keys.of_mechanism(name, Ledger(workdir.ledger))
+    budget = Budget(epsilon=50.0, delta=1e-5, accountant='rdp', releases=(part,))
+    lost, done = ({'central': is_there, 'finetune': is_there} for is_there in (False, True))
+    statement.check_lost(workdir, keys, budget, lost)  # nothing was stated
+    statement.write(workdir, make(releases(2, name=name)))
+    statement.check_lost(workdir, keys, budget, lost)  # nor all of it made
+    statement.write(workdir, make(part))
+    statement.check_lost(workdir, keys, budget, done)
+    with pytest.raises(ValueError, match=f'what --stage={stage} writes to .* is not there'):
+        statement.check_lost(workdir, keys, budget, lost)
+    keys.bind_release(name, [])
+    statement.check_lost(workdir, keys, budget, lost)

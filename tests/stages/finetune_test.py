@@ -4,12 +4,25 @@ import jax
 import numpy as np
 import pytest
 
+from dpp_jax import build
+from dpp_jax.data.images import Images
 from dpp_jax.privacy import poisson
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import folder as workdir_lib
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.keys import Keys
 from dpp_jax.stages import finetune
-from dpp_jax.stages import plan as plan_lib
 from dpp_jax.training import devices, steps
+
+
+class Loop:
+    """Takes the steps and nothing else."""
+
+    @staticmethod
+    def train(step, state, *, total_steps, **_):
+        for number in range(total_steps):
+            state, _ = step(state, number)
+        return state
 
 
 def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
@@ -17,55 +30,74 @@ def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
 ):
     config = tiny_config(pretrain__enabled=False)
     config.seed = None
-    workdir, plan = workdir_lib.WorkDir(tmp_path), plan_lib.make(config, tiny_model)
+    workdir, plan = WorkDir(tmp_path), build.plan(config, tiny_model)
+    releases, sizes = plan.budget.of(DP_SGD), build.sizes(config, tiny_model)
     rng = np.random.default_rng(0)
     count = config.data.train_images
     images = rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
     labels = rng.integers(0, 10, count)
+    ledger, keys = Ledger(workdir.ledger), Keys(workdir.keys, config.seed)
     seen, settings = [], {}
 
-    def fake_step(loss, optimizer, mechanism, **named):
-        settings.update(named, mechanism=mechanism)
+    def fake_step(loss, optimizer, mechanism, noise_key, **named):
+        settings.update(named, mechanism=mechanism, noise_key=noise_key)
 
-        def step(state, batch, used, key):
+        def program(state, batch, used, key, index):
             flat = {name: devices.collect(rows) for name, rows in batch.items()}
-            seen.append((flat, int(used), key))
+            seen.append((flat, int(used), key, int(index), len(ledger.entries)))
             return state, {'loss': np.zeros(1)}
 
-        return step
-
-    class Loop:
-        """Takes the steps and nothing else."""
-
-        @staticmethod
-        def train(step, state, *, total_steps, **_):
-            for number in range(total_steps):
-                state, _ = step(state, number)
-            return state
+        # The real one, but for what runs on the devices.
+        return mechanism.noisy(None, noise_key, then=None, compiled=lambda _: program)
 
     monkeypatch.setattr(steps, 'make_dp_step', fake_step)
     monkeypatch.setattr(finetune.loop, 'train', Loop.train)
-    ledger = Ledger(tmp_path / 'ledger.jsonl')
-    finetune.run(config, workdir, ledger, plan, tiny_model, images, labels)
+    recorded_before_release = []
 
-    keys = workdir.keys('dp_sgd', None)
+    def before_release():
+        assert not workdir.model('finetune').exists()
+        recorded_before_release.append(ledger.count(DP_SGD))
+
+    finetune.run(
+        config,
+        workdir,
+        keys,
+        ledger,
+        Images(images=images, labels=labels),
+        before_release,
+        releases=releases,
+        model=tiny_model,
+        sizes=sizes,
+    )
+
+    own_keys = keys.of_mechanism(DP_SGD, ledger)
     mechanism = settings['mechanism']
-    assert mechanism.noise_multiplier == plan.noise_multiplier
-    assert mechanism.sampling_probability == plan.sampling_probability
+    figures = plan.figures()
+    assert mechanism == releases.mechanism
+    assert mechanism.noise_multiplier == figures['noise_multiplier']
+    assert mechanism.sampling_probability == figures['sampling_probability']
     assert mechanism.sensitivity == config.finetune.clip_norm
-    assert settings['expected_batch_size'] == pytest.approx(plan.sampling_probability * count)
+    assert settings['noise_key'].identifier == own_keys.noise.identifier
+    assert settings['expected_batch_size'] == pytest.approx(mechanism.sampling_probability * count)
     assert settings['expected_batch_size'] == pytest.approx(plan.expected_batch_size)
-    sampler = poisson.PoissonSampler(size=count, probability=plan.sampling_probability, key=keys.sampling)
-    assert len(seen) == plan.steps == ledger.count('dp_sgd')
-    for number, (batch, used, key) in enumerate(seen):
+    sampler = poisson.PoissonSampler(
+        size=count, probability=mechanism.sampling_probability, key=own_keys.sampling
+    )
+    assert len(seen) == figures['steps'] == ledger.count(DP_SGD)
+    for number, (batch, used, key, index, recorded) in enumerate(seen):
         drawn = sampler.indices(number)
         rows = batch['mask']
         np.testing.assert_array_equal(batch['index'][rows], drawn)
         np.testing.assert_array_equal(batch['image'][rows], images[drawn])
         np.testing.assert_array_equal(batch['label'][rows], labels[drawn])
+        assert not batch['image'][~rows].any() and not batch['label'][~rows].any()
         assert used * settings['microbatch'] * devices.count() >= len(drawn)
-        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(keys.noise))
-    query = workdir.keys('central_query', None)
-    assert query.sampling != keys.sampling
-    assert [entry.index for entry in ledger.entries] == list(range(plan.steps))
-    assert {entry.randomness for entry in ledger.entries} == {keys.identifier}
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(own_keys.noise.key))
+        # The step before is in the ledger when its result is used.
+        assert index == recorded == number
+    query = keys.of_mechanism(CENTRAL_QUERY, ledger)
+    assert query.sampling != own_keys.sampling
+    assert [entry.index for entry in ledger.entries] == list(range(figures['steps']))
+    assert {entry.randomness for entry in ledger.entries} == {own_keys.noise.identifier}
+    assert recorded_before_release == [figures['steps']]
+    assert workdir.model('finetune').exists()

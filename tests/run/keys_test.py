@@ -1,0 +1,157 @@
+"""The only door to the secret keys: they stay, they are not told, and no mechanism gets other ones."""
+
+import json
+import os
+import stat
+
+import jax
+import numpy as np
+import pytest
+
+from dpp_jax.privacy import poisson
+from dpp_jax.privacy.ledger import Entry, Ledger
+from dpp_jax.run.keys import Keys, is_seeded
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'keys.json'
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """Names nothing yet."""
+    return Ledger(tmp_path / 'ledger.jsonl')
+
+
+def words(key):
+    return tuple(np.asarray(jax.random.key_data(key)))
+
+
+def entry(randomness, mechanism='dp_sgd', index=0):
+    return Entry(mechanism, index, 1.0, 0.1, 1.0, randomness)
+
+
+def test_keys_are_not_shown(path, ledger):
+    keys, part = Keys(path, None).of_mechanism('dp_sgd', ledger), Keys(path, None).of_part('pretrain')
+    sampler = poisson.PoissonSampler(size=5, probability=0.5, key=keys.sampling)
+    shown = f'{keys} {keys.noise} {part} {sampler}'
+    assert keys.noise.identifier in shown
+    for secret in (keys.sampling, *words(keys.noise.key), part.order, *words(part.random)):
+        assert str(secret) not in shown
+
+
+def test_keys_stay_and_differ_between_parts_and_runs(path, tmp_path, ledger):
+    one, two = Keys(path, None), Keys(tmp_path / 'other.json', None)
+    keys = [
+        one.of_mechanism('dp_sgd', ledger),
+        one.of_mechanism('central_query', ledger),
+        two.of_mechanism('dp_sgd', ledger),
+    ]
+    assert len({k.sampling for k in keys}) == 3
+    assert len({k.noise.identifier for k in keys}) == 3
+    assert len({words(k.noise.key) for k in keys}) == 3
+    parts = [one.of_part('pretrain'), one.of_part('init'), two.of_part('pretrain')]
+    assert len({p.order for p in parts} | {k.sampling for k in keys}) == 6
+    assert len({words(p.random) for p in parts} | {words(k.noise.key) for k in keys}) == 6
+    again = Keys(path, None).of_mechanism('dp_sgd', ledger)
+    assert again.sampling == keys[0].sampling and again.noise.identifier == keys[0].noise.identifier
+    assert words(again.noise.key) == words(keys[0].noise.key)
+    assert words(Keys(path, None).of_part('pretrain').random) == words(parts[0].random)
+    for each in keys:
+        assert f'{each.sampling:x}' not in each.noise.identifier
+        assert str(each.sampling) not in each.noise.identifier
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert 'WITHOUT a privacy guarantee' in path.read_text()
+
+
+def test_a_seed_makes_keys_repeatable_and_says_so(tmp_path, ledger):
+    one, two, other = (
+        Keys(tmp_path / name, seed).of_mechanism('dp_sgd', ledger)
+        for name, seed in (('a', 7), ('b', 7), ('c', 8))
+    )
+    assert one.sampling == two.sampling != other.sampling
+    assert words(one.noise.key) == words(two.noise.key) != words(other.noise.key)
+    assert 'not-private' in one.noise.identifier and is_seeded(one.noise.identifier)
+    assert not is_seeded(Keys(tmp_path / 'd', None).of_mechanism('dp_sgd', ledger).noise.identifier)
+
+
+def test_keys_that_were_made_otherwise_are_refused(path, ledger):
+    Keys(path, 7).of_mechanism('dp_sgd', ledger)
+    Keys(path, None).of_part('generate')
+    text = 'config.seed is {}; .* holds keys of {}'
+    for seed in (None, 8):
+        with pytest.raises(ValueError, match=text.format(seed, 'dp_sgd')):
+            Keys(path, seed).of_mechanism('dp_sgd', ledger)
+    with pytest.raises(ValueError, match=text.format(7, 'generate')):
+        Keys(path, 7).of_part('generate')
+
+
+@pytest.mark.parametrize('file', ['lost', 'of another run', 'whole'])
+def test_a_mechanism_gets_no_keys_but_those_that_the_ledger_names(path, ledger, tmp_path, file):
+    """Other keys would spend its budget a second time, also where the file itself is in order."""
+    keys = Keys(path, None)
+    own = keys.of_mechanism('dp_sgd', ledger)
+    ledger.append(entry(own.noise.identifier))
+    assert keys.of_mechanism('dp_sgd', ledger).sampling == own.sampling
+    if file == 'lost':
+        path.unlink()
+    elif file == 'of another run':
+        other = tmp_path / 'other.json'
+        Keys(other, None).of_mechanism('dp_sgd', ledger=Ledger(tmp_path / 'another.jsonl'))
+        other.replace(path)
+    else:  # and somebody ran with a copy of the folder, that had no keys
+        ledger.append(entry('another', index=1))
+    before = ledger.path.read_text()
+    for _ in range(2):
+        with pytest.raises(ValueError, match='names releases of dp_sgd with keys that .* second time'):
+            keys.of_mechanism('dp_sgd', ledger)
+    assert ledger.path.read_text() == before
+    keys.of_mechanism('central_query', ledger)  # of which the ledger names nothing
+
+
+def test_keys_that_no_release_was_made_with_are_given(path, ledger):
+    """Drawn by a process that was killed before its first release, or while the ledger names another part."""
+    first = Keys(path, None).of_mechanism('dp_sgd', ledger)
+    ledger.append(entry('of the query', mechanism='central_query'))
+    assert Keys(path, None).of_mechanism('dp_sgd', ledger).sampling == first.sampling
+
+
+def test_what_was_released_with_a_key_is_not_replaced_by_anything_else(path, ledger):
+    keys = Keys(path, None)
+    arrays = [np.arange(3.0), np.zeros((2, 2), np.uint8)]
+    for name in ('dp_sgd', 'central_query'):
+        keys.of_mechanism(name, ledger)
+    assert not keys.may_repeat('dp_sgd') and keys.may_repeat('pretrain')
+    keys.bind_release('dp_sgd', arrays)
+    keys.bind_release('dp_sgd', [array.copy() for array in arrays])
+    assert keys.may_repeat('dp_sgd') and not keys.may_repeat('central_query')
+    other = [np.nextafter(arrays[0], 9), arrays[1]]
+    with pytest.raises(ValueError, match='dp_sgd came out differently .* nothing is released'):
+        keys.bind_release('dp_sgd', other)
+    keys.bind_release('central_query', other)
+    keys.of_part('generate')
+    with pytest.raises(ValueError, match='central_query came out differently'):
+        Keys(path, None).bind_release('central_query', arrays)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+@pytest.mark.parametrize('damage', [lambda text: text[:-9], lambda text: '\0' * len(text), lambda text: '[]'])
+def test_a_damaged_file_is_named_with_what_to_do(path, ledger, damage):
+    keys = Keys(path, None)
+    ask = [
+        lambda: keys.of_mechanism('dp_sgd', ledger),
+        lambda: keys.of_part('pretrain'),
+        lambda: keys.may_repeat('dp_sgd'),
+        lambda: keys.bind_release('dp_sgd', []),
+    ]
+    for each in ask:
+        each()
+    whole = json.loads(path.read_text())
+    assert set(whole) == {'_note', 'dp_sgd', 'pretrain'}
+    torn = damage(path.read_text())
+    path.write_text(torn)
+    for each in ask:
+        with pytest.raises(ValueError, match='keys.json cannot be read .*Restore it.*delete it'):
+            each()
+    assert path.read_text() == torn

@@ -1,0 +1,147 @@
+"""The plan of a work directory: kept as it was made, and refused where somebody changed it."""
+
+import json
+import math
+
+import pytest
+
+from dpp_jax import build, settings
+from dpp_jax.privacy import accounting
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
+from dpp_jax.privacy.mechanism import GaussianMechanism
+from dpp_jax.run import plan as plan_lib
+
+_KEPT = ('noise_multiplier', 'query_noise_multiplier')
+
+
+class NoModel:
+    """Takes no time to be looked at."""
+
+    def shapes(self):
+        return {}
+
+
+@pytest.fixture
+def saved(tiny_config, tmp_path):
+    """(change of plan.json's figures, settings) → the plan as made, and as loaded from the changed file."""
+
+    def load(change, **changes):
+        config, path = tiny_config(**changes), tmp_path / 'release' / 'plan.json'
+        share = config.query.epsilon_share
+
+        def make(*noise):
+            return build.plan(config, NoModel(), *noise)
+
+        made = plan_lib.load(path, make, query_share=share)
+        plan_lib.save(path, made)
+        assert json.loads(path.read_text()) == made.figures()
+        path.write_text(json.dumps(change(made.figures())))
+        return made, plan_lib.load(path, make, query_share=share)
+
+    return load
+
+
+@pytest.mark.parametrize('name', _KEPT)
+def test_noise_that_another_version_calibrated_is_kept(saved, name):
+    """Its last digits differ; the ledger of the run names them."""
+    made, loaded = saved(lambda f: {**f, name: f[name] * (1 + 1e-12)}, query__epsilon_share=0.2)
+    made, loaded = made.figures(), loaded.figures()
+    assert loaded[name] == made[name] * (1 + 1e-12) != made[name]
+
+
+@pytest.mark.parametrize(
+    'name, factor, settings, text',
+    [
+        ('query_noise_multiplier', 0.99, {'query__epsilon_share': 0.2}, "within the query's share, 2"),
+        ('query_noise_multiplier', 1.01, {}, 'query_noise_multiplier = 4.04; this config gives 4.0'),
+        ('noise_multiplier', 0.99, {'query__epsilon_share': 0.2}, 'within the budget, 10'),
+    ],
+)
+def test_noise_that_the_config_does_not_allow_is_refused(saved, name, factor, settings, text):
+    with pytest.raises(ValueError, match=text):
+        saved(lambda figures: {**figures, name: figures[name] * factor}, **settings)
+
+
+def test_figures_that_follow_from_the_noise_are_not_believed(saved):
+    """Nor looked at: an earlier version wrote one that is not there any more."""
+    changes = {'epsilon_total': 1.0, 'parameters': 1, 'memory_bytes_per_device': 1}
+    made, loaded = saved(lambda figures: {**figures, **changes})
+    assert loaded == made
+
+
+@pytest.mark.parametrize('name', plan_lib._BINDING)
+def test_a_figure_that_the_guarantee_rests_on_is_that_of_the_config(saved, name):
+    def change(figures):
+        value = figures[name]
+        return {**figures, name: 'pld' if name == 'accountant' else value * 2}
+
+    with pytest.raises(ValueError, match=f'plan.json has {name} = .*; this config gives'):
+        saved(change)
+
+
+@pytest.mark.parametrize('name', [*plan_lib._BINDING, 'noise_multiplier'])
+def test_a_plan_without_a_figure_that_is_needed_is_refused_in_a_line(saved, name):
+    def without(figures):
+        return {key: value for key, value in figures.items() if key != name}
+
+    with pytest.raises(ValueError, match=f'not a valid plan .it has no {name}.. Restore') as refused:
+        saved(without)
+    assert '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize('name', _KEPT)
+@pytest.mark.parametrize('value', [None, 'much', -1.0, 0.0, math.nan, math.inf, [1]], ids=repr)
+def test_noise_that_is_no_noise_is_refused_in_a_line(saved, name, value):
+    """It would be calibrated anew, or refused without a word of the file."""
+    text = 'release/plan.json (is not a valid plan|has query_noise_multiplier = )'
+    with pytest.raises(ValueError, match=text) as refused:
+        saved(lambda figures: {**figures, name: value}, query__epsilon_share=0.2)
+    assert '\n' not in str(refused.value) and name in str(refused.value)
+
+
+@pytest.mark.parametrize('text', ['', '{"delta": 1', '[]', '\0' * 9, '\udce9'], ids=repr)
+def test_a_damaged_plan_is_named(tmp_path, text):
+    path = tmp_path / 'plan.json'
+    path.write_bytes(text.encode(errors='surrogateescape'))
+    with pytest.raises(ValueError, match='plan.json cannot be read .*Restore'):
+        plan_lib.load(path, make=None)
+
+
+def test_a_plan_is_fixed_once(tmp_path, tiny_config):
+    first, second = (build.plan(tiny_config(dp__epsilon=e), NoModel()) for e in (10.0, 5.0))
+    plan_lib.save(tmp_path / 'plan.json', first)
+    plan_lib.save(tmp_path / 'plan.json', second)
+    assert json.loads((tmp_path / 'plan.json').read_text()) == first.figures()
+
+
+def test_a_share_of_the_query_is_calibrated_once(tiny_config, monkeypatch):
+    """By the plan: whoever calibrates again may get another last digit, on another machine."""
+    config = tiny_config(query__epsilon_share=0.2)
+    made = build.plan(config, NoModel())
+    monkeypatch.setattr(accounting, 'calibrate', None)
+    settings.check(config)
+    figures = made.figures()
+    noise = {part.mechanism.name: part.mechanism.noise_multiplier for part in made.budget.releases}
+    kept = {CENTRAL_QUERY: figures['query_noise_multiplier'], DP_SGD: figures['noise_multiplier']}
+    assert noise == kept
+    assert build.plan(config, NoModel(), *(figures[name] for name in _KEPT)) == made
+
+
+@pytest.mark.parametrize('images', [1, 7, 1437, 60_000, 162_770])
+@pytest.mark.parametrize('batches', [1, 3, 23, 49, 93])
+def test_the_expected_batch_is_the_images_over_the_number_of_batches(images, batches):
+    mechanism = GaussianMechanism(
+        name=DP_SGD, noise_multiplier=1.0, sampling_probability=1 / batches, sensitivity=1.0
+    )
+    releases = (Releases(mechanism=mechanism, count=5),)
+    plan = plan_lib.Plan(
+        budget=Budget(epsilon=1.0, delta=1e-5, accountant='rdp', releases=releases),
+        private_images=images,
+        parameters=0,
+        pretrain_steps=0,
+        pretrain_noised_images=2,
+        finetune_noised_images=30,
+    )
+    assert plan.expected_batch_size == images / batches
+    stages = ('central', 'pretrain', 'finetune', 'generate')
+    assert plan.noised_images(stages) == 32 and plan.noised_images(stages[2:]) == 30

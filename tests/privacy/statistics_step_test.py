@@ -134,7 +134,14 @@ def test_padding_anywhere_with_anything_changes_no_bit_of_the_sum():
         return jnp.sum(jnp.tanh(params['w'] @ x + params['b']) ** 2 * x[0])
 
     run = jax.jit(
-        functools.partial(clipped_gradient_sum, loss, params, grid=Grid(clip_norm=1.0, rows=24), microbatch=4, microbatches=6)
+        functools.partial(
+            clipped_gradient_sum,
+            loss,
+            params,
+            grid=Grid(clip_norm=1.0, rows=24),
+            microbatch=4,
+            microbatches=6,
+        )
     )
     expected = run(examples, mask)
     assert np.isfinite(jax.flatten_util.ravel_pytree(expected)[0]).all()

@@ -34,7 +34,7 @@ def params(tiny_model):
 
 
 def noise_key(seed=5):
-    return NoiseKey(identifier='test', key=jax.random.key(seed))
+    return NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(seed), 4))
 
 
 def make_mechanism(sigma=1.0, clip_norm=0.5):
@@ -118,7 +118,7 @@ def test_update_is_the_clipped_sum_plus_the_same_noise(eight_device_step, tiny_m
     update, metrics, _ = take(eight_device_step, params, digits, indices, number=8, microbatch=2)
     noise, _, _ = take(eight_device_step, params, digits, [], number=8, microbatch=2)
     loss = tiny_model.example_loss(draws=2, label_dropout=0.1)
-    _, draw_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
+    _, draw_key = jax.random.split(jax.random.fold_in(noise_key().keys[0], 0))
     gradient = jax.jit(jax.grad(loss))
     total, norms = 0.0, []
     for i in indices:

@@ -29,6 +29,7 @@ setup(
         'dm-pix',
         'dp-accounting>=0.5',
         'etils[epath]',
+        'filelock',
         'flax>=0.10',
         'importlib_resources',  # imported by MNIST's builder in tensorflow-datasets
         'jax>=0.8',

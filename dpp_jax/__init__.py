@@ -1,3 +1,3 @@
-"""Private images in, synthetic labelled images out, under a stated (ε, δ)."""
+"""Private images in, synthetic labeled images out, under a stated (ε, δ)."""
 
 __version__ = '0.1.0'

@@ -108,7 +108,7 @@ def plan(
 
 
 def _query_releases(config: ConfigDict, sigma: float) -> Releases:
-    """The queries with this noise multiplier."""
+    """Make the queries with this noise multiplier."""
     mechanism = GaussianMechanism(
         name=CENTRAL_QUERY,
         noise_multiplier=sigma,
@@ -174,13 +174,12 @@ def images(config: ConfigDict, split: str) -> Images:
     wanted = (data.image_size, data.image_size, data.channels)
     if found.images.shape[1:] != wanted:
         raise ValueError(
-            f'config.data.image_size and data.channels say {wanted}; the images of '
-            f'{data.source} are {found.images.shape[1:]} after average_down={data.average_down}'
+            f'config.data.image_size and config.data.channels give images of shape {wanted}; {data.source} '
+            f'has images of shape {found.images.shape[1:]} after average_down={data.average_down}'
         )
     if split == 'train' and len(found.images) != data.train_images:
         raise ValueError(
-            f'config.data.train_images is {data.train_images}; {data.source} has '
-            f'{len(found.images)}. The privacy of the run is computed from this number: set it '
-            'to the number of private images'
+            f'config.data.train_images is {data.train_images}; it must be {len(found.images)}, the number of '
+            f'private images in {data.source}. ε is computed from it'
         )
     return found

@@ -189,9 +189,9 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except preemption.Interrupted as stopped:
         code = 0 if stopped.signal_number == signal.SIGTERM else 130
-        _end(f'\n{stopped}. The same command goes on from there.', code)
+        _end(f'\n{stopped}. Run the same command to continue.', code)
     except KeyboardInterrupt:
-        _end('\nInterrupted. The same command goes on from what is saved.', 130)
+        _end('\nInterrupted. Run the same command to continue from what is saved.', 130)
     except Exception as error:
         line = _line(error)
         if verbose or line is None:

@@ -143,8 +143,8 @@ class Run:
         missing = [stage for stage in missing if (todo[0], stage) != ('report', 'evaluate')]
         if missing:
             raise ValueError(
-                f'--stage={todo[0]} needs what --stage={missing[0]} writes to {self.workdir.root}; '
-                'run that first, or --stage=all'
+                f'--stage={todo[0]} needs the output of --stage={missing[0]}, which is missing in '
+                f'{self.workdir.root}. Run that stage first, or --stage=all'
             )
         if {'central', 'finetune', 'evaluate'} & set(todo):
             private = self.train  # its checks

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import re
 
 import jax
 import numpy as np
@@ -110,9 +111,9 @@ def test_a_share_that_no_noise_can_meet_is_named_with_the_least_that_can_be(tiny
     with pytest.raises(ValueError) as refused:
         build.plan(config, NoModel())
     text = str(refused.value)
-    assert 'config.query.epsilon_share is 0.01, which leaves the queries' in text
-    assert '= 0.001;' in text  # share x budget
-    config.query.epsilon_share = 1.001 * float(text.split('at least ')[-1].split(' ')[0])
+    assert 'config.query.epsilon_share is 0.01; it must be at least ' in text
+    assert 'would get ε = 0.001, but' in text  # share x budget
+    config.query.epsilon_share = 1.001 * float(re.search(r'at least ([\d.]+)\. ', text)[1])
     build.plan(config, NoModel(), noise_multiplier=100.0)
 
 

@@ -80,7 +80,9 @@ def test_sigterm_between_two_stages_exits_with_0_soon(tmp_path):
     asked = time.monotonic()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert 'goes on from' in output  # where it was; on a busy machine, where it last saved
+    assert (
+        'Run the same command to continue' in output
+    )  # where it was; on a busy machine, where it last saved
     assert time.monotonic() - asked < 30
     assert (tmp_path / 'release' / 'central_images.npz').exists()
 
@@ -187,7 +189,7 @@ def test_a_full_disk_is_told_in_a_line(tmp_path):
     assert 'central: done' in result.stdout and 'pretrain: done' not in result.stdout
     line = last_line(result)
     assert f'{folder}/run/private/resume/pretrain (no space left on the device)' in line
-    assert 'the same command goes on from there' in line
+    assert 'run the same command to continue' in line
 
 
 @pytest.mark.parametrize('stage', ['plan', 'all'])
@@ -201,7 +203,7 @@ def test_a_folder_that_can_only_be_read_is_planned_and_else_refused(tmp_path, st
         f'--stage={stage}',
     )
     assert result.returncode == (0 if stage == 'plan' else 1), result.stderr
-    assert ('The statement of such a run' in result.stdout) == (stage == 'plan')
+    assert ('Privacy statement of this plan' in result.stdout) == (stage == 'plan')
     expected = 'plan.png was not drawn' if stage == 'plan' else f'--workdir={folder} cannot be written'
     assert expected in last_line(result)
 

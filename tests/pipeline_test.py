@@ -133,7 +133,9 @@ def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(run, tiny_config,
 
 
 def test_a_stage_out_of_order_says_what_is_missing(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match='--stage=generate needs what --stage=central writes'):
+    with pytest.raises(
+        ValueError, match='--stage=generate needs the output of --stage=central, which is missing'
+    ):
         pipeline.run(tiny_config(), tmp_path, 'generate')
 
 
@@ -187,17 +189,17 @@ def copy_of(workdir, folder):
 @pytest.mark.parametrize(
     'tamper, text',
     [
-        (lambda w: w.ledger.unlink(), 'names 0 releases of central_query; 2 were'),
+        (lambda w: w.ledger.unlink(), 'has 0 entries of central_query, but 2 releases'),
         (
             lambda w: edit(w.ledger, lambda t: ''.join(t.splitlines(True)[:-1])),
-            f'names {STEPS - 1} releases of dp_sgd; {STEPS} were',
+            f'has {STEPS - 1} entries of dp_sgd, but {STEPS} releases',
         ),
         (
             lambda w: edit(w.ledger, lambda t: t.replace('1.0, "sens', '0.9, "sens', 1)),
             'line 1 of .*not a ledger entry',
         ),
         (lambda w: edit_plan(w, noise_multiplier=0.4), 'noise_multiplier = 0.4, which spends'),
-        (lambda w: edit_plan(w, noise_multiplier=20.0), 'which is not in the plan'),
+        (lambda w: edit_plan(w, noise_multiplier=20.0), 'which the plan does not have'),
         (lambda w: edit_plan(w, steps=99), f'steps = 99; this config gives {STEPS}'),
         (lambda w: edit_plan(w, delta=1e-3), 'delta = 0.001; this config gives 0.0001'),
         (
@@ -229,19 +231,23 @@ def edit_plan(workdir, **changes):
 
 
 def test_a_plan_is_shown_beside_a_run_that_works(run, gate, tmp_path, monkeypatch):
-    """Ledger and checkpoints grow meanwhile: a step that was saved was recorded before."""
+    """Whenever a checkpoint is looked for, another process took one more step, and recorded it before."""
     config, reference = run
     workdir = copy_of(reference, tmp_path)
     shutil.rmtree(workdir.model('finetune'))
-    whole, latest = workdir.ledger.read_text(), checkpoint.latest_training
-    edit(workdir.ledger, lambda text: ''.join(text.splitlines(True)[:-1]))
+    lines, latest, steps = workdir.ledger.read_text().splitlines(True), checkpoint.latest_training, [10]
 
     def look(folder):
-        workdir.ledger.write_text(whole)  # the other process goes on
-        return latest(folder)
+        step, saved = latest(folder)
+        if folder != workdir.checkpoints('finetune'):
+            return step, saved
+        steps[0] += 1
+        workdir.ledger.write_text(''.join(lines[: config.query.queries + steps[0]]))
+        return steps[0], saved
 
     monkeypatch.setattr(checkpoint, 'latest_training', look)
-    assert not gate(config, workdir).done['finetune']
+    found = gate(config, workdir)
+    assert not found.done['finetune'] and 10 < steps[0] == found.ledger.count('dp_sgd') < STEPS
 
 
 def test_report_is_made_again_when_the_evaluation_is_newer(run, gate, tmp_path):
@@ -322,7 +328,7 @@ def test_a_plan_is_shown_where_its_picture_cannot_be_written(tiny_config, tmp_pa
     monkeypatch.setattr(files, 'write_bytes', refuse)
     pipeline.run(tiny_config(), tmp_path / 'run', 'plan')
     told = capsys.readouterr()
-    assert 'The statement of such a run' in told.out
+    assert 'Privacy statement of this plan' in told.out
     assert f'{tmp_path}/run/plan.png was not drawn' in told.err and 'Read-only' in told.err
 
 
@@ -335,7 +341,7 @@ def test_a_refused_command_leaves_the_folder_to_the_corrected_one(tiny_config, t
 
 def test_plan_of_a_run_is_the_one_it_follows(run, tiny_config, tmp_path, capsys):
     config, reference = run
-    with pytest.raises(ValueError, match='made with another config'):
+    with pytest.raises(ValueError, match='belongs to another config'):
         pipeline.run(tiny_config(finetune__epochs=2), reference.root, 'plan')
     pipeline.run(config, reference.root, 'plan')
     assert 'nothing: everything is done' in capsys.readouterr().out
@@ -353,10 +359,10 @@ def test_plan_of_a_run_is_the_one_it_follows(run, tiny_config, tmp_path, capsys)
 @pytest.mark.parametrize(
     'change, error, text',
     [
-        ({'data__train_images': 1400}, ValueError, 'train_images is 1400; digits has 1437'),
+        ({'data__train_images': 1400}, ValueError, 'train_images is 1400; it must be 1437'),
         ({'data__source': 'digitz'}, ValueError, 'digitz'),
         ({'data__source': 'idx:nowhere'}, FileNotFoundError, 'nowhere'),
-        ({'data__image_size': 16}, ValueError, 'data.image_size and data.channels say'),
+        ({'data__image_size': 16}, ValueError, 'give images of shape .16, 16, 1.; digits has'),
         ({'data__classes': 9}, ValueError, r'label.*9'),
         ({'data__classes': 11}, ValueError, 'class'),
     ],

@@ -105,7 +105,7 @@ def test_another_model_under_the_same_noise_is_not_released(copied_run):
     config, workdir = copied_run
     shutil.rmtree(workdir.model('finetune'))
     change_keys(workdir, lambda keys: keys['dp_sgd'].update(released='of another device'))
-    with pytest.raises(ValueError, match='dp_sgd came out differently .* nothing is released'):
+    with pytest.raises(ValueError, match='the new output of dp_sgd differs .* It was not released'):
         pipeline.run(config, workdir.root, 'finetune')
     assert not workdir.model('finetune').exists()
 
@@ -121,7 +121,9 @@ def test_a_release_of_which_nothing_is_known_is_not_made_again(copied_run, stage
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     change_keys(workdir, lambda keys: keys[mechanism].pop('released'))
     for command in ('plan', stage, 'all'):
-        with pytest.raises(ValueError, match=f'what --stage={stage} writes to .* was released, or was'):
+        with pytest.raises(
+            ValueError, match=f'the output of --stage={stage} is missing in .* counts it as released'
+        ):
             pipeline.run(config, workdir.root, command)
     assert not path.exists()
 
@@ -134,7 +136,7 @@ def test_other_central_images_under_the_same_noise_are_not_released(copied_run, 
     picture = path.with_suffix('.png')
     picture.unlink()
     monkeypatch.setattr(central, 'to_images', lambda *_, **__: released ^ 1)
-    with pytest.raises(ValueError, match='central_query came out differently .* nothing is released'):
+    with pytest.raises(ValueError, match='the new output of central_query differs .* It was not released'):
         pipeline.run(config, workdir.root, 'central')
     assert not path.exists() and not picture.exists()
 
@@ -238,11 +240,11 @@ def test_scores_by_other_settings_do_not_count(finished_run, gate):
         ('release/config.json', 'plan', 'written again'),
         ('release/synthetic/settings.json', 'plan', 'move .*synthetic away'),
         ('release/code.json', 'generate', 'delete it'),
-        ('private/keys.json', 'generate', 'Restore it.*images are drawn with new keys'),
-        ('private/evaluation.json', 'plan', 'Delete it: --stage=evaluate'),
-        ('private/report.json', 'plan', 'Delete it: --stage=report'),
+        ('private/keys.json', 'generate', 'Restore the file.*draws images with new keys'),
+        ('private/evaluation.json', 'plan', 'Delete the file and run --stage=evaluate'),
+        ('private/report.json', 'plan', 'Delete the file and run --stage=report'),
         ('release/privacy_statement.json', 'finetune', 'delete it.*again from ledger'),
-        ('release/central_images.npz', 'pretrain', 'move it away, .*: --stage=central then makes the same'),
+        ('release/central_images.npz', 'pretrain', 'move it away and run --stage=central: it makes the same'),
     ],
 )
 def test_a_torn_file_is_named_with_what_to_do(copied_run, name, stage, advice):

@@ -123,7 +123,7 @@ def _train_network(
     settings: trainer.Settings,
     **rest: Any,
 ) -> Classifier:
-    """A network, made from the number of classes; its epoch is chosen on the held-out images."""
+    """Train a network; its epoch is chosen on the held-out images."""
     model = network(classes)
     trained = trainer.train(model, images, labels, settings=settings, **rest)
     return Classifier(

@@ -115,7 +115,7 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
 
 
 def _checked_features(features: np.ndarray, dimension: int | None) -> np.ndarray:
-    """A batch in float64, after a check of shape and values; earlier batches had `dimension` features."""
+    """Return a batch in float64, after a check of shape and values; earlier ones had `dimension` features."""
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or features.shape[1] == 0:
         raise ValueError(f'features has shape {features.shape}; it must be (samples, features)')
@@ -130,7 +130,7 @@ def _checked_features(features: np.ndarray, dimension: int | None) -> np.ndarray
 
 
 def _checked_moments(mean, covariance, which: str) -> tuple[np.ndarray, np.ndarray]:
-    """The moments in float64, once their shapes and values are known to be those of a Gaussian."""
+    """Return the moments in float64, once their shapes and values are known to be those of a Gaussian."""
     mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
     if mean.ndim != 1 or covariance.shape != (mean.size, mean.size) or mean.size == 0:
         raise ValueError(

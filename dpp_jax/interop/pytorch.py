@@ -43,7 +43,7 @@ class _Parameter:
         return array.T[:, :, None, None] if self.layout == 'conv1' else array
 
     def pytorch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The array's shape there, from its shape here."""
+        """Return the array's shape there, from its shape here."""
         return self.to_pytorch(np.broadcast_to(np.float32(0), shape)).shape
 
 
@@ -260,7 +260,7 @@ def _refuse_differences(found: Iterable, expected: list, model: Model) -> None:
 
 
 def _text(model: Model) -> str:
-    """The network's settings in a line."""
+    """Describe the network's settings in a line."""
     net, names = model.network, ('width', 'multipliers', 'blocks', 'attention_resolutions', 'classes')
     settings = ', '.join(f'{name} {getattr(net, name)}' for name in names)
     return f'this network ({settings}, images {model.image_shape})'

@@ -1,7 +1,7 @@
 """What Poisson-sampled Gaussian mechanisms spend, and how much noise a budget asks for.
 
 Every figure is computed by dp_accounting; this module builds its events, fixes its settings and
-checks its arguments. Neighbouring relation throughout: two sets of private examples are neighbours
+checks its arguments. Neighboring relation throughout: two sets of private examples are neighbors
 if one has exactly one example more (add or remove one).
 """
 
@@ -54,7 +54,7 @@ class BudgetTooSmall(ValueError):
 
 
 def subsampled_gaussian(noise_multiplier: float, sampling_probability: float, count: int) -> DpEvent:
-    """`count` releases of a Gaussian mechanism, each on a fresh Poisson sample.
+    """Make the event of `count` releases of a Gaussian mechanism, each on a fresh Poisson sample.
 
     Args:
         noise_multiplier: σ = noise standard deviation / L2 sensitivity, finite and > 0.
@@ -87,7 +87,7 @@ def compose(events: Iterable[DpEvent]) -> DpEvent:
 
 
 def epsilon(event: DpEvent, delta: float, accountant: str = 'rdp') -> float:
-    """ε that `event` spends at δ: an upper bound under add or remove one.
+    """Compute the ε that `event` spends at δ: an upper bound under add or remove one.
 
     Args:
         event: from `subsampled_gaussian` or `compose`.
@@ -102,7 +102,7 @@ def epsilon(event: DpEvent, delta: float, accountant: str = 'rdp') -> float:
 
 
 def epsilon_and_order(event: DpEvent, delta: float) -> tuple[float, float]:
-    """ε by RDP as `epsilon` gives it, and the order of `RDP_ORDERS` that attains it.
+    """Compute ε by RDP as `epsilon` gives it, and the order of `RDP_ORDERS` that attains it.
 
     The order says nothing where ε is 0.
     """
@@ -112,17 +112,17 @@ def epsilon_and_order(event: DpEvent, delta: float) -> tuple[float, float]:
 
 
 def format_epsilon(value: float, digits: int = 4) -> str:
-    """ε as text with `digits` decimals, rounded up: a stated ε is never below the one computed."""
+    """Write ε with `digits` decimals, rounded up: a stated ε is never below the one computed."""
     return _rounded(value, digits, decimal.ROUND_CEILING)
 
 
 def format_exact(value: float) -> str:
-    """A budget or δ as text: all its digits, as short as they can be written."""
+    """Write a budget or δ with all its digits, as short as they can be written."""
     return repr(float(value)).removesuffix('.0')
 
 
 def format_noise(value: float, digits: int = 4) -> str:
-    """σ as text with `digits` decimals, rounded down: no more noise is stated than there was."""
+    """Write σ with `digits` decimals, rounded down: no more noise is stated than there was."""
     return _rounded(value, digits, decimal.ROUND_FLOOR)
 
 
@@ -140,7 +140,7 @@ def calibrate(
     delta: float,
     accountant: str = 'rdp',
 ) -> float:
-    """The least noise multiplier σ with which ε(make_event(σ)) stays within the budget.
+    """Find the least noise multiplier σ with which ε(make_event(σ)) stays within the budget.
 
     Args:
         make_event: everything that a run will do, given the σ that is free. ε must not rise with σ.
@@ -189,15 +189,14 @@ def calibrate(
 def _bracket(
     spent: Callable[[float], float], budget: float, delta: float, start: float, factor: float
 ) -> tuple[float, float]:
-    """σ above the budget and σ within it, at most `factor` apart."""
+    """Find a σ above the budget and one within it, at most `factor` apart."""
     upper = start
     while (figure := spent(upper)) > budget:
         if upper >= _MOST_NOISE:
             raise BudgetTooSmall(
-                f'the query alone spends ε = {format_epsilon(figure)} at δ = {format_exact(delta)}, '
-                f'the budget dp.epsilon is {format_exact(budget)} (a noise multiplier of {upper:g} '
-                'for everything else is not enough); ask fewer queries, give them more noise '
-                '(query.noise_multiplier, or a query.epsilon_share), or raise the budget',
+                f'the query alone spends ε = {format_epsilon(figure)} at δ = {format_exact(delta)}; the '
+                f'budget dp.epsilon is {format_exact(budget)}. Lower query.queries, raise '
+                'query.noise_multiplier, set query.epsilon_share, or raise the budget',
                 figure,
             )
         upper = min(upper * factor, _MOST_NOISE)
@@ -218,7 +217,7 @@ def _make_accountant(name: str) -> dp_accounting.PrivacyAccountant:
 
 
 def _spent(event: DpEvent, delta: float, accountant: str) -> float:
-    """`epsilon` without the checks."""
+    """Compute `epsilon` without its checks."""
     return float(_make_accountant(accountant).compose(event).get_epsilon(delta))
 
 

@@ -102,15 +102,15 @@ class Budget:
             planned = part.mechanism.entry(entry.index, entry.randomness) if is_planned else None
             if planned != entry:
                 raise ValueError(
-                    f'{ledger.path} names {entry}, which is not in the plan ({planned}): the ε of the '
-                    'plan does not cover what ran. Restore ledger.jsonl and plan.json, or use another '
-                    '--workdir'
+                    f'{ledger.path} has the entry {entry}, which the plan does not have (planned: '
+                    f'{planned}). The ε of the plan does not cover it. Restore ledger.jsonl and plan.json, '
+                    'or use another --workdir'
                 )
         for mechanism, count in used.items():
             if ledger.count(mechanism) < count:
                 raise ValueError(
-                    f'{ledger.path} names {ledger.count(mechanism)} releases of {mechanism}; {count} '
-                    'were made. Restore the ledger: no ε can be stated without it'
+                    f'{ledger.path} has {ledger.count(mechanism)} entries of {mechanism}, but {count} '
+                    'releases were made. Restore the ledger: ε cannot be computed without it'
                 )
 
 
@@ -185,10 +185,9 @@ def calibrate_share(
     except accounting.BudgetTooSmall as error:
         least = accounting.format_epsilon(error.least)
         raise ValueError(
-            f'config.query.epsilon_share is {share:g}, which leaves the queries '
-            f'{share:g} x dp.epsilon = {share * epsilon:.6g}; with any noise the accountant '
-            f"'{accountant}' states at least {least} for them: it must be at least "
-            f'{accounting.format_epsilon(error.least / epsilon)} at this dp.epsilon'
+            f'config.query.epsilon_share is {share:g}; it must be at least '
+            f'{accounting.format_epsilon(error.least / epsilon)}. The query would get ε = '
+            f"{share * epsilon:.6g}, but the accountant '{accountant}' cannot go below {least}"
         ) from error
 
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
-# Relative error of a float32 norm, a sum over up to millions of squares, and of scaling by it: far below this.
+# Relative error of a float32 norm, a sum over up to millions of squares, and of scaling by it: far less.
 _NORM_ERROR = 1e-5
 _FLOAT_ERROR = 2.0**-24  # relative, of rounding to float32
 _LARGEST = 2**31 - 1  # of int32
@@ -138,8 +138,8 @@ def clipped_gradient_sum(
     An example whose loss or gradient is not finite counts as zero.
 
     Returns:
-        the sum, shaped as params, int32 in units of the grid; and sums over the examples WITHOUT a guarantee, which must stay in
-        private/: loss, norm, clipped (how many), non_finite (how many), examples (how many).
+        the sum, shaped as params, int32 in units of the grid; and sums over the examples WITHOUT a
+        guarantee, which must stay in private/: loss, norm, clipped (how many), non_finite (how many), examples (how many).
 
     Raises:
         ValueError: n is not divisible by `microbatch`.

@@ -126,7 +126,7 @@ class Ledger:
                 not be used), or the file was changed by somebody else.
         """
         if self._read_only:
-            raise ValueError(f'{self.path} was opened to be read only')
+            raise ValueError(f'{self.path} is open for reading only')
         if not self._is_new(entry):
             return False
         digest = _hash(self._hash, entry)
@@ -141,7 +141,7 @@ class Ledger:
         return list(self._entries.values())
 
     def count(self, mechanism: str) -> int:
-        """How many releases of `mechanism` there were."""
+        """Return how many releases of `mechanism` there were."""
         return sum(entry.mechanism == mechanism for entry in self._entries.values())
 
     def _is_new(self, entry: Entry) -> bool:
@@ -150,7 +150,7 @@ class Ledger:
         if known is not None and known != entry:
             raise ValueError(
                 f'{self.path} holds {known}; {entry} would release something else from the same '
-                'randomness. Continue with the parameters recorded, or use fresh keys'
+                'randomness. Continue with the recorded parameters, or use new keys'
             )
         return known is None
 
@@ -164,8 +164,7 @@ class Ledger:
             entry = Entry(**fields)
             if digest != _hash(self._hash, entry):
                 raise ValueError(
-                    'it does not fit the hash that it carries: it, or a line before it, was '
-                    'changed, removed or added since'
+                    'its hash is wrong: this line or an earlier one was changed, removed or added'
                 )
             if not self._is_new(entry):
                 raise ValueError('it names a release a second time')
@@ -173,7 +172,7 @@ class Ledger:
             names = ', '.join(field.name for field in dataclasses.fields(Entry))
             raise ValueError(
                 f'line {number} of {self.path} is not a ledger entry ({error}); it must be a JSON '
-                f'object with {names}, hash. Restore the file: no ε can be stated without it'
+                f'object with {names}, hash. Restore the file: ε cannot be computed without it'
             ) from error
         self._entries[entry.key], self._hash = entry, digest
 
@@ -185,7 +184,7 @@ class Ledger:
         except ValueError:
             if _is_object(tail):
                 raise
-            _logger.warning('Removed %d bytes of an unfinished entry from %s', len(tail), self.path)
+            _logger.warning('Removed an incomplete entry (%d bytes) from the end of %s', len(tail), self.path)
             self._size -= len(tail)
             files.truncate(self.path, self._size)
         else:

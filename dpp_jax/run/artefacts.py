@@ -21,8 +21,8 @@ def central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
     """Load the released central images: `images` (n, H, W, C) uint8 and `labels` (n,)."""
     return files.read_npz(
         workdir.central_images,
-        'Restore it; or move it away, if private/ is whole: --stage=central then makes the same images '
-        'again, with the keys in there',
+        'Restore the file. Or, if private/ is intact, move it away and run --stage=central: it makes the '
+        'same images from the same keys',
     )
 
 
@@ -99,14 +99,16 @@ class SyntheticImages:
         """
         if not self._settings_file.exists():
             return
-        move = f'move {self.folder} away: the same command then makes new images from the released model'
-        recorded = files.read_json(self._settings_file, f'Restore it; or {move}')
+        move = (
+            f'move {self.folder} away and run the same command: it makes new images from the released model'
+        )
+        recorded = files.read_json(self._settings_file, f'Restore the file, or {move}')
         found = differences(recorded, self._settings, FREE_SETTINGS)
         if found:
             raise ValueError(
-                f'{self.paths["images"]} was made, or begun, with other settings:\n  '
+                f'{self.paths["images"]} belongs to other settings:\n  '
                 + '\n  '.join(found)
-                + f'\nUse those settings; or {move}.'
+                + f'\nUse those settings, or {move}.'
             )
 
     def record(self) -> None:
@@ -116,7 +118,7 @@ class SyntheticImages:
 
     def load(self, path: Path) -> dict[str, np.ndarray]:
         """Load `images` (n, H, W, C) uint8 and `labels` (n,) of one of `paths`."""
-        return files.read_npz(path, 'Run --stage=generate: it makes a damaged file again')
+        return files.read_npz(path, 'Run --stage=generate to replace the file')
 
     def identity(self) -> dict[str, list[int]] | None:
         """Return file → checksums of its arrays, read from the files' directories; None if one is damaged."""
@@ -142,7 +144,7 @@ class SyntheticImages:
                     return True
         except (*files.DAMAGE, NotImplementedError):  # of a compression that zipfile does not know
             pass
-        print(f'{path} is damaged; --stage=generate makes it again', flush=True)
+        print(f'{path} is damaged. Run --stage=generate to replace it', flush=True)
         return False
 
 
@@ -174,16 +176,18 @@ class Evaluation:
         }
 
     def _load(self) -> dict[str, Any]:
-        """The results so far; nothing if they are of other images, or by other settings, than now."""
+        """Return the results so far; nothing if they are of other images, or by other settings, than now."""
         if not self._path.exists():
             return {}
-        results = files.read_json(self._path, 'Delete it: --stage=evaluate computes it again')
+        results = files.read_json(
+            self._path, 'Delete the file and run --stage=evaluate: it computes the scores again'
+        )
         return results if results.get('of') == self.subject else {}
 
     def begin(self) -> None:
         """Say what the results will be of, if there are none."""
         self.results = self.results or {
-            '_note': 'Computed from private images without a guarantee. Do not publish.',
+            '_note': 'Computed from private images without a privacy guarantee. Do not publish.',
             'of': self.subject,
             'accuracy': {},
         }

@@ -28,8 +28,8 @@ _LATER_SETTINGS = ('generate.', 'evaluate.')
 # Settings that earlier versions did not have, with the value that they stood for.
 _NEW_SETTINGS = {'model.network': 'unet'}
 _RELEASE_NOTE = (
-    'Everything in this folder is covered by the (ε, δ) of privacy_statement.md, which follows from '
-    'ledger.jsonl; unless config.json has a seed: then nothing here is private.\n'
+    'The (ε, δ) in privacy_statement.md covers every file in this folder. It is computed from '
+    'ledger.jsonl. If config.json has a seed, nothing here is private.\n'
 )
 
 
@@ -92,7 +92,7 @@ class WorkDir:
                 stack.enter_context(files.locked(self.root / '.lock'))
             except filelock.Timeout as error:
                 raise PermissionError(
-                    f'--workdir={self.root} is in use by another process; wait for it, stop it, or '
+                    f'--workdir={self.root} is in use by another process. Wait for it, stop it, or '
                     'use another --workdir'
                 ) from error
             except OSError as error:
@@ -112,12 +112,13 @@ class WorkDir:
         if not self.config.exists():
             return
         recorded = _NEW_SETTINGS | files.read_json(
-            self.config, 'Restore it; or delete it and give the settings of this run: they are written again'
+            self.config,
+            'Restore the file. Or delete it and run with the settings of this run: it is written again',
         )
         found = differences(recorded, settings, FREE_SETTINGS + _LATER_SETTINGS)
         if found:
             raise ValueError(
-                f'--workdir={self.root} was made with another config:\n  '
+                f'--workdir={self.root} belongs to another config:\n  '
                 + '\n  '.join(found)
                 + '\nUse those settings, or another --workdir.'
             )
@@ -146,15 +147,15 @@ class WorkDir:
         if self.fingerprints.exists():
             known = files.read_json(
                 self.fingerprints,
-                'Restore it; or delete it if the private images are those of before: it is made again',
+                'Restore the file. Or delete it if the private images did not change: it is written again',
             )
         if name not in known:
             files.write_json(self.fingerprints, {**known, name: found}, mode=0o600)
         elif known[name] != found:
             raise ValueError(
-                f'config.data.source gives {len(images)} images that are not those '
-                f'({known[name]["count"]}) with which {self.root} was made: their fingerprint differs '
-                'from private/data.json. Restore the data, or use another --workdir'
+                f'config.data.source has other images ({len(images)}) than those that {self.root} was made '
+                f'with ({known[name]["count"]}): their fingerprint differs from private/data.json. Restore '
+                'the images, or use another --workdir'
             )
 
 

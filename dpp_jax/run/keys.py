@@ -22,8 +22,8 @@ from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import NOISE_KEYS, NoiseKey
 
 NOTE = (
-    'Computed from the private images WITHOUT a privacy guarantee, or secret keys on which the '
-    'guarantee rests. Nothing in this folder may be published.'
+    'These files come from the private images WITHOUT a privacy guarantee, or are secret keys that the '
+    'guarantee needs. Do not publish anything in this folder.'
 )
 
 
@@ -72,8 +72,8 @@ class Keys:
         others = {entry.randomness for entry in ledger.entries if entry.mechanism == name}
         if others - {found['identifier']}:
             raise ValueError(
-                f'{ledger.path} names releases of {name} with keys that {self._path} does not hold; going on '
-                'would spend its budget a second time. Restore private/, or use another --workdir'
+                f'{ledger.path} has releases of {name} with keys that {self._path} does not have. To '
+                'continue would spend its budget a second time. Restore private/, or use another --workdir'
             )
         noise = NoiseKey(identifier=found['identifier'], keys=_jax_keys(found['noise']))
         return MechanismKeys(sampling=int(found['sampling'], 16), noise=noise)
@@ -100,10 +100,10 @@ class Keys:
         before = known[name].setdefault('released', digest)
         if before != digest:
             raise ValueError(
-                f'{name} came out differently this time: SHA-256 {digest[:12]} now, {before[:12]} in '
-                f'{self._path}. The same noise on other values would be a second release, so nothing is '
-                'released. Restore what was released; or repeat the stage with the devices and versions of '
-                'release/code.json; or use another --workdir'
+                f'the new output of {name} differs from the one that used the same noise (SHA-256 '
+                f'{digest[:12]} now, {before[:12]} in {self._path}). It was not released: it would be a '
+                'second release. Restore the old output, or repeat the stage with the devices and versions '
+                'in release/code.json, or use another --workdir'
             )
         files.write_json(self._path, known, mode=0o600)
 
@@ -122,8 +122,8 @@ class Keys:
         expected = None if self._seed is None else seeded_identifier(self._seed)
         if is_seeded(identifier) != (expected is not None) or expected not in (None, identifier):
             raise ValueError(
-                f'config.seed is {self._seed}; {self._path} holds keys of {name} that were made otherwise '
-                f'({identifier}). Use the seed that the folder was made with, or another --workdir'
+                f'config.seed is {self._seed}; {self._path} holds keys of {name} from another source '
+                f'({identifier}). Use the seed of this folder, or another --workdir'
             )
         return known[name]
 
@@ -132,8 +132,8 @@ class Keys:
             return {'_note': NOTE}
         return files.read_json(
             self._path,
-            'Restore it: without these keys no private image can be asked again. If release/model/finetune '
-            'is there, nothing else needs them: delete it, and images are drawn with new keys',
+            'Restore the file: a query or a training step needs these keys. If release/model/finetune '
+            'exists, you may delete it: generation then draws images with new keys',
         )
 
 

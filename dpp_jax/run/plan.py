@@ -108,7 +108,7 @@ def load(
         if recorded[name] != figures[name]:
             raise ValueError(
                 f'{path} has {name} = {recorded[name]}; this config gives {figures[name]}. '
-                'The plan was changed: restore it, or use another --workdir'
+                'Someone changed the plan: restore the file, or use another --workdir'
             )
     for name, spent, limit, allowed in (
         ('query_noise_multiplier', figures['epsilon_query'], "the query's share", for_query),
@@ -117,8 +117,8 @@ def load(
         if spent > allowed:
             raise ValueError(
                 f'{path} has {name} = {figures[name]}, which spends ε = '
-                f'{accounting.format_epsilon(spent, 6)}; it must be within {limit}, '
-                f'{accounting.format_exact(allowed)}. The plan was changed: restore it, or use '
+                f'{accounting.format_epsilon(spent, 6)}; ε must be within {limit}, '
+                f'{accounting.format_exact(allowed)}. Someone changed the plan: restore the file, or use '
                 'another --workdir'
             )
     return plan

@@ -104,7 +104,7 @@ def draw(budget: Budget, title: str) -> bytes:
     axes.set_xlim(min(shares) / 1.6, max(1.0, 1.6 * max(shares)))
     axes.margins(y=0.25)
     axes.minorticks_off()
-    axes.set_xlabel("share of ε that the query's releases spend alone")
+    axes.set_xlabel('share of ε that the query spends alone')
     axes.set_ylabel('noise multiplier σ of fine-tuning')
     axes.set_title(
         f'{title}: ε = {exact(budget.epsilon)}, δ = {exact(budget.delta)} ({budget.accountant.upper()})',

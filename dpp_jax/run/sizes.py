@@ -102,7 +102,7 @@ def measured(model: Model, *, draws: int, microbatch: int | None, label_dropout:
     name = hashlib.sha256(described.encode()).hexdigest()
     known = _read(path)
     if name not in known:
-        print('Trying how many noised images at once are fastest on this device ...', flush=True)
+        print('Measuring which number of noised images at once is fastest on this device ...', flush=True)
         rule = _by_rule(model)
         tried = {}
         for images in {int(factor * rule) for factor in _FACTORS}:

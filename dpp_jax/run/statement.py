@@ -23,27 +23,29 @@ UNIT = 'one image with its label'
 NEIGHBORS = 'two sets are neighbors if one has exactly one image more (add or remove one)'
 COVERED = (
     'everything in release/: central images, models, synthetic images, and whatever is computed from them',
-    'any number of synthetic images, drawn by anybody from the released model',
+    'any number of synthetic images that anyone draws from the released model',
 )
 NOT_COVERED = (
     'anything in private/: keys, training losses and gradient norms, FID and accuracies against real '
     'images, reports',
-    'other computations on the same images: an earlier run, a run with other settings, choosing '
-    'settings by their results. Each spends its own ε, and they add up',
-    'a person with several images: k images of one person have k times the ε, with a larger δ',
-    'facts about the population: the images show what is common to many',
+    'other computations on the same images: an earlier run, a run with other settings, a choice of '
+    'settings by their results. Each has its own ε; the ε values add up',
+    'a person with several images: for k images, ε is k times as large, and δ is larger',
+    'facts about the population: synthetic images show what many private images have in common',
 )
 ASSUMPTIONS = (
     'the number of private images, their size and the number of classes are public',
-    'noise is drawn as float32 by threefry from a secret 64-bit key, each value as half the sum of four '
-    'normal draws: it has the granularity of float32 and ends beyond 10 standard deviations; sums are '
-    'rounded to float32. The guarantee is that of exact sums and exact normal noise',
+    'the adversary is computationally bounded: noise comes from threefry with secret keys, four of 64 bits '
+    'for each mechanism (one, in a run that an earlier version began)',
+    'noise is float32. Each value is half the sum of four normal draws, so it has the granularity of '
+    'float32 and ends beyond 10 standard deviations. The guarantee is that of exact normal noise; sums are '
+    'exact, and what rounding adds to them is paid for by a smaller bound',
     'Poisson samples are drawn by Philox from a secret 128-bit key, one independent 53-bit uniform '
     'number per image',
-    'the keys in private/ stay secret, also after the run',
-    'only one run answered with the same keys: a copy of private/ is not continued elsewhere, and what '
-    'was released and then deleted is not made again on other devices or with other versions',
-    'how long a run took, and that it ended, is not shown to the adversary',
+    'the keys in private/ stay secret, during the run and after it',
+    'the keys serve one run only: nobody continues a copy of private/ elsewhere, and nobody makes a '
+    'deleted release again on other devices or with other versions',
+    'the adversary does not see how long a run took, or whether it ended',
 )
 _MOST_FOR_PLD = 100.0  # the distributions' memory grows with ε
 
@@ -126,7 +128,8 @@ def stated(workdir: WorkDir, mechanism: str) -> int:
     if not workdir.statement.exists():
         return 0
     statement = files.read_json(
-        workdir.statement, 'Restore it; or delete it: --stage=all writes it again from ledger.jsonl'
+        workdir.statement,
+        'Restore the file. Or delete it and run --stage=all: it is written again from ledger.jsonl',
     )
     return sum(row['count'] for row in statement['mechanisms'] if row['mechanism'] == mechanism)
 
@@ -142,26 +145,25 @@ def check_lost(workdir: WorkDir, keys: Keys, budget: Budget, done: dict[str, boo
         is_stated = 0 < budget.count(name) == stated(workdir, name)
         if not done[stage] and is_stated and not keys.may_repeat(name):
             raise ValueError(
-                f'what --stage={stage} writes to {workdir.release} was released, or was about to be, as '
-                'the privacy statement says, and is not there. private/keys.json does not tell what it '
-                'was: made again, on other devices or with other versions, it could be a second release '
-                'under the same noise. Restore it, or use another --workdir'
+                f'the output of --stage={stage} is missing in {workdir.release}, but the privacy statement '
+                'counts it as released. private/keys.json has no digest of it: a new one could differ, and '
+                'would be a second release under the same noise. Restore it, or use another --workdir'
             )
 
 
 def markdown(statement: dict[str, Any]) -> str:
-    """The statement for people; every ε rounded up."""
+    """Write the statement for people; every ε is rounded up."""
     show, exact = accounting.format_epsilon, accounting.format_exact
     epsilon = statement['epsilon_by_accountant']
     lines = ['# Privacy statement', '']
     if not statement['private']:
         lines += [
-            '**THIS RUN IS NOT PRIVATE.** Its keys were made from `config.seed`: who guesses the seed can '
-            'remove the noise. What follows would hold without a seed.',
+            '**THIS RUN IS NOT PRIVATE.** Its keys come from `config.seed`: anyone who guesses the seed can '
+            'remove the noise. The rest of this page holds only for a run without a seed.',
             '',
         ]
     lines += [
-        f'What lies in `release/` is **(ε = {show(statement["epsilon"])}, '
+        f'Everything in `release/` is **(ε = {show(statement["epsilon"])}, '
         f'δ = {exact(statement["delta"])})**-differentially private '
         f'(budget: ε = {exact(statement["budget"])}).',
         '',
@@ -170,8 +172,8 @@ def markdown(statement: dict[str, Any]) -> str:
         f'- By Rényi differential privacy: ε = {show(epsilon["rdp"])}, at order {epsilon["rdp_order"]:g}.',
         '- By privacy loss distributions: '
         + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else 'not computed.'),
-        f'- The run was planned with {statement["accountant"].upper()}, whose ε is the one stated. '
-        'Every ε is rounded up.',
+        f'- The stated ε is that of the {statement["accountant"].upper()} accountant, with which the run was '
+        'planned. Every ε is rounded up.',
         '',
         '## Mechanisms',
         '',
@@ -197,7 +199,7 @@ def markdown(statement: dict[str, Any]) -> str:
     named = lambda code: ', '.join(f'{name} {version}' for name, version in code.items())
     lines += ['## Code', '', f'Computed from `ledger.jsonl` by {named(statement["code"])}.', '']
     lines += [
-        f'- `{stage}` was run by {"; then ".join(map(named, codes))}.'
+        f'- `{stage}` ran with {"; then ".join(map(named, codes))}.'
         for stage, codes in statement['code_of_stages'].items()
     ]
     return '\n'.join([*lines, ''])
@@ -212,16 +214,16 @@ def record_code(workdir: WorkDir, stage: str) -> None:
 
 
 def codes(workdir: WorkDir) -> dict[str, list[dict[str, str]]]:
-    """Stage → versions of the code that ran it."""
+    """Return stage → versions of the code that ran it."""
     if not workdir.code.exists():
         return {}
     return files.read_json(
-        workdir.code, 'Restore it; or delete it: only the statement names the versions in it'
+        workdir.code, 'Restore the file. Or delete it: the statement then names no versions of earlier stages'
     )
 
 
 def code_version() -> dict[str, str]:
-    """Versions of this package (with its commit, where it is a git checkout) and of what it counts with."""
+    """Return the versions of this package, with its commit in a git checkout, and of what it counts with."""
     names = ('dp-accounting', 'jax', 'jaxlib', 'numpy')
     versions = {'dpp_jax': dpp_jax.__version__}
     versions |= {name: importlib.metadata.version(name) for name in names}
@@ -243,7 +245,7 @@ def code_version() -> dict[str, str]:
 
 
 def _epsilons(releases: Sequence[Releases], delta: float, accountant: str) -> dict[str, float | None]:
-    """ε by both accountants, and the order at which RDP attains it; PLD's only where it is cheap or asked."""
+    """Compute ε by both accountants and RDP's order; by PLD only where it is cheap or asked for."""
     event = total_event(releases)
     rdp, order = accounting.epsilon_and_order(event, delta)
     computed = accountant == 'pld' or rdp <= _MOST_FOR_PLD

@@ -22,20 +22,20 @@ def run(workdir: WorkDir, model: Model, *, is_finished: bool, last: Callable[[],
     """
     if not is_finished:
         raise ValueError(
-            f'--stage=clean would delete what {workdir.root} needs to go on: its keys and '
-            'checkpoints. Finish with --stage=finetune first, or delete the whole folder'
+            f'--stage=clean would delete keys and checkpoints that {workdir.root} still needs. Finish with '
+            '--stage=finetune first, or delete the whole folder'
         )
     try:
         artefacts.weights(workdir, 'finetune', model.shapes())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f'--stage=clean deleted nothing, because {workdir.private} holds what a whole model '
-            f'can be made from, and {error}'
+            f'--stage=clean deleted nothing: the released model cannot be read, and {workdir.private} can '
+            f'restore it. {error}'
         ) from error
     last()
     shutil.rmtree(workdir.private)
     print(
-        f'{workdir.private} is deleted: keys, checkpoints, scores, reports. The released model can '
-        f'still be sampled from: move {workdir.synthetic} away, and --stage=generate '
-        'makes other images, with any --config.generate settings.'
+        f'Deleted {workdir.private}: keys, checkpoints, scores, reports. You can still draw images from the '
+        f'released model: move {workdir.synthetic} away, then run --stage=generate with any '
+        '--config.generate settings.'
     )

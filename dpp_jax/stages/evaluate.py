@@ -21,8 +21,8 @@ def check(config: ConfigDict, train: Images) -> None:
     fewest = np.bincount(train.labels, minlength=config.data.classes).min()
     if config.evaluate.fid and fewest < 2:
         raise ValueError(
-            f'config.evaluate.fid is True; a class of {config.data.source} has {fewest} image, and the '
-            'features of FID are trained on at least 2 of each. Set config.evaluate.fid=False'
+            f'config.evaluate.fid is True; it must be False, because a class of {config.data.source} has '
+            f'{fewest} image(s). The features of FID need at least 2 of each class'
         )
 
 

@@ -159,7 +159,7 @@ def _read_parts(folder: Path) -> list[np.ndarray]:
             with np.load(path) as data:
                 parts.append(data['images'])
         except files.DAMAGE:
-            print(f'{path} is damaged; it is made again', flush=True)
+            print(f'{path} is damaged; making it again', flush=True)
             break
         expected += len(parts[-1])
     return parts

@@ -48,17 +48,17 @@ def run(
         f'at once, estimate), {jax.device_count()} {jax.devices()[0].platform} device(s)\n\n'
         f'would run      {todo}\n'
     )
-    print(f'The statement of such a run:\n\n{statement.markdown(_statement(config, plan))}')
+    print(f'Privacy statement of this plan:\n\n{statement.markdown(_statement(config, plan))}')
     if plan.budget.of(CENTRAL_QUERY):
         from dpp_jax.run import plan_curve  # imports matplotlib, which nothing else needs
 
         picture = plan_curve.draw(plan.budget, config.name)
         try:
             files.write_bytes(workdir.curve, picture)
-            print(f"Fine-tuning's noise against the query's share of ε: {workdir.curve}")
+            print(f'Fine-tuning noise for other shares of ε (picture): {workdir.curve}')
         except OSError as error:  # all that matters was printed
             print(
-                f'dpp-jax: {workdir.curve} was not drawn ({error}); --workdir cannot be written',
+                f'dpp-jax: {workdir.curve} was not drawn ({error}). The plan above is complete',
                 file=sys.stderr,
             )
 
@@ -99,7 +99,7 @@ def text(config: ConfigDict, plan: Plan) -> str:
 
 
 def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:
-    """The privacy statement of a run that follows the plan."""
+    """Make the privacy statement of a run that follows the plan."""
     budget = plan.budget
     return statement.make(
         budget.releases,

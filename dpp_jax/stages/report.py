@@ -21,13 +21,15 @@ def is_done(workdir: WorkDir, images: artefacts.SyntheticImages, evaluation: art
     """Whether the report that is there shows these images and results."""
     if not workdir.report.exists() or not workdir.report_page.exists():
         return False
-    reported = files.read_json(workdir.report, 'Delete it: --stage=report writes it again')
+    reported = files.read_json(
+        workdir.report, 'Delete the file and run --stage=report: it writes the report again'
+    )
     reported.pop('privacy', None)
     return statement.exists(workdir) and reported == _shown(images, evaluation)
 
 
 def _shown(images: artefacts.SyntheticImages, evaluation: artefacts.Evaluation) -> dict[str, Any]:
-    """What a report shows, other than the privacy statement."""
+    """Return what a report shows, other than the privacy statement."""
     return {'images': images.identity(), **evaluation.results}
 
 
@@ -58,7 +60,7 @@ def run(
 
 
 def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
-    """The lines of the table about ε: (what, figure)."""
+    """Return the lines of the table about ε: (what, figure)."""
     show, exact = accounting.format_epsilon, accounting.format_exact
     accountant = privacy['accountant']
     rows = [
@@ -66,15 +68,15 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
         for row in privacy['mechanisms']
     ]
     total = f'ε = {show(privacy["epsilon"])}, δ = {exact(privacy["delta"])}'
-    return [*rows, ('total (by the ledger)', total), ('budget', f'ε = {exact(privacy["budget"])}')]
+    return [*rows, ('total (from the ledger)', total), ('budget', f'ε = {exact(privacy["budget"])}')]
 
 
 def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """The lines of the table about quality: (what, figure)."""
+    """Return the lines of the table about quality: (what, figure)."""
     rows = []
     if 'fid' in results:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))
-        rows.append(('  real test images for scale', f'{results["fid_of_real_test_images"]:.2f}'))
+        rows.append(('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}'))
     for kind, accuracy in results.get('accuracy', {}).items():
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
         rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %'))
@@ -82,13 +84,13 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImages, rows, note: str) -> str:
-    """The table, and where the files are."""
+    """Write the table, and where the files are."""
     found = [
         *(
-            ('synthetic images' if name == 'images' else 'for classifiers', path)
+            ('synthetic images' if name == 'images' else 'images for classifiers', path)
             for name, path in images.paths.items()
         ),
-        ('picture of them', images.picture),
+        ('image grid', images.picture),
         ('model', workdir.model('finetune')),
         ('privacy statement', workdir.statement_text),
         ('privacy ledger', workdir.ledger),
@@ -101,7 +103,7 @@ def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
         lines += [f'NOT PRIVATE: config.seed = {config.seed} makes the noise repeatable.', '']
     lines += [f'  {name:<{width}}{value}' for name, value in rows]
     lines += ['', f'  {note}'] if note else []
-    lines += ['  Scores are computed from real images without a guarantee: do not publish them.', '']
+    lines += ['  Scores come from real images and have no privacy guarantee. Do not publish them.', '']
     lines += [f'  {name:<{width}}{path}' for name, path in found]
     return '\n'.join(lines) + '\n'
 
@@ -121,7 +123,7 @@ figcaption { color: #56636f; font-size: .9rem }
 
 
 def _page(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImages, rows, note: str) -> str:
-    """One HTML file with everything inside."""
+    """Write one HTML file with everything inside."""
     table = '\n'.join(
         f'<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>' for name, value in rows
     )
@@ -148,8 +150,8 @@ ones · unit of privacy: one image, add or remove</p>
 <h2>Privacy and quality</h2>
 <table>{table}</table>
 <p>{html.escape(note)}</p>
-<p class="note">FID and accuracies are computed from real images without a privacy guarantee. Keep this
-page inside; what may be published lies in <code>release/</code>.</p>
+<p class="note">FID and accuracies come from real images and have no privacy guarantee. Do not
+publish this page. You may publish everything in <code>release/</code>.</p>
 <h2>Images</h2>
 <div class="side">{''.join(figures)}</div>
 </body></html>
@@ -157,7 +159,7 @@ page inside; what may be published lies in <code>release/</code>.</p>
 
 
 def _figure(config: ConfigDict, data: dict[str, np.ndarray], caption: str, columns: int) -> str:
-    """An image grid with its caption, embedded."""
+    """Write an image grid with its caption, embedded."""
     grid = image_grid.rows_by_class(data['images'], data['labels'], config.data.classes, columns)
     encoded = base64.b64encode(image_grid.png(grid)).decode()
     return (

@@ -33,8 +33,8 @@ def _saving(folder: Path) -> Iterator[None]:
         text = str(error)
         cause = 'no space left on the device' if 'No space left' in text else text.splitlines()[0]
         raise SaveFailed(
-            f'a checkpoint could not be written to {folder} ({cause}). What was saved before is '
-            'intact: mend that, and the same command goes on from there'
+            f'a checkpoint could not be written to {folder} ({cause}). Earlier checkpoints are intact: '
+            'solve the problem, then run the same command to continue'
         ) from error
 
 
@@ -60,7 +60,7 @@ class TrainingStore:
                 self._manager.save(step, args=ocp.args.StandardSave(_to_dict(state)))
 
     def restore(self, template: PyTree) -> PyTree | None:
-        """The newest state, in the form of `template`; None if there is none.
+        """Load the newest state, in the form of `template`; None if there is none.
 
         Of checkpoints that cannot be read, as a power failure may leave them, the one before is taken: the
         steps after it are repeated, with the same batches and the same noise. They are put aside under
@@ -87,7 +87,7 @@ class TrainingStore:
             raise ValueError(
                 f'no checkpoint in {self.folder} can be read: '
                 f'{", ".join([path.name for path in unreadable] + damaged)} ({cause}). If that may pass, '
-                'try again. Else restore the folder; or delete it: the same command then starts this '
+                'try again. Otherwise restore the folder, or delete it: the same command then starts this '
                 'training again, with the same batches and the same noise'
             )
         return None
@@ -105,7 +105,7 @@ class TrainingStore:
             self._manager.reload()
 
     def latest_step(self) -> int | None:
-        """Of the newest complete checkpoint; waits for one that is being written."""
+        """Return the step of the newest complete checkpoint; waits for one that is being written."""
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
@@ -148,7 +148,7 @@ def check_params(folder: Path, params: PyTree) -> None:
 
 
 def _saved_shapes(folder: Path) -> PyTree | None:
-    """The shapes in a checkpoint; None if they cannot be read."""
+    """Return the shapes in a checkpoint; None if they cannot be read."""
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
@@ -164,7 +164,7 @@ def _compare_readable(folder: Path, template: PyTree) -> None:
 
 
 def load_model(folder: Path, template: PyTree) -> PyTree:
-    """What `save_model` wrote, in the form of `template` (arrays or shapes), as NumPy arrays.
+    """Load what `save_model` wrote, in the form of `template` (arrays or shapes), as NumPy arrays.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -216,6 +216,6 @@ def _compare(saved: dict[str, tuple], wanted: dict[str, tuple], where: Path) -> 
 
 
 def _fit(saved: PyTree, template: PyTree, where: Path) -> PyTree:
-    """`saved` in the template's classes."""
+    """Put `saved` into the template's classes."""
     _compare(_shapes(saved), _shapes(_to_dict(template)), where)
     return flax.serialization.from_state_dict(template, saved)

@@ -40,12 +40,12 @@ def limited_to(number: int) -> Iterator[None]:
 
 
 def local() -> list[jax.Device]:
-    """The devices of this process that are in use."""
+    """Return the devices of this process that are in use."""
     return jax.local_devices()[:_limit]
 
 
 def parallel(function: Callable, *, in_axes: Sequence[int | None], donate: Sequence[int] = ()) -> Callable:
-    """`function` on every device at once, under the named axis AXIS, jitted.
+    """Run `function` on every device at once, jitted, under the named axis AXIS.
 
     Args:
         function: positional arguments only.
@@ -67,7 +67,7 @@ def count() -> int:
 
 
 def cache_folder() -> Path:
-    """Where this user's machine keeps what could be made again. It must hold nothing private."""
+    """Return the folder for what can be made again. It must hold nothing private."""
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dpp_jax'
 
 
@@ -107,7 +107,7 @@ def cores() -> int:
 
 
 def kind() -> str:
-    """What runs the programs, by name: another kind has other speeds and another rounding."""
+    """Name what runs the programs: another kind has other speeds and another rounding."""
     name = local()[0].device_kind
     if jax.default_backend() == 'cpu':
         name += f', {cores()} cores in {len(local())} devices'
@@ -115,19 +115,19 @@ def kind() -> str:
 
 
 def replicate(tree: PyTree) -> PyTree:
-    """A copy of every leaf on each local device, with a leading device axis."""
+    """Copy every leaf to each local device, with a leading device axis."""
     # Through the mapping call itself: another placement of the same values would compile again.
     copy = parallel(lambda leaves, _: leaves, in_axes=(None, 0))
     return copy(tree, np.zeros(len(local())))
 
 
 def first(tree: PyTree) -> PyTree:
-    """What the first device holds, as NumPy arrays (waits for the computation)."""
+    """Return what the first device holds, as NumPy arrays (waits for the computation)."""
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0))[0], tree)
 
 
 def deal(batch: PyTree) -> PyTree:
-    """Rows (n, ...), n divisible by the devices → this process's part (local, n / D, ...)."""
+    """Deal rows (n, ...), n divisible by the devices → this process's part (local, n / D, ...)."""
     start = jax.process_index() * len(local())
     part = slice(start, start + len(local()))
 
@@ -140,6 +140,6 @@ def deal(batch: PyTree) -> PyTree:
 
 
 def collect(rows: jax.Array) -> np.ndarray:
-    """The inverse of `deal` within one process: (D, n / D, ...) → (n, ...)."""
+    """Undo `deal` within one process: (D, n / D, ...) → (n, ...)."""
     rows = np.asarray(rows)
     return np.moveaxis(rows, 0, 1).reshape((-1,) + rows.shape[2:])

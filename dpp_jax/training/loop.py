@@ -69,7 +69,9 @@ def train(
             bar.update()
             if stop:
                 _save(store, state, record, name)
-                raise preemption.Interrupted(stop[0], f'{name} stopped after step {number + 1}, saved')
+                raise preemption.Interrupted(
+                    stop[0], f'{name} stopped after step {number + 1}; its state is saved'
+                )
             if time.monotonic() - saved_at > checkpoint_every_seconds:
                 _save(store, state, record, name)
                 saved_at = time.monotonic()
@@ -113,7 +115,7 @@ class _Record:
         self._write(numbers[-1], values)
         for number, metrics in fetched.items():
             if not math.isfinite(metrics['loss']):
-                raise _diverged(self._name, 'loss', number, self._store)
+                raise _diverged(self._name, 'loss is', number, self._store)
 
 
 def _save(store: checkpoint.TrainingStore, state: PyTree, record: _Record, name: str) -> None:
@@ -122,19 +124,19 @@ def _save(store: checkpoint.TrainingStore, state: PyTree, record: _Record, name:
     host_state = devices.first(state)
     step = int(host_state.step)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host_state.params)):
-        raise _diverged(name, 'weights', step, store)
+        raise _diverged(name, 'weights are', step, store)
     store.save(step, host_state)
 
 
 def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore) -> Diverged:
-    """The error that says where things went wrong and what is left."""
+    """Make the error that says where things went wrong and what is left."""
     good = store.latest_step()
     kept = (
-        'there is no checkpoint before it'
+        'There is no earlier checkpoint'
         if good is None
-        else (f'the last good checkpoint is that of step {good} in {store.folder}')
+        else f'The last good checkpoint is that of step {good} in {store.folder}'
     )
     return Diverged(
-        f'{name} is lost: its {what} is not finite at step {step}; {kept}. The same settings lead '
-        f'there again: take a lower config.{name}.learning_rate in another --workdir'
+        f'{name} failed: the {what} not finite at step {step}. {kept}. Lower '
+        f'config.{name}.learning_rate and use another --workdir'
     )

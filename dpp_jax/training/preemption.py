@@ -23,7 +23,7 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def deferred() -> Iterator[list[int]]:
-    """A list that receives a signal's number when the run is asked to stop; nothing else happens.
+    """Yield a list that receives a signal's number when the run is asked to stop; nothing else happens.
 
     A second Ctrl-C stops at once.
     """
@@ -47,21 +47,21 @@ def deferred() -> Iterator[list[int]]:
 
 
 def leave_on_sigterm() -> None:
-    """For programs that have nothing to save yet: SIGTERM ends the process with 0 at once.
+    """Let SIGTERM end the process with 0 at once: for programs that have nothing to save yet.
 
     Not by an exception: a library that is being imported may turn one into an error of its own.
     """
 
     def leave(number, frame):
         del number, frame
-        os.write(2, b'\nStopped before the run began. The same command begins it.\n')
+        os.write(2, b'\nStopped before the run began. Run the same command to start it.\n')
         os._exit(0)
 
     signal.signal(signal.SIGTERM, leave)
 
 
 def stop_on_sigterm(grace_seconds: float = GRACE_SECONDS) -> None:
-    """For programs: SIGTERM raises Interrupted, and ends the process with 0 after `grace_seconds`.
+    """Let SIGTERM raise Interrupted, and end the process with 0 after `grace_seconds`.
 
     Python answers a signal between two of its own instructions. A compilation or a long step on the
     device is none, so a thread that waits for the signal itself keeps the promise in that case: then
@@ -85,7 +85,7 @@ def _watch(reader: int, grace_seconds: float) -> None:
         pass
     threading.Event().wait(grace_seconds)
     print(
-        '\nStopped in the middle of a step. The same command goes on from the last checkpoint.',
+        '\nStopped during a step. Run the same command to continue from the last checkpoint.',
         file=sys.stderr,
         flush=True,
     )

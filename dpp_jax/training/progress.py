@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def bar(total: int, name: str, unit: str, initial: int = 0) -> tqdm:
-    """A bar on the terminal; in a log file, a line every half minute instead of a flood."""
+    """Make a bar on the terminal; in a log file, a line every half minute instead of a flood."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=total,

@@ -49,7 +49,7 @@ def make_batch(
 
 
 def to_model_range(image: jax.Array) -> jax.Array:
-    """Pixels 0..255 → [-1, 1] float32."""
+    """Map pixels 0..255 to [-1, 1] float32."""
     return image.astype(jnp.float32) / 127.5 - 1
 
 
@@ -62,7 +62,7 @@ def make_pretrain_step(
     ema_decay: float,
     images_at_once: int | None = None,
 ) -> Callable:
-    """(state, batch, key) → (state, metrics), for devices; the state's memory is reused.
+    """Make (state, batch, key) → (state, metrics), for devices; the state's memory is reused.
 
     The gradient is that of the mean loss over the real rows of all devices. All their noised images are
     rows of one batch: nothing is computed per example.
@@ -215,6 +215,6 @@ def _dp_metrics(sums: dict[str, jax.Array], expected_batch_size: float) -> dict[
 
 
 def used_microbatches(rows: int, microbatch: int) -> np.int32:
-    """Microbatches per device that hold real rows when `rows` rows are dealt to all devices."""
+    """Return the microbatches per device that hold real rows when `rows` rows are dealt to all devices."""
     per_device = -(-rows // devices.count())
     return np.int32(-(-per_device // microbatch))

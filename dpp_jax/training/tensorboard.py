@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A function (step, values) → None that writes event files to `folder`.
+    """Yield a function (step, values) → None that writes event files to `folder`.
 
     Losses and gradient norms of private images carry no noise: `folder` must lie in private/.
     """

@@ -5,6 +5,7 @@ import json
 from unittest import mock
 
 import jax
+from jax_privacy import auditing
 import numpy as np
 import optax
 import pytest
@@ -156,6 +157,40 @@ def test_plain_bound_comes_within_a_twentieth_on_randomized_response(flip, swap)
     assert 0.95 * exact < bound.epsilon < exact
     assert bound.above != flip
     assert (bound.rate_with > bound.rate_without) != swap
+
+
+@pytest.mark.parametrize('delta', [0.0, 1e-5, 0.05])
+def test_plain_bound_equals_jax_privacy_at_the_same_event(delta):
+    """Independent code, of the half that measures. It says "there" of scores from a threshold on."""
+    seen = set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        scores = [1.5 + rng.standard_normal(4000), rng.standard_normal(4000)]
+        scores = scores[:: rng.choice([1, -1])]
+        bound = bounds.plain_bound(*scores, delta, 0.9)
+        is_likelier_with = bound.rate_with > bound.rate_without
+        # {score > t} is {score >= the next number}; {score <= t} is {-score >= -t}.
+        sign, threshold = (
+            (1, np.nextafter(bound.threshold, np.inf)) if bound.above else (-1, -bound.threshold)
+        )
+        halves = [sign * half[2000:] for half in scores]
+        auditor = auditing.CanaryScoreAuditor(*(halves if is_likelier_with else halves[::-1]))
+        expected = auditor.epsilon_clopper_pearson(
+            1 - 0.9, delta, threshold_strategy=auditing.Explicit(threshold)
+        )
+        assert 1 < bound.epsilon == pytest.approx(expected, rel=1e-9)
+        seen.add((bound.above, bool(is_likelier_with)))
+    assert len(seen) == 4
+
+
+def test_equal_sets_prove_nothing():
+    """As many scores as the quick audit has, of mechanisms that tell nothing: at most chance, once in 20."""
+    wrong = 0
+    for seed in range(20):
+        scores = np.random.default_rng(seed).standard_normal((2, 50_000))
+        wrong += bounds.plain_bound(*scores, 1e-5).epsilon > 0
+        wrong += bounds.gaussian_bound(*scores, 1e-5).epsilon > 0
+    assert wrong <= stats.binom.ppf(1 - 1e-6, 40, 0.05)
 
 
 def test_delta_is_taken_off_the_plain_bound():

@@ -151,7 +151,7 @@ def test_the_best_order_gives_the_same_epsilon():
 def test_a_query_that_alone_exceeds_the_budget_is_refused_with_both_figures(accountant):
     row = ROWS[0]
     alone = accounting.epsilon(accounting.compose(history(row)), row['delta'], accountant)
-    text = f'query alone spends ε = {accounting.format_epsilon(alone)} .*budget dp.epsilon is 0.1 '
+    text = f'query alone spends ε = {accounting.format_epsilon(alone)} .*budget dp.epsilon is 0.1[.]'
     with pytest.raises(accounting.BudgetTooSmall, match=text) as refused:
         accounting.calibrate(everything(row), 0.1, row['delta'], accountant)
     assert refused.value.least == pytest.approx(alone, rel=1e-3)

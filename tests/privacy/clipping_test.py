@@ -87,8 +87,8 @@ def quadratic():
 def pushed_past_a_power_of_two(n):
     """Gradients (n, 1) with which a float32 sum of one after the other drifts, if the first is there.
 
-    With it the sum is beyond a power of two, where float32 has half as many values: of the pairs that follow, which
-    nearly cancel, each then adds a whole step.
+    With it the sum is beyond a power of two, where float32 has half as many values: of the pairs that
+    follow, which nearly cancel, each then adds a whole step.
     """
     half = 2 ** int(np.log2(n // 2))
     step = half * 2.0**-24  # of float32 below `half`

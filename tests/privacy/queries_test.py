@@ -265,7 +265,7 @@ def test_noisy_counts_give_the_means_of_unequal_classes():
 
 @pytest.mark.parametrize('clip_norm', [None, 0.35 * 20**0.5])
 def test_a_large_class_is_summed_exactly_and_rounded_once(clip_norm):
-    """In any order the same bits; one image more changes the sum by no more than its bound, rounding included."""
+    """In any order the same bits; one image more changes the sum by its bound at most, rounding included."""
     n, center = 20_001, 0.3
     images = np.random.default_rng(0).integers(0, 256, (n, *SHAPE)).astype(np.uint8)
     images[0] = 255

@@ -70,7 +70,7 @@ def test_damaged_images_are_named_with_what_to_do(settings, tmp_path, images, da
         each.write_bytes(damage(each.read_bytes()))
     with pytest.raises(ValueError, match='images.npz cannot be read .*Run --stage=generate'):
         synthetic.load(path)
-    with pytest.raises(ValueError, match='central_images.npz cannot be read .*--stage=central then'):
+    with pytest.raises(ValueError, match='central_images.npz cannot be read .*run --stage=central'):
         artefacts.central_images(workdir)
 
 
@@ -101,7 +101,7 @@ def test_images_that_were_only_begun_belong_to_their_settings(settings, tmp_path
     artefacts.SyntheticImages(workdir, settings()).record()
     artefacts.SyntheticImages(workdir, settings(generate__batch_size=3, finetune__epochs=2)).check()
     others = artefacts.SyntheticImages(workdir, settings(generate__sampler__steps=7))
-    with pytest.raises(ValueError, match='or begun, with other settings:\n  config.generate.sampler.steps'):
+    with pytest.raises(ValueError, match='belongs to other settings:\n  config.generate.sampler.steps'):
         others.check()
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dpp_jax import files
-from dpp_jax.run import folder
 from dpp_jax.run.folder import WorkDir, flatten
 
 
@@ -49,13 +48,15 @@ def test_settings_that_change_no_result_or_only_what_follows_the_model_may_chang
 def test_a_setting_that_an_earlier_version_did_not_have_stands_for_what_it_did(tiny_config, tmp_path):
     workdir = record(tmp_path, tiny_config())
     recorded = json.loads(workdir.config.read_text())
-    assert recorded.items() >= folder._NEW_SETTINGS.items()
-    old = {name: value for name, value in recorded.items() if name not in folder._NEW_SETTINGS}
+    assert recorded['model.network'] == 'unet'
+    workdir.config.write_text(json.dumps({**recorded, 'model.network': None}))
+    with pytest.raises(ValueError, match='config.model.network: None there, unet now'):
+        workdir.check(recorded)
+    old = {name: value for name, value in recorded.items() if name != 'model.network'}
     workdir.config.write_text(json.dumps(old))
     workdir.check(recorded)
-    for name in folder._NEW_SETTINGS:
-        with pytest.raises(ValueError, match=f'config.{name}: .* there, other now'):
-            workdir.check({**recorded, name: 'other'})
+    with pytest.raises(ValueError, match='config.model.network: unet there, other now'):
+        workdir.check({**recorded, 'model.network': 'other'})
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -132,7 +133,7 @@ def test_a_damaged_record_is_named_with_what_to_do(tiny_config, tmp_path, name, 
     read()
     (path,) = tmp_path.rglob(name)
     path.write_text(damage(path.read_text()))
-    with pytest.raises(ValueError, match=f'{name} cannot be read .*Restore it.*delete it'):
+    with pytest.raises(ValueError, match=f'{name} cannot be read .*Restore the file.*delete it'):
         read()
 
 
@@ -152,7 +153,7 @@ def test_other_images_are_refused(tmp_path, change):
             'fewer': (images[:5], labels[:5]),
             'shape': (images.reshape(6, 2, 4, 1), labels),
         }
-        with pytest.raises(ValueError, match='not those .6. with which .*fingerprint'):
+        with pytest.raises(ValueError, match='other images .* was made with .6.: their fingerprint'):
             workdir.check_fingerprint('train', *others[change])
     assert stat.S_IMODE(os.stat(workdir.fingerprints).st_mode) == 0o600
 

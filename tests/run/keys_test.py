@@ -104,7 +104,7 @@ def test_a_mechanism_gets_no_keys_but_those_that_the_ledger_names(path, ledger, 
         ledger.append(entry('another', index=1))
     before = ledger.path.read_text()
     for _ in range(2):
-        with pytest.raises(ValueError, match='names releases of dp_sgd with keys that .* second time'):
+        with pytest.raises(ValueError, match='has releases of dp_sgd with keys that .* second time'):
             keys.of_mechanism('dp_sgd', ledger)
     assert ledger.path.read_text() == before
     keys.of_mechanism('central_query', ledger)  # of which the ledger names nothing
@@ -127,11 +127,11 @@ def test_what_was_released_with_a_key_is_not_replaced_by_anything_else(path, led
     keys.bind_release('dp_sgd', [array.copy() for array in arrays])
     assert keys.may_repeat('dp_sgd') and not keys.may_repeat('central_query')
     other = [np.nextafter(arrays[0], 9), arrays[1]]
-    with pytest.raises(ValueError, match='dp_sgd came out differently .* nothing is released'):
+    with pytest.raises(ValueError, match='the new output of dp_sgd differs .* It was not released'):
         keys.bind_release('dp_sgd', other)
     keys.bind_release('central_query', other)
     keys.of_part('generate')
-    with pytest.raises(ValueError, match='central_query came out differently'):
+    with pytest.raises(ValueError, match='the new output of central_query differs'):
         Keys(path, None).bind_release('central_query', arrays)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
@@ -152,7 +152,7 @@ def test_a_damaged_file_is_named_with_what_to_do(path, ledger, damage):
     torn = damage(path.read_text())
     path.write_text(torn)
     for each in ask:
-        with pytest.raises(ValueError, match='keys.json cannot be read .*Restore it.*delete it'):
+        with pytest.raises(ValueError, match='keys.json cannot be read .*Restore the file.*delete it'):
             each()
     assert path.read_text() == torn
 

@@ -77,7 +77,7 @@ def test_every_version_of_the_code_is_named(tmp_path, monkeypatch):
     codes = statement.codes(workdir)
     assert [len(codes[stage]) for stage in ('central', 'finetune')] == [2, 1]
     text = statement.markdown(make(code_of_stages=codes))
-    assert '`finetune` was run by dpp_jax 99.' in text and '; then dpp_jax 99.' in text
+    assert '`finetune` ran with dpp_jax 99.' in text and '; then dpp_jax 99.' in text
 
 
 def test_the_written_statement_says_how_often_a_mechanism_ran(tmp_path):
@@ -101,7 +101,7 @@ def test_a_lost_release_is_repeated_only_if_the_keys_tell_what_it_was(tmp_path, 
     statement.check_lost(workdir, keys, budget, lost)  # nor all of it made
     statement.write(workdir, make(part))
     statement.check_lost(workdir, keys, budget, done)
-    with pytest.raises(ValueError, match=f'what --stage={stage} writes to .* is not there'):
+    with pytest.raises(ValueError, match=f'the output of --stage={stage} is missing in'):
         statement.check_lost(workdir, keys, budget, lost)
     keys.bind_release(name, [])
     statement.check_lost(workdir, keys, budget, lost)

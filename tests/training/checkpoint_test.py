@@ -103,7 +103,7 @@ assert checkpoint.latest_training(folder)[0] == 3
         cwd=Path(__file__).resolve().parents[2],
     )
     assert result.returncode == 0, result.stderr
-    assert 'could not be written' in result.stdout and 'is intact' in result.stdout
+    assert 'could not be written' in result.stdout and 'are intact' in result.stdout
 
 
 def test_shapes_of_a_training_are_checked_without_reading_it(tmp_path):

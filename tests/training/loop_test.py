@@ -95,7 +95,7 @@ def test_a_clock_that_jumps_changes_neither_the_result_nor_the_checkpoints(
     assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == kept
 
 
-@pytest.mark.parametrize('seconds, good', [(0.0, 'that of step 5 in'), (1000.0, 'no checkpoint')])
+@pytest.mark.parametrize('seconds, good', [(0.0, 'that of step 5 in'), (1000.0, 'no earlier checkpoint')])
 def test_a_run_whose_weights_are_lost_stops_and_keeps_the_last_good_checkpoint(
     device_step, tmp_path, seconds, good
 ):
@@ -110,7 +110,7 @@ def test_a_run_whose_weights_are_lost_stops_and_keeps_the_last_good_checkpoint(
         in_axes=(0, None),
     )
     written = []
-    with pytest.raises(loop.Diverged, match=f'test is lost.*not finite at step 6.*{good}'):
+    with pytest.raises(loop.Diverged, match=f'test failed: the .* not finite at step 6.*{good}'):
         train(tmp_path, lost, seconds=seconds, written=written)
     kept = checkpoint.latest_training(tmp_path)
     assert (kept and kept[0]) == (5 if seconds == 0 else None)
@@ -132,7 +132,7 @@ def test_a_lost_loss_is_noticed_before_the_next_checkpoint(tmp_path):
         ),
         in_axes=(0, None),
     )
-    with pytest.raises(loop.Diverged, match='loss is not finite at step 7; .* that of step 6 in'):
+    with pytest.raises(loop.Diverged, match='loss is not finite at step 7. .* that of step 6 in'):
         train(tmp_path, lost, seconds=0.0)
     assert checkpoint.latest_training(tmp_path)[0] == 6
 

@@ -139,7 +139,8 @@ def clipped_gradient_sum(
 
     Returns:
         the sum, shaped as params, int32 in units of the grid; and sums over the examples WITHOUT a
-        guarantee, which must stay in private/: loss, norm, clipped (how many), non_finite (how many), examples (how many).
+        guarantee, which must stay in private/: loss, norm, clipped (how many), non_finite (how many),
+        examples (how many).
 
     Raises:
         ValueError: n is not divisible by `microbatch`.

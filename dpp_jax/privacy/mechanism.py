@@ -6,10 +6,10 @@ standard deviation σ·Δ to every coordinate, once, is the Gaussian mechanism w
 is done with the noisy sum afterwards (division by a public constant, Adam, averaging of weights) is
 post-processing.
 
-Two assumptions stand behind this. Normal draws are float32: they have its granularity and end (see `normal`;
-docs/privacy.md, "Floating point"). Sums are exact; who makes one pays for its rounding to float32 by a smaller
-bound (`clipping.Grid`). And an example's own random draws (noise levels of its loss) do not depend on who else
-is in the batch: they come from secret keys and the example's own number.
+Two assumptions stand behind this. Normal draws are float32: they have its granularity and end (see
+`normal`; docs/privacy.md, "Floating point"). Sums are exact; who makes one pays for its rounding to float32
+by a smaller bound (`clipping.Grid`). And an example's own random draws (noise levels of its loss) do not
+depend on who else is in the batch: they come from secret keys and the example's own number.
 
 How a release goes: `GaussianMechanism.noisy` joins a function that sums and a secret key into a `NoisySum`.
 Its call number n draws the noise from the key and n, and returns the result with the ledger entry for n and

@@ -89,8 +89,9 @@ def plan(
         spent_before = already_spent.releases(dp.already_spent, is_private=config.seed is None)
     if bool(already_spent.paths(dp.already_spent)) != bool(spent_before):
         raise ValueError(
-            f'config.dp.already_spent is {dp.already_spent!r}, but plan.json has {len(spent_before)} releases '
-            'that were spent before. Someone changed the plan: restore the file, or use another --workdir'
+            f'config.dp.already_spent is {dp.already_spent!r}, but plan.json has {len(spent_before)} '
+            'releases that were spent before. Someone changed the plan: restore the file, or use another '
+            '--workdir'
         )
     q, steps = budget_lib.schedule(images, finetune.batch_size, finetune.epochs)
     asked = []

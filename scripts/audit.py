@@ -205,7 +205,9 @@ def query_attack(
     def run(masks, key):
         counts = jnp.zeros(2).at[labels].add(masks[0])
         class_size = code.divisor(counts[:, None, None, None], 2.0)
-        ask = query.noisy(mechanism, NoiseKey(identifier='audit', key=key), 2 * class_size)
+        ask = query.noisy(
+            mechanism, NoiseKey(identifier='audit', keys=jax.random.split(key, 4)), 2 * class_size
+        )
         answer, _ = ask(0, {'images': images, 'labels': labels}, masks[0])
         return jnp.mean(answer[0])
 
@@ -265,14 +267,14 @@ def make_training(mechanism: GaussianMechanism, code: Code) -> Callable:
                 loss,
                 optimizer,
                 mechanism,
-                NoiseKey(identifier='audit', key=key),
+                NoiseKey(identifier='audit', keys=jax.random.split(key, 4)),
                 expected_batch_size=code.divisor(jnp.sum(mask), EXPECTED_BATCH),
                 microbatch=2,
                 ema_decay=0.9,
             )
             rows = jax.tree.map(lambda leaf: leaf[None], {**batch, 'mask': mask})
             # A number that is traced has no entry.
-            state, _ = step.program(state, rows, 1, key, number)
+            state, _ = step.program(state, rows, 1, step.noise_key.keys, number)
             return state, state.params.tree()['bias'][0, 1, 0]
 
         start = state_lib.create(jax.tree.map(jnp.asarray, init_params()), optimizer)

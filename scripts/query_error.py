@@ -47,7 +47,7 @@ def errors(config: ConfigDict, releases: Releases, data: Images) -> np.ndarray:
     images, labels, mechanism = data.images, data.labels, releases.mechanism
     truth = np.stack([images[labels == c].mean(0) / 255 for c in range(config.data.classes)])
     sampler = poisson.PoissonSampler(size=len(images), probability=mechanism.sampling_probability, key=0)
-    noise_key = NoiseKey(identifier='measurement', key=jax.random.key(0))
+    noise_key = NoiseKey(identifier='measurement', keys=jax.random.split(jax.random.key(0), 4))
     ask = build.query(config).noisy(mechanism, noise_key, sampler.expected_size)
     results = []
     for number in range(RELEASES):

@@ -4,38 +4,82 @@ Formal guarantee. Σ_i min(1, C / |g_i|) g_i changes by at most C in L2 norm if 
 counts as nothing (zero-out, N fixed) or one example is added or removed, and by at most 2 C if one is
 replaced, whatever the gradients are:
 
-| the example's gradient g_i | what it adds to the sum |
+| the example's gradient g | what it adds to the sum |
 |---|---|
-| |g_i| <= C | g_i |
-| |g_i| > C | g_i scaled to norm C; the bound is shrunk by 1e-5 for the rounding of float32 norms |
+| |g| <= C | g |
+| |g| > C | g scaled to norm C |
 | norm or loss is not finite | 0 |
 | row of padding | 0, whatever the row holds |
 
 One example's gradient must not depend on the others: the loss sees one example alone.
+
+The sum is exact. A float32 sum is not: its rounding depends on all that was added before, so that one
+example may move it by more than C (crafted gradients: 1.25 C for 4,096 examples, 5 C for 16,384). Clipped
+gradients are therefore cut to whole multiples of a unit (`Grid`), towards zero, so that no norm grows, and
+added as integers: in any order, over microbatches and devices, with the same result. What is left of
+rounding is paid for: C is shrunk by a bound on it.
 """
 
 from collections.abc import Callable
+import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 PyTree = Any
-# The norm is a float32 sum over up to millions of squares, with a relative error far below this;
-# shrinking the bound by as much keeps the true norm of a clipped gradient below C.
-_ROUNDING = 1e-5
+# Relative error of a float32 norm, a sum over up to millions of squares, and of scaling by it: far less.
+_NORM_ERROR = 1e-5
+_FLOAT_ERROR = 2.0**-24  # relative, of rounding to float32
+_LARGEST = 2**31 - 1  # of int32
 
 
-def clip_weights(gradients: PyTree, mask: jax.Array, clip_norm: float) -> tuple[jax.Array, jax.Array]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The unit in which clipped gradients are added up as int32, and the bound that pays for rounding.
+
+    Attributes:
+        clip_norm: C > 0.
+        rows: how many rows the sum has at most, over all devices, ≥ 1.
+    """
+
+    clip_norm: float
+    rows: int
+
+    @property
+    def steps(self) -> float:
+        """Units in C: the largest power of two with which no sum of `rows` values overflows."""
+        return 2.0 ** math.floor(math.log2(_LARGEST / self.rows))
+
+    @property
+    def bound(self) -> float:
+        """The norm that gradients are clipped to: C, less what rounding may add.
+
+        `decode` rounds twice. Each time it moves the sum by at most 2^-24 of its norm, which is at most
+        `rows` · C; and a neighbor's sum as much the other way.
+        """
+        return self.clip_norm * (1 - _NORM_ERROR - 4 * self.rows * _FLOAT_ERROR)
+
+    def encode(self, values: jax.Array) -> jax.Array:
+        """Cut float32 values in [-C, C] to whole units, towards zero: int32."""
+        return (values * (self.steps / self.clip_norm)).astype(jnp.int32)
+
+    def decode(self, units: jax.Array) -> jax.Array:
+        """Return a sum of units as float32."""
+        return units.astype(jnp.float32) * (self.clip_norm / self.steps)
+
+
+def clip_weights(gradients: PyTree, mask: jax.Array, bound: float) -> tuple[jax.Array, jax.Array]:
     """Compute the factors that bound every example's gradient, and the norms before.
 
     Args:
         gradients: leaves (n, ...), one gradient per example.
         mask: (n,) bool, False for padding.
-        clip_norm: C > 0.
+        bound: > 0.
 
     Returns:
-        weights (n,) float32: min(1, C / norm), and 0 for padding and for non-finite norms;
+        weights (n,) float32: min(1, bound / norm), and 0 for padding and for non-finite norms;
         norms (n,) float32 as they are.
     """
     squares = [
@@ -43,27 +87,28 @@ def clip_weights(gradients: PyTree, mask: jax.Array, clip_norm: float) -> tuple[
         for leaf in jax.tree.leaves(gradients)
     ]
     norms = jnp.sqrt(sum(squares))
-    bound = clip_norm * (1 - _ROUNDING)
     counts = mask & jnp.isfinite(norms)
     return jnp.where(counts, bound / jnp.maximum(norms, bound), 0.0), norms
 
 
-def clipped_sum(gradients: PyTree, mask: jax.Array, clip_norm: float) -> tuple[PyTree, jax.Array]:
+def clipped_sum(gradients: PyTree, mask: jax.Array, grid: Grid) -> tuple[PyTree, jax.Array]:
     """Sum the clipped gradients of the unmasked examples; see the table in the module's text.
 
-    Args: as of `clip_weights`.
+    Args:
+        gradients, mask: as of `clip_weights`.
+        grid: C, and the unit of the sum.
 
     Returns:
-        the sum (leaves without the example axis, float32) and the norms (n,) before clipping.
+        the sum (leaves without the example axis, int32, in units of the grid), and the norms (n,) before
+        clipping.
     """
-    weights, norms = clip_weights(gradients, mask, clip_norm)
+    weights, norms = clip_weights(gradients, mask, grid.bound)
 
     def weighted_sum(leaf):
         # 0 · NaN is NaN: rows that do not count are replaced, not multiplied.
-        counts = (weights > 0).reshape((-1,) + (1,) * (leaf.ndim - 1))
-        rows = jnp.where(counts, leaf, 0).astype(jnp.float32)
-        # In full float32: by default GPUs and TPUs round the factors, and the norm may exceed C.
-        return jnp.tensordot(weights, rows, axes=1, precision=jax.lax.Precision.HIGHEST)
+        each = weights.reshape((-1,) + (1,) * (leaf.ndim - 1))
+        rows = jnp.where(each > 0, leaf, 0).astype(jnp.float32)
+        return jnp.sum(grid.encode(each * rows), axis=0)
 
     return jax.tree.map(weighted_sum, gradients), norms
 
@@ -74,7 +119,7 @@ def clipped_gradient_sum(
     examples: PyTree,
     mask: jax.Array,
     *,
-    clip_norm: float,
+    grid: Grid,
     microbatch: int,
     microbatches: jax.Array | int,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
@@ -86,7 +131,7 @@ def clipped_gradient_sum(
         params: of the model.
         examples: leaves (n, ...), n divisible by `microbatch`.
         mask: (n,) bool, False for padding.
-        clip_norm: C > 0, the sensitivity of the result.
+        grid: C, the sensitivity of the result, and the unit of the sum.
         microbatch: examples whose gradients exist at once.
         microbatches: how many of the n / microbatch microbatches are visited (traced, so that a
             small batch takes less time without a new compilation). The rest must be padding.
@@ -94,8 +139,9 @@ def clipped_gradient_sum(
     An example whose loss or gradient is not finite counts as zero.
 
     Returns:
-        the sum, shaped as params; and sums over the examples WITHOUT a guarantee, which must stay in
-        private/: loss, norm, clipped (how many), non_finite (how many), examples (how many).
+        the sum, shaped as params, int32 in units of the grid; and sums over the examples WITHOUT a
+        guarantee, which must stay in private/: loss, norm, clipped (how many), non_finite (how many),
+        examples (how many).
 
     Raises:
         ValueError: n is not divisible by `microbatch`.
@@ -113,18 +159,18 @@ def clipped_gradient_sum(
         total, sums = carry
         chunk, chunk_mask = jax.tree.map(lambda leaf: leaf[index], chunks)
         losses, gradients = per_example(params, chunk)
-        part, norms = clipped_sum(gradients, chunk_mask & jnp.isfinite(losses), clip_norm)
+        part, norms = clipped_sum(gradients, chunk_mask & jnp.isfinite(losses), grid)
         finite = chunk_mask & jnp.isfinite(norms) & jnp.isfinite(losses)
         news = {
             'loss': jnp.sum(jnp.where(finite, losses, 0)),
             'norm': jnp.sum(jnp.where(finite, norms, 0)),
-            'clipped': jnp.sum(finite & (norms > clip_norm)).astype(jnp.float32),
+            'clipped': jnp.sum(finite & (norms > grid.clip_norm)).astype(jnp.float32),
             'non_finite': jnp.sum(chunk_mask & ~finite).astype(jnp.float32),
             'examples': jnp.sum(chunk_mask).astype(jnp.float32),
         }
         return jax.tree.map(jnp.add, (total, sums), (part, news))
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), params)
     names = ('loss', 'norm', 'clipped', 'non_finite', 'examples')
     start = (zeros, {name: jnp.zeros((), jnp.float32) for name in names})
     return jax.lax.fori_loop(0, microbatches, visit, start)

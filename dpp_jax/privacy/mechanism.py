@@ -8,10 +8,10 @@ standard deviation σ·Δ to every coordinate, once, is the Gaussian mechanism w
 is done with the noisy sum afterwards (division by a public constant, Adam, averaging of weights) is
 post-processing.
 
-Two assumptions stand behind this. Arithmetic is float32: normal draws have its granularity and end (see
-`normal`), and sums are rounded, which adds to their change between neighbors (docs/privacy.md, "Floating
-point"). And an example's own random draws (noise levels of its loss) do not depend on who else is in the
-batch: they come from secret keys and the example's own number.
+Two assumptions stand behind this. Normal draws are float32: they have its granularity and end (see
+`normal`; docs/privacy.md, "Floating point"). Sums are exact; who makes one pays for its rounding to float32
+by a smaller bound (`clipping.Grid`). And an example's own random draws (noise levels of its loss) do not
+depend on who else is in the batch: they come from secret keys and the example's own number.
 
 How a release goes: `GaussianMechanism.noisy` joins a function that sums and a secret key into a `NoisySum`.
 Its call number n draws the noise from the key and n, and returns the result with the ledger entry for n and
@@ -26,12 +26,13 @@ from typing import Any
 
 import jax
 import jax.flatten_util
+import jax.numpy as jnp
 import numpy as np
 
 from dpp_jax.privacy import checks, ledger
 
 PyTree = Any
-_DRAWS = 4  # whose sum is a noise value
+NOISE_KEYS = 4  # and draws, of which a noise value is made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class NoiseKey:
     """
 
     identifier: str
-    key: jax.Array = dataclasses.field(repr=False)
+    keys: jax.Array = dataclasses.field(repr=False)
 
     def __post_init__(self):
         checks.require('identifier', self.identifier, checks.is_text(self.identifier), 'a text, not empty')
@@ -109,29 +110,29 @@ class GaussianMechanism:
                 aside gets no noise: it belongs to private/.
             noise_key: secret.
             then: (noisy sum, aside, *arguments) → result: post-processing.
-            compiled: makes a program of a function (*arguments, key, index).
+            compiled: makes a program of a function (*arguments, keys, index).
             is_random: the sum draws random numbers of its own: `sum_function` takes a key before the
                 other arguments, fresh in every release and independent of the noise.
         """
 
-        def release(*arguments_key_index):
+        def release(*arguments_keys_index):
             # In this order: another order of a program's parameters rounds otherwise, and runs go on.
-            *arguments, key, index = arguments_key_index
-            key = jax.random.fold_in(key, index)
+            *arguments, keys, index = arguments_keys_index
+            keys = _of_each(lambda key: jax.random.fold_in(key, index), keys)
             if is_random:
-                key, draw_key = jax.random.split(key)
-                total, aside = sum_function(draw_key, *arguments)
+                keys, draw_keys = jnp.moveaxis(_of_each(jax.random.split, keys), -1, 0)
+                total, aside = sum_function(draw_keys.ravel()[0], *arguments)
             else:
                 total, aside = sum_function(*arguments)
-            return then(self._add_noise(total, key), aside, *arguments)
+            return then(self._add_noise(total, keys), aside, *arguments)
 
         return NoisySum(mechanism=self, noise_key=noise_key, program=compiled(release))
 
-    def _add_noise(self, total: PyTree, key: jax.Array) -> PyTree:
+    def _add_noise(self, total: PyTree, keys: jax.Array) -> PyTree:
         """Add independent normal noise of std σ·Δ to every coordinate of `total` (float arrays)."""
         flat, unflatten = jax.flatten_util.ravel_pytree(total)
         # One long draw: a draw per leaf takes several times as long to compile.
-        noise = normal(key, flat.shape)
+        noise = normal(keys, flat.shape)
         return unflatten(flat + self.noise_multiplier * self.sensitivity * noise)
 
 
@@ -142,7 +143,7 @@ class NoisySum:
     Attributes:
         mechanism: adds the noise.
         noise_key: that the noise is drawn from.
-        program: (*arguments, key, index () int32) → result, as it runs on the devices.
+        program: (*arguments, keys, index () int32) → result, as it runs on the devices.
     """
 
     mechanism: GaussianMechanism
@@ -156,10 +157,10 @@ class NoisySum:
         repeat it with the same sum only.
         """
         entry = self.mechanism.entry(index, self.noise_key.identifier)
-        return self.program(*arguments, self.noise_key.key, np.int32(index)), entry
+        return self.program(*arguments, self.noise_key.keys, np.int32(index)), entry
 
 
-def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draw unit normal noise, float32: half the sum of four draws of `jax.random.normal`.
 
     One draw has 2^23 values, of which 17 lie above 4.6, and none above 5.22 or below -5.42. In the course of
@@ -167,5 +168,20 @@ def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     than the δ of the paper's settings. Half the sum of four ends beyond 10 standard deviations, and its
     values lie as close as float32 has them (Holohan & Braghin 2021, "Secure random sampling in differential
     privacy").
+
+    A threefry key has 64 bits, which a search finds. Each draw has a key of its own, 256 bits together: who
+    splits the sum into two pairs and looks for two keys that meet still has 2^128 to try.
+
+    Args:
+        keys: (4,) JAX keys, or () as in runs of earlier versions: all four draws from one key.
+        shape: of the noise.
     """
-    return jax.random.normal(key, (_DRAWS, *shape)).sum(0) / math.sqrt(_DRAWS)
+    if keys.ndim == 0:
+        return jax.random.normal(keys, (NOISE_KEYS, *shape)).sum(0) / math.sqrt(NOISE_KEYS)
+    draws = [jax.random.normal(key, shape) for key in keys]
+    return sum(draws) / math.sqrt(NOISE_KEYS)
+
+
+def _of_each(function: Callable, keys: jax.Array) -> jax.Array:
+    """Apply a function of one key to a key, or to each of several."""
+    return jax.vmap(function)(keys) if keys.ndim else function(keys)

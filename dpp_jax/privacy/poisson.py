@@ -64,13 +64,14 @@ class PoissonSampler:
         return np.flatnonzero(generator.random(self.size) < self.probability)
 
     def capacity(self, multiple: int) -> int:
-        """Return a padded batch size, divisible by `multiple`, that a batch exceeds with p < 1e-12.
+        """Return a padded batch size, divisible by `multiple`, that a batch exceeds with p < 2^-128.
 
-        Bernstein's inequality: P(n >= qN + t) <= exp(-t² / (2 (qN(1-q) + t/3))). A batch that
-        is larger all the same is padded to a larger shape: it costs a compilation, not privacy.
+        Bernstein's inequality: P(n >= qN + t) <= exp(-t² / (2 (qN(1-q) + t/3))). The sum
+        of a batch is cut to a unit that follows from this size (`clipping.Grid`), so that the size must not
+        depend on who is in the batch: as rarely as somebody guesses a key of 128 bits, it does.
         """
         variance = self.expected_size * (1 - self.probability)
-        bound = math.log(1e12)
+        bound = 128 * math.log(2)
         excess = bound / 3 + math.sqrt((bound / 3) ** 2 + 2 * bound * variance)
         size = min(self._public_size, math.ceil(self.expected_size + excess))
         return math.ceil(size / multiple) * multiple

@@ -153,15 +153,18 @@ class MeanQuery(Query):
 
     def sums(self, images, labels, mask):
         centered = images / jnp.float32(255) - self.pixel_center
+        # Pays for the rounding of the pixels and, once, of each sum to float32 (see `clipping.Grid.bound`).
+        shrink = 1 - 1e-6 - 2 * len(images) * 2.0**-24
+        weights = jnp.full(len(images), shrink, jnp.float32)
         if self.clip_norm is not None:
-            weights, _ = clip_weights(centered, mask, self.clip_norm)
-            centered = weights.reshape((-1,) + (1,) * (images.ndim - 1)) * centered
+            weights, _ = clip_weights(centered, mask, self.clip_norm * (shrink - 1e-5))
+        centered = weights.reshape((-1,) + (1,) * (images.ndim - 1)) * centered
         rows = jnp.where(mask, labels, self.classes)
         total = _exact_sums(centered, rows, self.classes)
         if self.count_weight is None:
             return total
         counts = _sums(mask.astype(jnp.int32), rows, self.classes)
-        return total, self.count_weight * counts.astype(jnp.float32)
+        return total, shrink * self.count_weight * counts.astype(jnp.float32)
 
     def estimate(self, noisy, expected_size):
         if self.count_weight is None:

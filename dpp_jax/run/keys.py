@@ -20,7 +20,7 @@ import numpy as np
 from dpp_jax import files
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.privacy.mechanism import NoiseKey
+from dpp_jax.privacy.mechanism import NOISE_KEYS, NoiseKey
 
 NOTE = (
     'These files come from the private images WITHOUT a privacy guarantee, or are secret keys that the '
@@ -69,14 +69,14 @@ class Keys:
             ValueError: the ledger names releases with other keys, or the file's keys were not made from
                 this seed.
         """
-        found = self._get(name)
+        found = self._get(name, keys=NOISE_KEYS)
         others = {entry.randomness for entry in ledger.entries if entry.mechanism == name}
         if others - {found['identifier']}:
             raise ValueError(
                 f'{ledger.path} has releases of {name} with keys that {self._path} does not have. To '
                 'continue would spend its budget a second time. Restore private/, or use another --workdir'
             )
-        noise = NoiseKey(identifier=found['identifier'], key=_jax_key(found))
+        noise = NoiseKey(identifier=found['identifier'], keys=_jax_keys(found['noise']))
         return MechanismKeys(sampling=int(found['sampling'], 16), noise=noise)
 
     def of_part(self, name: str) -> PartKeys:
@@ -87,8 +87,8 @@ class Keys:
         """
         if name in (CENTRAL_QUERY, DP_SGD):
             raise ValueError(f'name is {name!r}; keys of a mechanism are given by `of_mechanism` alone')
-        found = self._get(name)
-        return PartKeys(order=int(found['sampling'], 16), random=_jax_key(found))
+        found = self._get(name, keys=1)
+        return PartKeys(order=int(found['sampling'], 16), random=_jax_keys(found['noise']))
 
     def bind_release(self, name: str, arrays: Iterable[np.ndarray]) -> None:
         """Note beside the keys of a mechanism what is about to be released with them.
@@ -131,11 +131,11 @@ class Keys:
                     'with config.dp.already_spent'
                 )
 
-    def _get(self, name: str) -> dict[str, str]:
-        """Return the secrets of one part, in hexadecimal; make them if there are none."""
+    def _get(self, name: str, keys: int) -> dict[str, str]:
+        """Return the secrets of one part, in hexadecimal; with so many JAX keys, if they are made now."""
         known = self._read()
         if name not in known:
-            known[name] = _fresh_secrets(name, self._seed)
+            known[name] = _fresh_secrets(name, self._seed, keys)
             files.write_json(self._path, known, mode=0o600)
         identifier = known[name]['identifier']
         expected = None if self._seed is None else seeded_identifier(self._seed)
@@ -156,21 +156,24 @@ class Keys:
         )
 
 
-def _fresh_secrets(name: str, seed: int | None) -> dict[str, str]:
-    """Make 128 bits for sampling and 64 for noise, in hexadecimal, and a name for the pair."""
+def _fresh_secrets(name: str, seed: int | None, keys: int) -> dict[str, str]:
+    """Make 128 bits for sampling and 64 for each JAX key, in hexadecimal, and a name for all of them."""
     if seed is None:
         return {
             'identifier': secrets.token_hex(8),
             'sampling': secrets.token_hex(16),
-            'noise': secrets.token_hex(8),
+            'noise': secrets.token_hex(8 * keys),
         }
-    digest = hashlib.sha256(f'{seed}/{name}'.encode()).hexdigest()
-    return {'identifier': seeded_identifier(seed), 'sampling': digest[:32], 'noise': digest[32:48]}
+    text = f'{seed}/{name}'.encode()
+    first = hashlib.sha256(text).hexdigest()
+    noise = first[32:48] if keys == 1 else hashlib.sha512(text).hexdigest()[: 16 * keys]
+    return {'identifier': seeded_identifier(seed), 'sampling': first[:32], 'noise': noise}
 
 
-def _jax_key(found: dict[str, str]) -> jax.Array:
-    words = np.array([int(found['noise'][:8], 16), int(found['noise'][8:], 16)], np.uint32)
-    return jax.random.wrap_key_data(words, impl='threefry2x32')
+def _jax_keys(noise: str) -> jax.Array:
+    """Return the JAX keys of 64 bits each in a hexadecimal text: one, (), or several, (n,)."""
+    words = np.frombuffer(bytes.fromhex(noise), '>u4').astype(np.uint32).reshape(-1, 2)
+    return jax.random.wrap_key_data(words if len(words) > 1 else words[0], impl='threefry2x32')
 
 
 def seeded_identifier(seed: int) -> str:

@@ -22,7 +22,7 @@ from dpp_jax import files
 from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
-from dpp_jax.privacy.clipping import clipped_gradient_sum
+from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum
 from dpp_jax.training import devices
 from dpp_jax.training.state import FlatParams
 
@@ -152,7 +152,7 @@ def _trial(model: Model, sizes: Sizes, *, draws: int, label_dropout: float) -> C
             params,
             examples,
             jnp.ones(n, bool),
-            clip_norm=1.0,
+            grid=Grid(clip_norm=1.0, rows=n),
             microbatch=sizes.microbatch,
             microbatches=2,
         )

@@ -38,9 +38,11 @@ NOT_COVERED = (
 _PUBLIC = 'the size of the private images and the number of classes are public'
 _PUBLIC_NUMBER = 'the number of private images, their size and the number of classes are public'
 ASSUMPTIONS = (
-    'noise comes from threefry with a secret 64-bit key, as float32. Each value is half the sum of four '
-    'normal draws, so it has the granularity of float32 and ends beyond 10 standard deviations. Sums are '
-    'rounded to float32. The guarantee is that of exact sums and exact normal noise',
+    'the adversary is computationally bounded: noise comes from threefry with secret keys, four of 64 bits '
+    'for each mechanism (one, in a run that an earlier version began)',
+    'noise is float32. Each value is half the sum of four normal draws, so it has the granularity of '
+    'float32 and ends beyond 10 standard deviations. The guarantee is that of exact normal noise; sums are '
+    'exact, and what rounding adds to them is paid for by a smaller bound',
     'Poisson samples are drawn by Philox from a secret 128-bit key, one independent 53-bit uniform '
     'number per image',
     'the keys in private/ stay secret, during the run and after it',

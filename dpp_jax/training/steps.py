@@ -19,7 +19,7 @@ import optax
 
 from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.privacy.clipping import clipped_gradient_sum
+from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey, NoisySum
 from dpp_jax.training import devices
 from dpp_jax.training.state import TrainState, apply_gradient
@@ -168,16 +168,20 @@ def make_dp_step(
             image = to_model_range(example['image'])
             return loss(params.tree(), image, example['label'], example_key)
 
+        # Of all devices; the padding of a batch counts, too.
+        rows = batch['mask'].size * jax.lax.psum(1, devices.AXIS)
+        grid = Grid(clip_norm=mechanism.sensitivity, rows=rows)
         device_sums = clipped_gradient_sum(
             example_loss,
             state.params,
             {name: batch[name] for name in ('image', 'label', 'index')},
             batch['mask'],
-            clip_norm=mechanism.sensitivity,
+            grid=grid,
             microbatch=microbatch,
             microbatches=microbatches,
         )
-        return jax.lax.psum(device_sums, devices.AXIS)
+        units, sums = jax.lax.psum(device_sums, devices.AXIS)
+        return jax.tree.map(grid.decode, units), sums
 
     def update(noisy_sum, sums, state: TrainState, *_):
         gradient = jax.tree.map(lambda leaf: leaf / expected_batch_size, noisy_sum)

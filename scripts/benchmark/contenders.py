@@ -15,7 +15,7 @@ from dpp_jax.data import augment
 from dpp_jax.diffusion import winograd
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.budget import DP_SGD
-from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
+from dpp_jax.privacy.mechanism import NOISE_KEYS, GaussianMechanism, NoiseKey
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
 from scripts.benchmark import timing
@@ -43,6 +43,7 @@ def make(config, model, sizes, count: int, skip: Sequence[str]) -> list[timing.C
     optimizer = optax.adam(settings.learning_rate)
     params = model.init(jax.random.key(0))
     key = jax.random.key(1)
+    keys = jax.random.split(key, NOISE_KEYS)
     in_parts = model.example_loss(
         draws=settings.draws, label_dropout=settings.label_dropout, draws_at_once=sizes.draws
     )
@@ -62,7 +63,7 @@ def make(config, model, sizes, count: int, skip: Sequence[str]) -> list[timing.C
         GaussianMechanism(
             name=DP_SGD, noise_multiplier=1.0, sampling_probability=0.1, sensitivity=settings.clip_norm
         ),
-        NoiseKey(identifier='benchmark', key=key),
+        NoiseKey(identifier='benchmark', keys=keys),
         expected_batch_size=float(count),
         microbatch=sizes.microbatch,
         ema_decay=settings.ema_decay,
@@ -71,7 +72,7 @@ def make(config, model, sizes, count: int, skip: Sequence[str]) -> list[timing.C
     padded = batch(capacity(config, sizes))
     found = [
         timing.donating(PLAIN, plain, state, batch(count), key),
-        timing.donating(PRIVATE, private.program, state, padded, used, key, np.int32(0)),
+        timing.donating(PRIVATE, private.program, state, padded, used, keys, np.int32(0)),
     ]
     for step in found:
         step.amount = noised

@@ -26,7 +26,7 @@ from dpp_jax.evaluation import networks, trainer
 from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
-from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
+from dpp_jax.privacy.mechanism import NOISE_KEYS, GaussianMechanism, NoiseKey
 from dpp_jax.stages import generate
 from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
@@ -148,10 +148,10 @@ def central_query(config) -> Work:
         sampling_probability=config.query.sampling_probability,
         sensitivity=query.sensitivity,
     )
-    key = jax.random.key(0)
-    ask = query.noisy(mechanism, NoiseKey(identifier='benchmark', key=key), float(count))
+    keys = jax.random.split(jax.random.key(0), NOISE_KEYS)
+    ask = query.noisy(mechanism, NoiseKey(identifier='benchmark', keys=keys), float(count))
     batch = {'images': small, 'labels': labels}
-    arguments = batch, np.ones(count, bool), key, np.int32(0)
+    arguments = batch, np.ones(count, bool), keys, np.int32(0)
     contender = timing.compiled('central query', ask.program, *arguments)
     return Work(contender, count, 'images')
 
@@ -291,7 +291,7 @@ class TrainingLoop:
                 sampling_probability=batch / count,
                 sensitivity=settings.clip_norm,
             ),
-            NoiseKey(identifier='benchmark', key=jax.random.key(0)),
+            NoiseKey(identifier='benchmark', keys=jax.random.split(jax.random.key(0), 4)),
             expected_batch_size=self.sampler.expected_size,
             microbatch=self.microbatch,
             ema_decay=settings.ema_decay,

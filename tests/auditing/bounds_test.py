@@ -245,7 +245,7 @@ def test_the_audited_training_is_the_training():
             audit.loss,
             optimizer,
             mechanism,
-            NoiseKey(identifier='test', key=key),
+            NoiseKey(identifier='test', keys=jax.random.split(key, 4)),
             expected_batch_size=audit.EXPECTED_BATCH,
             microbatch=1,
             ema_decay=0.9,

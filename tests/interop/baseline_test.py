@@ -12,6 +12,7 @@ from dpp_jax.privacy import clipping
 from scripts.benchmark import pytorch_baseline as baseline
 
 DRAWS, EXAMPLES, CLIP_NORM = 2, 3, 0.7
+GRID = clipping.Grid(clip_norm=CLIP_NORM, rows=EXAMPLES)
 
 
 class Twins:
@@ -86,11 +87,12 @@ def test_clipped_sum_of_opacus(twins):
     clipped = jax.jit(
         lambda params: clipping.clipped_gradient_sum(
             twins.loss, params, examples, jnp.ones(EXAMPLES, bool),
-            clip_norm=CLIP_NORM, microbatch=1, microbatches=EXAMPLES,
+            grid=GRID, microbatch=1, microbatches=EXAMPLES,
         )
     )  # fmt: skip
     expected, sums = clipped(twins.params)
     assert sums['clipped'] > 0
+    expected = jax.tree.map(GRID.decode, expected)
     step = baseline.PrivateStep(
         twins.network, clip_norm=CLIP_NORM, noise_multiplier=1.0, expected_batch_size=EXAMPLES,
         learning_rate=1e-3,

@@ -135,8 +135,9 @@ def test_dp_gradient(golden):
     def everything(params):
         losses, gradients = jax.vmap(jax.value_and_grad(example_loss), (None, 0))(params, examples)
         clip_norm = float(golden['dp_clip'])
-        total, norms = clipping.clipped_sum(gradients, jnp.ones(5, bool), clip_norm)
-        return losses, norms, total
+        grid = clipping.Grid(clip_norm=clip_norm, rows=5)
+        units, norms = clipping.clipped_sum(gradients, jnp.ones(5, bool), grid)
+        return losses, norms, jax.tree.map(grid.decode, units)
 
     losses, norms, total = everything(golden.params)
     check('dp_loss', losses, golden['dp_loss'], 1e-4)

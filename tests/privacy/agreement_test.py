@@ -18,7 +18,7 @@ from opacus import accountants
 import pytest
 
 from dpp_jax.privacy import accounting, budget
-from dpp_jax.privacy.clipping import clipped_gradient_sum, clipped_sum
+from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum, clipped_sum
 from dpp_jax.privacy.ledger import Entry, Ledger
 
 # Opacus says that more orders might give less, jax_privacy calls what optax will rename.
@@ -143,9 +143,10 @@ def test_clipped_sum_equals_jax_privacy(seed):
     """Random pytrees, with padding and with rows that are not finite, in other microbatches."""
     params, examples, mask = random_case(seed)
     clip_norm = float(np.exp(np.random.default_rng(seed).uniform(-3, 3)))
+    grid = Grid(clip_norm=clip_norm, rows=len(mask))
     theirs = jax_privacy.clipped_grad(
         loss,
-        l2_clip_norm=clip_norm * (1 - ROUNDING),
+        l2_clip_norm=grid.bound,
         keep_batch_dim=False,
         microbatch_size=6,
         pre_clipping_transform=zero_unless_finite,
@@ -154,9 +155,10 @@ def test_clipped_sum_equals_jax_privacy(seed):
     expected, auxiliary = jax.jit(lambda p, x, padding: theirs(p, x, is_padding_example=padding))(
         params, examples, ~mask
     )
-    total, sums = jax.jit(
-        lambda p, x, m: clipped_gradient_sum(loss, p, x, m, clip_norm=clip_norm, microbatch=4, microbatches=6)
+    units, sums = jax.jit(
+        lambda p, x, m: clipped_gradient_sum(loss, p, x, m, grid=grid, microbatch=4, microbatches=6)
     )(params, examples, mask)
+    total = jax.tree.map(grid.decode, units)
     assert jax.tree.structure(total) == jax.tree.structure(expected)
     assert_close(total, expected)
     norms = np.asarray(auxiliary.grad_norms)
@@ -166,6 +168,6 @@ def test_clipped_sum_equals_jax_privacy(seed):
     assert sums['non_finite'] == 4 and sums['examples'] == mask.sum()
 
     gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, examples)
-    in_one_go, our_norms = clipped_sum(gradients, mask, clip_norm)
-    assert_close(in_one_go, expected)
+    in_one_go, our_norms = clipped_sum(gradients, mask, grid)
+    jax.tree.map(np.testing.assert_array_equal, in_one_go, units)  # in any order the same bits
     np.testing.assert_allclose(our_norms[np.isfinite(norms)], norms[np.isfinite(norms)], rtol=1e-5)

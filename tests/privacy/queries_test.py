@@ -97,8 +97,7 @@ def test_one_image_changes_all_sums_together_by_the_sensitivity_at_most(kind, ow
         less = images, labels, np.arange(ROWS) < count
         more = with_one_more(*less, min(place, count))
         change = np.linalg.norm(flat(query.sums(*more)) - flat(query.sums(*less)))
-        # Sums of a few images: float32 rounds each of them by 6e-8 at most.
-        assert change <= bound * (1 + 1e-6)
+        assert change <= bound
 
     check()
 
@@ -122,7 +121,7 @@ def test_one_image_attains_the_sensitivity_within_a_hundredth(kind, own):
         np.square(np.float64(leaf)).reshape(len(images), -1) for leaf in jax.tree.leaves(contributions)
     ]
     longest = np.sqrt(np.concatenate(squares, axis=1).sum(axis=1)).max()
-    assert 0.99 * query.sensitivity <= longest <= query.sensitivity * (1 + 1e-6)
+    assert 0.99 * query.sensitivity <= longest <= query.sensitivity
 
 
 @pytest.mark.parametrize('kind', QUERIES)
@@ -188,7 +187,7 @@ def make_mechanism(query, noise_multiplier=1e-9, **changes):
 
 def ask(query, images, labels, mask, expected_size=float(CLASSES)):
     """Return central images, with next to no noise. Expected size CLASSES: a class's size is 1."""
-    noise_key = NoiseKey(identifier='test', key=jax.random.key(0))
+    noise_key = NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(0), 4))
     noisy = query.noisy(make_mechanism(query), noise_key, expected_size)
     return np.asarray(noisy(0, {'images': images, 'labels': labels}, mask)[0])
 
@@ -199,7 +198,7 @@ def test_the_noisy_query_is_the_estimate_of_sums_with_noise_and_has_its_entry(ki
     images, labels = random_images(ROWS)
     mask = np.arange(ROWS) < 4
     mechanism = make_mechanism(query, noise_multiplier=0.5)
-    noise_key = NoiseKey(identifier='k', key=jax.random.key(1))
+    noise_key = NoiseKey(identifier='k', keys=jax.random.split(jax.random.key(1), 4))
     result, entry = query.noisy(mechanism, noise_key, 6.0)(2, {'images': images, 'labels': labels}, mask)
     plain = mechanism.noisy(
         lambda total: (total, None), noise_key, then=lambda noisy, *_: query.estimate(noisy, 6.0)
@@ -213,7 +212,7 @@ def test_the_noisy_query_is_the_estimate_of_sums_with_noise_and_has_its_entry(ki
 @pytest.mark.parametrize('kind', QUERIES)
 def test_a_mechanism_with_too_little_noise_for_the_query_is_refused(kind):
     query = make_query(kind, **SIZES, settings={})
-    noise_key = NoiseKey(identifier='test', key=jax.random.key(0))
+    noise_key = NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(0), 4))
     short = 0.999 * query.sensitivity
     with pytest.raises(ValueError, match=f'^sensitivity is {short!r}; it must be at least '):
         query.noisy(make_mechanism(query, sensitivity=short), noise_key, 1.0)
@@ -266,7 +265,7 @@ def test_noisy_counts_give_the_means_of_unequal_classes():
 
 @pytest.mark.parametrize('clip_norm', [None, 0.35 * 20**0.5])
 def test_a_large_class_is_summed_exactly_and_rounded_once(clip_norm):
-    """In any order the same bits; so one image more changes the sum by no more than itself and a rounding."""
+    """In any order the same bits; one image more changes the sum by its bound at most, rounding included."""
     n, center = 20_001, 0.3
     images = np.random.default_rng(0).integers(0, 256, (n, *SHAPE)).astype(np.uint8)
     images[0] = 255
@@ -280,7 +279,7 @@ def test_a_large_class_is_summed_exactly_and_rounded_once(clip_norm):
     np.testing.assert_array_equal(total(np.random.default_rng(1).permutation(n), n), everybody)
     bound = 0.7 * 20**0.5 if clip_norm is None else clip_norm
     change = np.linalg.norm(everybody - total(np.r_[1:n, 0], n - 1))
-    assert bound * (1 - 2e-3) < change < bound * (1 + n * 2**-23)
+    assert bound * (1 - 2e-3 - n * 2**-23) < change <= bound
 
 
 def test_clipping_scales_long_images_to_the_norm_and_leaves_short_ones():

@@ -17,7 +17,7 @@ def noisy_sum(seed, **options):
     """Releases of their only argument, a sum, with noise."""
     return MECHANISM.noisy(
         lambda total: (total, None),
-        NoiseKey(identifier=f'key-{seed}', key=jax.random.key(seed)),
+        NoiseKey(identifier=f'key-{seed}', keys=jax.random.split(jax.random.key(seed), 4)),
         then=lambda noisy, *_: noisy,
         **options,
     )
@@ -30,7 +30,7 @@ def noise():
     steps = noisy_sum(7, compiled=lambda program: program)
     draw = jax.vmap(steps.program, in_axes=(None, None, 0))
     return jax.tree.map(
-        np.asarray, jax.jit(draw)(total, steps.noise_key.key, np.arange(20000, dtype=np.int32))
+        np.asarray, jax.jit(draw)(total, steps.noise_key.keys, np.arange(20000, dtype=np.int32))
     )
 
 
@@ -66,7 +66,7 @@ def test_a_sum_that_draws_has_noise_that_is_independent_of_its_draws(statistics)
     """The sum is its own unit noise: noise and draws of every step are unrelated."""
     release = MECHANISM.noisy(
         lambda key, zeros: (zeros, jax.random.normal(key, zeros.shape)),
-        NoiseKey(identifier='key', key=jax.random.key(10)),
+        NoiseKey(identifier='key', keys=jax.random.split(jax.random.key(10), 4)),
         then=lambda noisy, drawn, _: (noisy / 6.0, drawn),
         is_random=True,
     )

@@ -170,10 +170,10 @@ def small_images(value, n):
 
 def draw_many(config, batch, mask, *, expected_size, number, seed):
     """Central images of one query with other noise each time: (number, classes, ...)."""
-    noise_key = NoiseKey(identifier='test', key=jax.random.key(seed))
+    noise_key = NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(seed), 4))
     release = build.query(config).noisy(planned(config).mechanism, noise_key, expected_size)
     draw = jax.vmap(release.program, in_axes=(None, None, None, 0))
-    return np.asarray(jax.jit(draw)(batch, mask, noise_key.key, np.arange(number, dtype=np.int32)))
+    return np.asarray(jax.jit(draw)(batch, mask, noise_key.keys, np.arange(number, dtype=np.int32)))
 
 
 def test_mean_query_of_mnist_has_the_noise_of_the_paper(statistics):

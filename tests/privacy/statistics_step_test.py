@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpp_jax.privacy.clipping import clipped_gradient_sum
+from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
@@ -40,7 +40,7 @@ def make_step(loss, optimizer, microbatch):
         loss,
         optimizer,
         mechanism,
-        NoiseKey(identifier='test', key=jax.random.key(5)),
+        NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(5), 4)),
         expected_batch_size=EXPECTED_SIZE,
         microbatch=microbatch,
         ema_decay=0.9,
@@ -134,7 +134,14 @@ def test_padding_anywhere_with_anything_changes_no_bit_of_the_sum():
         return jnp.sum(jnp.tanh(params['w'] @ x + params['b']) ** 2 * x[0])
 
     run = jax.jit(
-        functools.partial(clipped_gradient_sum, loss, params, clip_norm=1.0, microbatch=4, microbatches=6)
+        functools.partial(
+            clipped_gradient_sum,
+            loss,
+            params,
+            grid=Grid(clip_norm=1.0, rows=24),
+            microbatch=4,
+            microbatches=6,
+        )
     )
     expected = run(examples, mask)
     assert np.isfinite(jax.flatten_util.ravel_pytree(expected)[0]).all()

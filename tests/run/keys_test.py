@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpp_jax.privacy import poisson
+from dpp_jax.privacy import mechanism, poisson
 from dpp_jax.privacy.ledger import Entry, Ledger
 from dpp_jax.run.keys import Keys, is_seeded
 
@@ -25,7 +25,7 @@ def ledger(tmp_path):
 
 
 def words(key):
-    return tuple(np.asarray(jax.random.key_data(key)))
+    return tuple(np.ravel(jax.random.key_data(key)).tolist())
 
 
 def entry(randomness, mechanism='dp_sgd', index=0):
@@ -37,7 +37,7 @@ def test_keys_are_not_shown(path, ledger):
     sampler = poisson.PoissonSampler(size=5, probability=0.5, key=keys.sampling)
     shown = f'{keys} {keys.noise} {part} {sampler}'
     assert keys.noise.identifier in shown
-    for secret in (keys.sampling, *words(keys.noise.key), part.order, *words(part.random)):
+    for secret in (keys.sampling, *words(keys.noise.keys), part.order, *words(part.random)):
         assert str(secret) not in shown
 
 
@@ -63,13 +63,13 @@ def test_keys_stay_and_differ_between_parts_and_runs(path, tmp_path, ledger):
     ]
     assert len({k.sampling for k in keys}) == 3
     assert len({k.noise.identifier for k in keys}) == 3
-    assert len({words(k.noise.key) for k in keys}) == 3
+    assert len({words(k.noise.keys) for k in keys}) == 3
     parts = [one.of_part('pretrain'), one.of_part('init'), two.of_part('pretrain')]
     assert len({p.order for p in parts} | {k.sampling for k in keys}) == 6
-    assert len({words(p.random) for p in parts} | {words(k.noise.key) for k in keys}) == 6
+    assert len({words(p.random) for p in parts} | {words(k.noise.keys) for k in keys}) == 6
     again = Keys(path, None).of_mechanism('dp_sgd', ledger)
     assert again.sampling == keys[0].sampling and again.noise.identifier == keys[0].noise.identifier
-    assert words(again.noise.key) == words(keys[0].noise.key)
+    assert words(again.noise.keys) == words(keys[0].noise.keys)
     assert words(Keys(path, None).of_part('pretrain').random) == words(parts[0].random)
     for each in keys:
         assert f'{each.sampling:x}' not in each.noise.identifier
@@ -84,7 +84,7 @@ def test_a_seed_makes_keys_repeatable_and_says_so(tmp_path, ledger):
         for name, seed in (('a', 7), ('b', 7), ('c', 8))
     )
     assert one.sampling == two.sampling != other.sampling
-    assert words(one.noise.key) == words(two.noise.key) != words(other.noise.key)
+    assert words(one.noise.keys) == words(two.noise.keys) != words(other.noise.keys)
     assert 'not-private' in one.noise.identifier and is_seeded(one.noise.identifier)
     assert not is_seeded(Keys(tmp_path / 'd', None).of_mechanism('dp_sgd', ledger).noise.identifier)
 
@@ -175,3 +175,21 @@ def test_keys_of_a_mechanism_have_one_door(path, name):
     with pytest.raises(ValueError, match=f"name is '{name}'; keys of a mechanism"):
         Keys(path, None).of_part(name)
     assert not path.exists()
+
+
+def test_a_mechanism_has_four_independent_noise_keys_and_another_part_one(path, ledger):
+    """A search finds a key of 64 bits; four of them together have 256."""
+    keys = Keys(path, None)
+    noise = keys.of_mechanism('dp_sgd', ledger).noise.keys
+    assert noise.shape == (4,) and len({words(key) for key in noise}) == 4
+    assert keys.of_part('pretrain').random.shape == ()
+
+
+def test_a_run_that_began_with_a_single_noise_key_goes_on_with_it(path, ledger):
+    old = {'identifier': 'ab', 'sampling': 'f' * 32, 'noise': '00000001fffffffe'}
+    path.write_text(json.dumps({'dp_sgd': old}))
+    keys = Keys(path, None).of_mechanism('dp_sgd', ledger)
+    assert keys.noise.keys.shape == () and words(keys.noise.keys) == (1, 0xFFFFFFFE)
+    noise = np.asarray(mechanism.normal(keys.noise.keys, (5,)))
+    expected = jax.random.normal(keys.noise.keys, (4, 5)).sum(0) / 2
+    np.testing.assert_array_equal(noise, expected)

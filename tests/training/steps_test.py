@@ -1,5 +1,6 @@
 """The two steps: independent of devices, padding and microbatches; noise once; DP-SGD as written."""
 
+import functools
 import itertools
 
 import jax
@@ -12,7 +13,7 @@ from sklearn import datasets
 from dpp_jax import build
 from dpp_jax.data import augment
 from dpp_jax.diffusion import winograd
-from dpp_jax.privacy.clipping import clipped_gradient_sum, clipped_sum
+from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum, clipped_sum
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
@@ -33,7 +34,7 @@ def params(tiny_model):
 
 
 def noise_key(seed=5):
-    return NoiseKey(identifier='test', key=jax.random.key(seed))
+    return NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(seed), 4))
 
 
 def make_mechanism(sigma=1.0, clip_norm=0.5):
@@ -117,7 +118,7 @@ def test_update_is_the_clipped_sum_plus_the_same_noise(eight_device_step, tiny_m
     update, metrics, _ = take(eight_device_step, params, digits, indices, number=8, microbatch=2)
     noise, _, _ = take(eight_device_step, params, digits, [], number=8, microbatch=2)
     loss = tiny_model.example_loss(draws=2, label_dropout=0.1)
-    _, draw_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
+    _, draw_key = jax.random.split(jax.random.fold_in(noise_key().keys[0], 0))
     gradient = jax.jit(jax.grad(loss))
     total, norms = 0.0, []
     for i in indices:
@@ -219,11 +220,12 @@ def test_clip_bound_holds_with_a_bfloat16_network(tiny_config, scale):
         gradient = jax.vmap(jax.grad(loss), (None, 0, 0, 0))(
             params, image, jnp.zeros(1, jnp.int32), jax.random.split(jax.random.key(1), 1)
         )
-        return gradient, clipped_sum(gradient, jnp.ones(1, bool), clip_norm)
+        return gradient, clipped_sum(gradient, jnp.ones(1, bool), Grid(clip_norm=clip_norm, rows=1))
 
-    gradient, _ = jax.eval_shape(clipped, params, 1.0)
+    gradient, _ = jax.eval_shape(functools.partial(clipped, clip_norm=1.0), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype('float32')}
-    _, (total, norms) = jax.jit(clipped)(params, 1e-3)
+    _, (units, norms) = jax.jit(functools.partial(clipped, clip_norm=1e-3))(params)
+    total = jax.tree.map(Grid(clip_norm=1e-3, rows=1).decode, units)
     length = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(total)))
     assert norms[0] > 1e-3 and 0.9999e-3 < length <= 1e-3
 
@@ -264,16 +266,18 @@ def test_the_fast_sum_of_clipped_gradients_equals_a_plain_one_in_float64(tiny_co
     assert gradients.dtype == np.float64
     norms = np.linalg.norm(gradients, axis=1)
     clip_norm = float(np.median(norms))  # half of them are clipped
-    expected = np.minimum(1, clip_norm * (1 - 1e-5) / norms) @ gradients
+    grid = Grid(clip_norm=clip_norm, rows=6)
+    expected = np.minimum(1, grid.bound / norms) @ gradients
 
     loss = fast.example_loss(**draws, draws_at_once=2)
-    total, _ = jax.jit(
+    units, _ = jax.jit(
         lambda params, examples: clipped_gradient_sum(
             lambda params, example: loss(params.tree(), *example),  # as the step does it
-            params, examples, np.ones(6, bool), clip_norm=clip_norm, microbatch=3, microbatches=2,
+            params, examples, np.ones(6, bool), grid=grid, microbatch=3, microbatches=2,
         )
     )(state_lib.FlatParams.of(params), (images, labels, keys))  # fmt: skip
-    assert np.linalg.norm(flat(total) - expected) < 1e-5 * np.linalg.norm(expected)
+    total = flat(jax.tree.map(grid.decode, units))
+    assert np.linalg.norm(total - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import re
 
 from setuptools import find_packages, setup
 
-_VERSION = re.search(r"__version__ = '(.+)'", Path('dpp_jax/__init__.py').read_text()).group(1)
+_VERSION = re.search(r"__version__ = '(.+)'", Path('dpp_jax/__init__.py').read_text(encoding='utf-8')).group(
+    1
+)
 
 # clu writes TensorBoard files through TensorFlow; nothing else needs it.
 _TENSORFLOW = [

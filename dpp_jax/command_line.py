@@ -1,6 +1,6 @@
-"""What absl leaves open for a program's command line: configs by name, and every error in one line."""
+"""The flags, and what absl leaves open for them: configs by name, and every error in one line."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import difflib
 import logging as standard_logging
@@ -12,12 +12,30 @@ import signal
 import sys
 import threading
 import traceback
+from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 import dpp_jax
 from dpp_jax import configs
 from dpp_jax.training import preemption
+
+CONFIG = config_flags.DEFINE_config_file(
+    'config',
+    None,
+    'A shipped config or a path to a file, and ε after a colon: digits_8:10, path/mine.py:1.',
+    lock_config=True,
+)
+WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run; the program makes it.')
+STAGE = flags.DEFINE_enum(
+    'stage',
+    'all',
+    ['plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'clean', 'compose'],
+    'What to run: one stage; all: those that are not done; plan: spends nothing; clean: deletes private/; '
+    'compose: prints what the folders of --with spent together.',
+)
+WITH = flags.DEFINE_string('with', '', 'Work directories, separated by commas, for --stage=compose.')
 
 _SHIPPED = Path(configs.__path__[0])
 _HELP = re.compile(r'--?(help|helpshort|helpfull|helpxml|\?)')
@@ -29,38 +47,77 @@ class Mistake(Exception):
     """The command line cannot be used; the message tells the user why, in one line."""
 
 
-def run(main: Callable, help_text: str, shown: Sequence[flags.FlagHolder]) -> None:
+def run(main: Callable, help_text: str) -> None:
     """Run `main` under absl, with the flags of `parse`.
 
     Args:
         main: takes what is left of the arguments; it ends within `errors_in_one_line`.
         help_text: what --help prints above the flags.
-        shown: the flags that --help lists.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show ε shows a question mark. A log file has each line when it is printed.
+        stream.reconfigure(errors='replace', line_buffering=True)
     # absl looks for both in the module that was started: for the console script that is not ours.
     sys.modules['__main__'].__doc__ = help_text
-    for flag in shown:
+    for flag in (CONFIG, WORKDIR, STAGE, WITH):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(main, flags_parser=parse)
+
+
+def workdir() -> Path:
+    """Return the folder that --workdir means."""
+    return Path(WORKDIR.value).expanduser()
 
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parse the flags, and return what is left: the program's name. Mistakes end the process with a line."""
     try:
-        argv = _arranged(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False))
+        argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+        for argument in argv:
+            _check_text(argument)
+        argv = _arranged(argv)
         sys.argv[:] = argv  # ml_collections reads the settings from there
         left = flags.FLAGS(argv)
         if left[1:]:
             raise Mistake(f'{left[1]} is not a flag; flags are written --name=value')
-        workdir = flags.FLAGS['workdir'].value
-        if flags.FLAGS['stage'].value == 'compose':
-            return left
-        if not workdir or workdir.startswith('-'):
-            found = 'missing' if workdir is None else workdir or 'empty'
-            raise Mistake(f'--workdir is {found}; it must name the folder of this run, as in {_EXAMPLE}')
+        if STAGE.value != 'compose':
+            _check_workdir(WORKDIR.value)
         return left
     except (Mistake, flags.Error) as error:
         sys.exit('dpp-jax: ' + ' '.join(str(error).split()))
+
+
+def _check_text(argument: str) -> None:
+    """Raise Mistake where Python could not decode an argument: files are written in UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise Mistake(
+            f'{argument!r} is no {sys.getfilesystemencoding()} text, which this locale asks for; set '
+            'PYTHONUTF8=1 if it is UTF-8, or use other characters'
+        ) from error
+
+
+def _check_workdir(text: str | None) -> None:
+    """Raise Mistake unless --workdir names a folder, which an unset shell variable does not."""
+    if text is None:
+        found = 'missing'
+    elif not text.strip():
+        found = 'empty'
+    elif text.startswith('-') or not _has_home(text):
+        found = text
+    else:
+        return
+    raise Mistake(f'--workdir is {found}; it must name the folder of this run, as in {_EXAMPLE}')
+
+
+def _has_home(path: str) -> bool:
+    """Whether the `~` or `~user` that a path may begin with is known."""
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _arranged(argv: list[str]) -> list[str]:
@@ -75,13 +132,11 @@ def _arranged(argv: list[str]) -> list[str]:
         argument = arguments.pop(0)
         if re.fullmatch('--?config', argument) and arguments:
             argument += '=' + arguments.pop(0)
-        name, equals, value = argument.partition('=')
+        name, _, value = argument.partition('=')
         if name.lstrip('-') == 'config':
             chosen = value
-            continue
-        if equals and _SETTING.match(name):
-            rest = [other for other in rest if not other.startswith(f'{name}=')]
-        rest.append(argument)
+        else:
+            rest.append(argument)
     if any(_HELP.fullmatch(argument) for argument in rest):
         return [program, *rest]
     if re.search(r'(^|\n)--?stage[=\n]compose($|\n)', '\n'.join(rest)):
@@ -89,10 +144,29 @@ def _arranged(argv: list[str]) -> list[str]:
     if chosen is None:
         raise Mistake(f'--config is missing; it must name a config, as in {_EXAMPLE}')
     chosen = find_config(chosen)
-    known = _names(chosen)
-    for setting in filter(None, map(_SETTING.match, rest)):
-        _check_name(setting[1], known)
-    return [program, f'--config={chosen}', *rest]
+    return [program, f'--config={chosen}', *_last_of_each(rest, _values(chosen))]
+
+
+def _last_of_each(arguments: list[str], known: Mapping[str, Any]) -> list[str]:
+    """Return the arguments, with the last value of each setting in one word; raises Mistake for unknown names.
+
+    Args:
+        arguments: without --config.
+        known: the config's value of every setting.
+    """
+    others, settings, left = [], {}, list(arguments)
+    while left:
+        argument = left.pop(0)
+        setting = _SETTING.match(argument)
+        if not setting:
+            others.append(argument)
+            continue
+        name = setting[1]
+        _check_name(name, known)
+        if '=' not in argument and left and not isinstance(known[name], bool):
+            argument += '=' + left.pop(0)
+        settings[name] = argument
+    return [*settings.values(), *others]
 
 
 def find_config(text: str) -> str:
@@ -102,13 +176,17 @@ def find_config(text: str) -> str:
         text: a path to a file or the name of a shipped config, and ε after a colon.
 
     Raises:
-        Mistake: there is no such config.
+        Mistake: there is no such config, or no ε.
     """
-    name, *epsilon = text.split(':', 1)
-    path = Path(name).expanduser()
-    if not path.is_file():
+    name, _, epsilon = text.partition(':')
+    path = Path(name)
+    if _has_home(name) and path.expanduser().is_file():
+        path = path.expanduser()
+    else:
         path = _shipped(name)
-    return ':'.join([str(path), *epsilon])
+    if not epsilon:
+        raise Mistake(f'--config is {text}; ε must stand after a colon, as in --config={name}:10')
+    return f'{path}:{epsilon}'
 
 
 def _shipped(name: str) -> Path:
@@ -123,12 +201,12 @@ def _shipped(name: str) -> Path:
     raise Mistake(f'--config is {name!r}; it must be a file or one of {", ".join(shipped)}{advice}')
 
 
-def _names(config: str) -> list[str]:
-    """Return the names of all settings and groups of a config; raises Mistake where it cannot be loaded.
+def _values(config: str) -> dict[str, Any]:
+    """Return all settings and groups of a config, by their full names; raises Mistake where it cannot be loaded.
 
     ml_collections loads the file once more, but tells of mistakes by tracebacks.
     """
-    name, *epsilon = config.split(':', 1)
+    name, _, epsilon = config.partition(':')
     path = Path(name).absolute()
     # A config may import its neighbors, by `configs.<name>` too; in a checkout also the shipped ones.
     sys.path += [str(path.parent), str(path.parents[1]), str(Path(dpp_jax.__file__).resolve().parents[1])]
@@ -136,12 +214,12 @@ def _names(config: str) -> list[str]:
         found = runpy.run_path(str(path))
         if 'get_config' not in found:
             raise ValueError('a config must define get_config(epsilon), which returns a ConfigDict')
-        settings = found['get_config'](*epsilon).to_dict()
+        settings = found['get_config'](epsilon).to_dict()
     except SyntaxError as error:
         raise Mistake(f'{error.filename}, line {error.lineno}: {error.msg}') from error
     except Exception as error:
         raise Mistake(f'{_reason(error)} ({_place(error, path)})') from error
-    return list(_flattened(settings))
+    return dict(_flattened(settings))
 
 
 def _reason(error: Exception) -> str:
@@ -157,15 +235,15 @@ def _place(error: Exception, path: Path) -> str:
     return f'{path}, line {lines[-1]}' if lines else str(path)
 
 
-def _flattened(settings: dict, prefix: str = '') -> Iterator[str]:
-    """Yield the dotted names of all entries of nested dicts."""
+def _flattened(settings: dict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """Yield all entries of nested dicts, by their dotted names."""
     for name, value in settings.items():
-        yield prefix + name
+        yield prefix + name, value
         if isinstance(value, dict):
             yield from _flattened(value, f'{prefix}{name}.')
 
 
-def _check_name(name: str, known: list[str]) -> None:
+def _check_name(name: str, known: Mapping[str, Any]) -> None:
     """Raise Mistake, with the names that may be meant, unless the config has the setting."""
     if name in known:
         return
@@ -216,7 +294,8 @@ def _line(error: Exception) -> str | None:
             'the same command then goes on'
         )
     if isinstance(error, RuntimeError) and 'nable to initialize backend' in str(error):
-        return f'JAX cannot use this device; set JAX_PLATFORMS to another, as JAX_PLATFORMS=cpu ({error})'
+        told = ' '.join(str(error).split())
+        return f'JAX cannot use this device; set JAX_PLATFORMS to another, as JAX_PLATFORMS=cpu ({told})'
     return None
 
 

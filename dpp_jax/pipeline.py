@@ -12,7 +12,6 @@ from pathlib import Path
 import time
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from dpp_jax import build, settings
@@ -26,7 +25,7 @@ from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.stages import central, clean, evaluate, finetune, generate, plan, pretrain, report
-from dpp_jax.training import checkpoint
+from dpp_jax.training import checkpoint, devices, preemption
 
 STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
 
@@ -43,8 +42,7 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
         ValueError, OSError: settings, data or work directory are not as they must be; nothing is spent.
     """
     settings.check(config)
-    if jax.process_count() > 1:
-        raise ValueError(f'this run has {jax.process_count()} processes; it must have one, with all devices')
+    devices.check()
     workdir, model = WorkDir(root), build.model(config)
     images = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
     _check_folder(config, workdir, images, stage)
@@ -131,7 +129,9 @@ class Run:
             artefacts.write_parameters(self.workdir, self.model)
             if {'pretrain', 'finetune', 'generate'} & set(todo):
                 _ = self._sizes  # settled before anything is spent
+        preemption.wait_for_steps()
         for stage in todo:
+            preemption.check()
             start = time.monotonic()
             statement.record_code(self.workdir, stage)
             getattr(self, stage)()
@@ -139,7 +139,7 @@ class Run:
         if not todo:
             print(f'Everything is done in {self.workdir.root}: {", ".join(stages)}.')
         if stages[-1] == 'report':
-            print('\n' + self.workdir.report_text.read_text())
+            print('\n' + self.workdir.report_text.read_text(encoding='utf-8'))
 
     def _check(self, todo: list[str]) -> None:
         """Find everything that can be wrong, before any privacy is spent or anything is written."""

@@ -398,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         content = {'confidence': CONFIDENCE, 'accountant': 'pld', 'seed': options.seed, 'rows': rows}
-        options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n')
+        options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return 0 if all(row['as_expected'] for row in rows) else 1
 
 

@@ -133,7 +133,7 @@ def give_keys(source: Path, workdir: Path) -> None:
 def keys_of(workdir: Path) -> dict[str, dict]:
     """Part → its keys, as far as they are drawn."""
     path = workdir / 'private' / 'keys.json'
-    parts = json.loads(path.read_text()) if path.exists() else {}
+    parts = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     return {
         part: {name: keys[name] for name in ('identifier', 'sampling', 'noise')}
         for part, keys in parts.items()
@@ -144,7 +144,7 @@ def keys_of(workdir: Path) -> dict[str, dict]:
 def randomness_of(workdir: Path) -> dict[str, set[str]]:
     """Mechanism → the names of the keys that the ledger's releases were made with."""
     found: dict[str, set[str]] = {}
-    for line in (workdir / 'release' / 'ledger.jsonl').read_text().splitlines():
+    for line in (workdir / 'release' / 'ledger.jsonl').read_text(encoding='utf-8').splitlines():
         entry = json.loads(line)
         found.setdefault(entry['mechanism'], set()).add(entry['randomness'])
     return found
@@ -194,7 +194,7 @@ def final_state(workdir: Path) -> dict[str, object]:
     texts = [release / 'ledger.jsonl', release / 'privacy_statement.md', release / 'plan.json']
     texts += [private / name for name in ('keys.json', 'evaluation.json', 'report.txt')]
     # The page names files by their folder, the only thing that differs between two runs.
-    found |= {path.name: path.read_text().replace(str(workdir), '') for path in texts}
+    found |= {path.name: path.read_text(encoding='utf-8').replace(str(workdir), '') for path in texts}
     litter = [p for p in workdir.rglob('*') if p.name.startswith(('.new_', '.parts_'))]
     return found | {'litter': sorted(str(path) for path in litter)}
 
@@ -307,7 +307,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + '\n')
+        arguments.json.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
     sys.exit(bool(wrong))
 
 

@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-use_environment "${DPP_VENV:-.venv}" ""
+use_environment "${DPP_VENV:-.venv}" "" "0.6 GB"
 exec python -m dpp_jax.main --config=configs/digits_8.py:10 --workdir=runs/digits_8 --stage=all "$@"

@@ -1,7 +1,8 @@
 # Sourced by the other scripts: a virtual environment with the package installed.
-#   use_environment FOLDER EXTRA...   makes FOLDER if needed, installs what changed, activates it.
+#   use_environment FOLDER EXTRAS SIZE   makes FOLDER if needed, installs what changed, activates it.
+# SIZE is what a first installation downloads, for people who wait for it.
 use_environment() {
-  local folder=$1 extras=$2 python=${PYTHON:-python3} wanted
+  local folder=$1 extras=$2 size=$3 python=${PYTHON:-python3} wanted
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "dpp_jax needs Python 3.11 or newer; $python is $("$python" --version 2>&1)." \
       "Set PYTHON=/path/to/python3.11" >&2
@@ -12,7 +13,8 @@ use_environment() {
   # Install again only when the dependencies changed.
   wanted="$(cksum setup.py constraints.txt) $extras"
   if [ "$(cat "$folder/installed" 2>/dev/null)" != "$wanted" ]; then
-    echo "Installing dpp_jax$extras in $folder ..."
+    echo "Installing dpp_jax$extras in $folder: pip downloads $size the first time and unpacks it." \
+      "It says nothing until that is done, a minute or more." >&2
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
       --constraint constraints.txt --editable ".$extras"
     echo "$wanted" > "$folder/installed"

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-  use_environment "${DPP_TEST_VENV:-.venv-test}" "[test]"
+  use_environment "${DPP_TEST_VENV:-.venv-test}" "[test]" "1 GB or more (PyTorch)"
 elif ! python -c 'import dpp_jax, hypothesis, jax_privacy, opacus, pytest, torch, xdist' 2>/dev/null; then
   echo "The active environment, $VIRTUAL_ENV, lacks the tests' packages." \
     "Run: pip install -c constraints.txt -e '.[test]', or deactivate it: then one is made." >&2

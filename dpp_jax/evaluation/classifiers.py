@@ -152,6 +152,8 @@ def _train_logistic(
 
     pixels, held_pixels = flat(chosen.images), flat(held.images)
     best, best_accuracy = None, -1.0
+    if progress is not None:
+        progress(0, len(_LOGISTIC_C), '')
     for done, c in enumerate(_LOGISTIC_C, start=1):
         model = sklearn.linear_model.LogisticRegression(C=c, max_iter=_LOGISTIC_ITERATIONS)
         with warnings.catch_warnings():

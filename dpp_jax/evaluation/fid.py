@@ -3,7 +3,7 @@
 Sums are kept in float64.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +28,12 @@ class FeatureExtractor(Protocol):
 
 
 def fid(
-    extractor: FeatureExtractor, images_a: np.ndarray, images_b: np.ndarray, *, batch_size: int = 256
+    extractor: FeatureExtractor,
+    images_a: np.ndarray,
+    images_b: np.ndarray,
+    *,
+    batch_size: int = 256,
+    progress: Callable[[int], object] | None = None,
 ) -> float:
     """Return the Fréchet distance between the features of two sets of images (Heusel et al. 2017).
 
@@ -38,6 +43,7 @@ def fid(
         extractor: gives the features.
         images_a, images_b: uint8 (N, H, W, C), at least two images each.
         batch_size: images whose features are computed at once.
+        progress: called with the number of images whose features came last.
 
     Returns:
         A number, at least 0, the same if the two sets change places.
@@ -48,7 +54,10 @@ def fid(
 
     def batches(images: np.ndarray) -> Iterator[np.ndarray]:
         for start in range(0, len(images), batch_size):
-            yield extractor.features(images[start : start + batch_size], batch_size)
+            found = extractor.features(images[start : start + batch_size], batch_size)
+            if progress is not None:
+                progress(len(found))
+            yield found
 
     return frechet_distance(*moments(batches(images_a)), *moments(batches(images_b)))
 

@@ -90,7 +90,8 @@ def train(
         labels: integers (N,) in [0, network.classes), at least two of every class.
         key: typed jax.random key; the same key gives the same weights on the same hardware.
         settings: how to train.
-        progress: called with (done, total, note), done and total in steps.
+        progress: called with (done, total, note), done and total in steps, before the first step and then
+            every hundred steps at most.
 
     Raises:
         ValueError: images or labels other than described.
@@ -106,6 +107,8 @@ def train(
     for epoch in range(1, settings.epochs + 1):
         calls = _epoch_batches(len(images), settings.batch_size, rng)
         total = settings.epochs * sum(len(batches) for batches, _ in calls)
+        if progress is not None and done == 0:
+            progress(done, total, note)
         for batches, mask in calls:
             state = _train_steps(
                 network, state, images, labels, batches, mask, dropout_key,

@@ -23,7 +23,7 @@ from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum
-from dpp_jax.training import devices
+from dpp_jax.training import devices, preemption
 from dpp_jax.training.state import FlatParams
 
 # Activations of one layer at full size that stay in a CPU core's cache between two layers: with more, the
@@ -124,6 +124,7 @@ def fastest(calls: dict[int, Callable[[], int]], preferred: int) -> int:
     rates = dict.fromkeys(calls, 0.0)
     for _ in range(_TURNS):
         for images, call in calls.items():
+            preemption.check()
             start = time.perf_counter()
             done = call()
             rates[images] = max(rates[images], done / (time.perf_counter() - start))
@@ -185,6 +186,6 @@ def _by_rule(model: Model) -> int:
 def _read(path: Path) -> dict:
     """Read a JSON file; nothing if there is none, or none that can be read."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}

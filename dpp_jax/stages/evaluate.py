@@ -1,5 +1,8 @@
 """Stage `evaluate`: synthetic images against real ones. No guarantee: results stay in private/."""
 
+from collections.abc import Iterator
+import contextlib
+
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -54,16 +57,20 @@ def run(
     if settings.fid and 'fid' not in results:
         synthetic = images.load(images.paths['images'])['images']
         network = _feature_network(config, workdir, keys, train)
-        results['fid'] = fid.fid(network, train.images, synthetic)
-        # What a perfect generator would score: real images that training did not see.
-        results['fid_of_real_test_images'] = fid.fid(network, train.images, test.images)
+        total = 2 * len(train.images) + len(synthetic) + len(test.images)
+        with progress.bar(total, 'fid', 'image') as bar:
+            results['fid'] = fid.fid(network, train.images, synthetic, progress=bar.update)
+            # What a perfect generator would score: real images that training did not see.
+            results['fid_of_real_test_images'] = fid.fid(
+                network, train.images, test.images, progress=bar.update
+            )
         results['fid_features'] = network.name
         evaluation.save()
     data = images.load(images.for_classifiers)
     for kind in settings.classifiers:
         if kind in results['accuracy']:
             continue
-        with progress.bar(settings.epochs, f'train {kind}', 'step') as bar:
+        with _steps_bar(f'train {kind}') as advance:
             classifier = classifiers.train_classifier(
                 kind,
                 data['images'],
@@ -77,7 +84,7 @@ def run(
                     ema_decay=settings.ema_decay,
                     held_out=settings.held_out,
                 ),
-                progress=_advance(bar),
+                progress=advance,
             )
         results['accuracy'][kind] = classifiers.accuracy(classifier, test.images, test.labels)
         results.setdefault('held_out_accuracy', {})[kind] = classifier.held_out_accuracy
@@ -92,25 +99,33 @@ def _feature_network(
     if path.exists():
         arrays = files.read_npz(path, 'Delete it: --stage=evaluate trains it again')
         return features.FeatureNetwork.from_arrays(arrays, source=path)
-    with progress.bar(config.evaluate.feature_epochs, 'fid features', 'step') as bar:
+    with _steps_bar('fid features') as advance:
         network = features.train_feature_network(
             train.images,
             train.labels,
             classes=config.data.classes,
             key=keys.of_part('evaluate/features').random,
             epochs=config.evaluate.feature_epochs,
-            progress=_advance(bar),
+            progress=advance,
         )
     files.write_npz(path, **network.to_arrays())
     return network
 
 
-def _advance(bar):
-    """Make a callback (done, total, note) that moves a progress bar."""
+@contextlib.contextmanager
+def _steps_bar(name: str) -> Iterator[trainer.Progress]:
+    """Yield a callback (done, total, note) that shows a progress bar from its first call on.
 
-    def advance(done, total, note):
-        bar.total = total
-        bar.set_postfix_str(note, refresh=False)
-        bar.update(done - bar.n)
+    Not before: only the training knows how many steps it takes.
+    """
+    with contextlib.ExitStack() as stack:
+        bars = []
 
-    return advance
+        def advance(done: int, total: int, note: str) -> None:
+            if not bars:
+                bars.append(stack.enter_context(progress.bar(total, name, 'step')))
+            if done:
+                bars[0].set_postfix_str(note, refresh=False)
+            bars[0].update(done - bars[0].n)
+
+        yield advance

@@ -170,7 +170,7 @@ def write_png_tree(folder: Path, images: np.ndarray, labels: np.ndarray) -> None
     with files.whole_folder(folder) as unfinished:
         for label in np.unique(labels):
             (unfinished / str(label)).mkdir()
-        with progress.bar(len(images), 'png files', 'image') as bar:
+        with progress.bar(len(images), 'png files', 'image', compiles=False) as bar:
             for number, (image, label) in enumerate(zip(images, labels)):
                 (unfinished / str(label) / f'{number:07d}.png').write_bytes(image_grid.png(image))
                 bar.update()

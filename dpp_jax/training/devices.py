@@ -80,6 +80,23 @@ def keep_compiled_programs() -> None:
         jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'programs'))
 
 
+def in_32_bits() -> None:
+    """Let numbers have 32 bits where no type is said, whatever JAX_ENABLE_X64 says: the released bits are those."""
+    jax.config.update('jax_enable_x64', False)
+
+
+def check() -> None:
+    """Refuse what a run cannot work with.
+
+    Raises:
+        ValueError: there are several processes, or numbers have 64 bits where no type is said.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f'this run has {jax.process_count()} processes; it must have one, with all devices')
+    if jax.config.jax_enable_x64:  # the program `dpp-jax` turns it off by itself
+        raise ValueError('JAX_ENABLE_X64 is on; it must be off: a DP-SGD step is made of 32-bit numbers')
+
+
 def one_per_core() -> None:
     """Make a device of each CPU core, at most 16, before JAX starts. A GPU or a TPU does not notice.
 
@@ -100,7 +117,7 @@ def cores() -> int:
     """CPU cores that this process may use: those that it may run on, and no more than its quota (Linux)."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     try:
-        quota, period = _CPU_QUOTA.read_text().split()
+        quota, period = _CPU_QUOTA.read_text(encoding='utf-8').split()
         return max(1, min(found, int(quota) // int(period)))
     except (OSError, ValueError):  # no such system, or no quota ("max")
         return found

@@ -75,7 +75,7 @@ def train(
             if time.monotonic() - saved_at > checkpoint_every_seconds:
                 _save(store, state, record, name)
                 saved_at = time.monotonic()
-    _save(store, state, record, name)
+        _save(store, state, record, name)
     return devices.first(state)
 
 

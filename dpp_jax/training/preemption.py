@@ -1,4 +1,11 @@
-"""Stop requests: SIGTERM and Ctrl-C end a run in order, and SIGTERM soon.
+"""Stop requests: Ctrl-C and SIGTERM end a run between two of its steps, and SIGTERM soon.
+
+How it goes: a program calls `leave_at_once` before anything else, and `wait_for_steps` as soon as there is work
+to lose. From then on a request sets a flag and does nothing else. Every stage looks at the flag between two of
+its steps: `check` does so, and every progress bar calls it. A loop that saves first does it within `deferred`.
+
+No signal handler of a program raises an exception. It would be raised in whatever runs at that moment: in a
+library that takes it for an error of its own, or in the garbage collector, which loses it.
 
 Imports no other package, so that a program can call it before it waits for theirs.
 """
@@ -7,10 +14,14 @@ from collections.abc import Iterator
 import contextlib
 import os
 import signal
-import sys
 import threading
 
 GRACE_SECONDS = 25.0  # whoever sends SIGTERM usually sends SIGKILL after 30
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+_requests: list[int] = []  # numbers of the signals that asked this process to stop, and are not answered
+_is_deferred = False
+_end_begun = threading.Lock()
 
 
 class Interrupted(BaseException):
@@ -21,72 +32,123 @@ class Interrupted(BaseException):
         self.signal_number = signal_number
 
 
+def check() -> None:
+    """Raise Interrupted if the run was asked to stop. For the time between two steps.
+
+    Does nothing within `deferred`, and in other threads than the main one, which would not end by it.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if _requests and is_main and not _is_deferred:
+        raise Interrupted(_requests[0])
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[list[int]]:
     """Yield a list that receives a signal's number when the run is asked to stop; nothing else happens.
 
-    A second Ctrl-C stops at once.
+    For a loop that looks at the list between two steps and saves before it raises Interrupted; a request
+    after its last look is raised at the end. A second Ctrl-C stops at once. Outside a program (see
+    `wait_for_steps`) this holds inside the context only.
     """
-    requests = []
-
-    def request(number, frame):
-        del frame
-        if requests and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        requests.append(number)
-
+    global _is_deferred
+    previous = {}
+    if signal.getsignal(signal.SIGTERM) is not _request:
+        try:
+            previous = {number: signal.signal(number, _request_or_interrupt) for number in _STOPS}
+        except ValueError:  # not in the main thread: signals go elsewhere
+            pass
+    _is_deferred = True
     try:
-        previous = {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals go elsewhere
-        previous = {}
-    try:
-        yield requests
+        yield _requests
     finally:
+        _is_deferred = False
+        unanswered = _requests[:]
+        if previous:
+            _requests.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if unanswered:
+        raise Interrupted(unanswered[0])
 
 
-def leave_on_sigterm() -> None:
-    """Let SIGTERM end the process with 0 at once: for programs that have nothing to save yet.
+def leave_at_once() -> None:
+    """Let Ctrl-C and SIGTERM end the process at once, with a line: for programs with nothing to lose yet."""
+    for number in _STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background jobs ignore Ctrl-C
+            signal.signal(number, _leave)
 
-    Not by an exception: a library that is being imported may turn one into an error of its own.
+
+def wait_for_steps(grace_seconds: float = GRACE_SECONDS) -> None:
+    """Let requests wait for the end of a step, in programs that called `leave_at_once`; else do nothing.
+
+    A second Ctrl-C ends the process at once, and SIGTERM ends it after `grace_seconds`. Then the step in
+    progress is lost, and is done again from the last checkpoint. Python calls its handlers between two of its
+    own instructions. A compilation or a long step on the device is none, so a thread waits for the signals
+    themselves.
     """
-
-    def leave(number, frame):
-        del number, frame
-        os.write(2, b'\nStopped before the run began. Run the same command to start it.\n')
-        os._exit(0)
-
-    signal.signal(signal.SIGTERM, leave)
-
-
-def stop_on_sigterm(grace_seconds: float = GRACE_SECONDS) -> None:
-    """Let SIGTERM raise Interrupted, and end the process with 0 after `grace_seconds`.
-
-    Python answers a signal between two of its own instructions. A compilation or a long step on the
-    device is none, so a thread that waits for the signal itself keeps the promise in that case: then
-    the step in progress is lost, and is done again from the last checkpoint.
-    """
-
-    def interrupt(number, frame):
-        del frame
-        raise Interrupted(number)
-
-    signal.signal(signal.SIGTERM, interrupt)
+    taken = [number for number in _STOPS if signal.getsignal(number) is _leave]
+    if not taken:
+        return
+    for number in taken:
+        signal.signal(number, _request)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader, grace_seconds), daemon=True).start()
 
 
+def _leave(number: int, frame: object) -> None:
+    """A handler: end the process."""
+    del frame
+    _end('Stopped before the run began. Run the same command to start it.', number)
+
+
+def _request(number: int, frame: object) -> None:
+    """A handler: set the flag."""
+    del frame
+    _requests.append(number)
+
+
+def _request_or_interrupt(number: int, frame: object) -> None:
+    """A handler: set the flag, and interrupt by a second Ctrl-C."""
+    if number == signal.SIGINT and number in _requests:
+        raise KeyboardInterrupt
+    _request(number, frame)
+
+
 def _watch(reader: int, grace_seconds: float) -> None:
-    """End the process `grace_seconds` after the first SIGTERM, unless it ended before."""
-    while signal.SIGTERM not in os.read(reader, 1):
+    """Answer the signals whose numbers come from `reader`, while the main thread may not be able to."""
+    seen = set()
+    while True:
+        for number in os.read(reader, 1):
+            if number == signal.SIGINT and number in seen:
+                _end_in_step(number)
+            elif number == signal.SIGINT:
+                _tell('Stopping after this step. Press Ctrl-C again to stop at once.')
+            elif number == signal.SIGTERM and number not in seen:
+                timer = threading.Timer(grace_seconds, _end_in_step, [number])
+                timer.daemon = True
+                timer.start()
+            seen.add(number)
+
+
+def _end_in_step(number: int) -> None:
+    _end('Stopped during a step. Run the same command to continue from what is saved.', number)
+
+
+def _end(line: str, number: int) -> None:
+    """End the process with a line and without Python's farewell; files appear whole or not at all.
+
+    Not by an exception: a library that is being imported may turn one into an error of its own.
+    """
+    if _end_begun.acquire(blocking=False):
+        _tell(line)
+        os._exit(0 if number == signal.SIGTERM else 128 + number)
+
+
+def _tell(line: str) -> None:
+    """Write to the terminal, whatever Python is doing with its own streams."""
+    try:
+        os.write(2, f'\n{line}\n'.encode())
+    except OSError:  # nobody listens any more
         pass
-    threading.Event().wait(grace_seconds)
-    print(
-        '\nStopped during a step. Run the same command to continue from the last checkpoint.',
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(0)

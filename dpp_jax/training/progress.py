@@ -1,14 +1,29 @@
-"""Progress bars with the time left."""
+"""Progress bars with the time left. Between two steps they also stop a run that was asked to stop."""
 
 import sys
 
 from tqdm import tqdm
 
+from dpp_jax.training import preemption
 
-def bar(total: int, name: str, unit: str, initial: int = 0) -> tqdm:
-    """Make a bar on the terminal; in a log file, a line every half minute instead of a flood."""
+_COMPILING = 'compiling …'
+
+
+def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = True) -> tqdm:
+    """Make a bar on the terminal; in a log file, a line every half minute instead of a flood.
+
+    Its `update` raises `preemption.Interrupted` if the run was asked to stop: no stage can forget it.
+
+    Args:
+        total: steps at the end.
+        name: what is in progress.
+        unit: of a step.
+        initial: steps done before.
+        compiles: whether the first step waits for the compiler. The bar says so, and that step does not count
+            for the time left.
+    """
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
+    return _Bar(
         total=total,
         desc=f'{name:<12}',
         unit=unit,
@@ -17,4 +32,39 @@ def bar(total: int, name: str, unit: str, initial: int = 0) -> tqdm:
         maxinterval=max(10.0, interval),
         dynamic_ncols=True,
         smoothing=0.1,
+        postfix=_COMPILING if compiles else None,
     )
+
+
+class _Bar(tqdm):
+    """A bar whose rate is that of the steps after the first one."""
+
+    _first_end = None  # (time, steps done) when the first step ended
+
+    def update(self, n: float = 1) -> bool | None:
+        """Advance by `n`, then raise Interrupted if the run was asked to stop."""
+        if self._first_end is None and n:
+            shown = self._end_first(n)
+        else:
+            shown = super().update(n)
+        preemption.check()
+        return shown
+
+    def _end_first(self, n: float) -> bool:
+        """Advance by the first step: the rate is measured from here."""
+        self.n += n
+        self.last_print_n, self.last_print_t = self.n, self._time()
+        self._first_end = self.last_print_t, self.n
+        if self.postfix == _COMPILING:
+            self.postfix = None
+        self.refresh()
+        return True
+
+    @property
+    def format_dict(self) -> dict:
+        """What is shown; a rate of 0 appears as unknown."""
+        shown = super().format_dict
+        if shown['rate'] is None:
+            since, first = self._first_end or (0, self.n)
+            shown['rate'] = (self.n - first) / max(self._time() - since, 1e-9)
+        return shown

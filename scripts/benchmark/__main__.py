@@ -131,7 +131,7 @@ def benchmark(config) -> None:
 
 def save(report: dict) -> None:
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(report, indent=2) + '\n')
+        Path(_JSON.value).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
 
 
 def training_rows(found, flops: float, peak: float) -> list[dict]:
@@ -179,7 +179,7 @@ def compare(found: list[timing.Contender]) -> dict[str, float]:
 def machine() -> str:
     """The device, with the processor's own name where JAX says no more than "cpu"."""
     try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
         name = next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()

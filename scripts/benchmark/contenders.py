@@ -189,7 +189,7 @@ def _grown_by(config, title: str) -> int:
 
 def _resident_bytes(kind: str) -> int:
     """Of this process: VmRSS is now, VmHWM the most there has been (Linux)."""
-    lines = Path('/proc/self/status').read_text().splitlines()
+    lines = Path('/proc/self/status').read_text(encoding='utf-8').splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
 
 

@@ -148,7 +148,7 @@ def _arranged(argv: list[str]) -> list[str]:
 
 
 def _last_of_each(arguments: list[str], known: Mapping[str, Any]) -> list[str]:
-    """Return the arguments, with the last value of each setting in one word; raises Mistake for unknown names.
+    """Return the arguments, with the last value of each setting in one word; Mistake for unknown ones.
 
     Args:
         arguments: without --config.
@@ -202,7 +202,7 @@ def _shipped(name: str) -> Path:
 
 
 def _values(config: str) -> dict[str, Any]:
-    """Return all settings and groups of a config, by their full names; raises Mistake where it cannot be loaded.
+    """Return all settings and groups of a config by their full names; raises Mistake if it cannot be loaded.
 
     ml_collections loads the file once more, but tells of mistakes by tracebacks.
     """

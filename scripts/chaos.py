@@ -137,7 +137,7 @@ def keys_of(workdir: Path) -> dict[str, dict]:
     return {
         part: {name: keys[name] for name in ('identifier', 'sampling', 'noise')}
         for part, keys in parts.items()
-        if part != '_note'
+        if not part.startswith('_')
     }
 
 

@@ -27,6 +27,9 @@ NOTE = (
     'guarantee needs. Do not publish anything in this folder.'
 )
 
+_RANDOM_BITS = '_random_bits'  # in the file, beside the keys
+_BIT_FLAGS = ('jax_threefry_partitionable', 'jax_default_prng_impl')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MechanismKeys:
@@ -134,8 +137,10 @@ class Keys:
     def _get(self, name: str, keys: int) -> dict[str, str]:
         """Return the secrets of one part, in hexadecimal; with so many JAX keys, if they are made now."""
         known = self._read()
-        if name not in known:
-            known[name] = _fresh_secrets(name, self._seed, keys)
+        is_noted = _check_random_bits(self._path, known)
+        if name not in known or not is_noted:
+            known[_RANDOM_BITS] = _random_bits()
+            known.setdefault(name, _fresh_secrets(name, self._seed, keys))
             files.write_json(self._path, known, mode=0o600)
         identifier = known[name]['identifier']
         expected = None if self._seed is None else seeded_identifier(self._seed)
@@ -154,6 +159,41 @@ class Keys:
             'Restore the file: a query or a training step needs these keys. If release/model/finetune '
             'exists, you may delete it: generation then draws images with new keys',
         )
+
+
+def _random_bits() -> dict[str, Any]:
+    """Describe what decides the random bits that JAX makes of a key: another description, other noise."""
+    key = jax.random.wrap_key_data(np.arange(2, dtype=np.uint32), impl='threefry2x32')
+    keys = jax.random.split(jax.random.fold_in(key, 1))
+    draws = [jax.random.bits(keys[0], (5, 3), 'uint32'), jax.random.key_data(keys)]
+    return {name: getattr(jax.config, name) for name in _BIT_FLAGS} | {'test_draw': files.digest(draws)}
+
+
+def _check_random_bits(path: Path, known: dict[str, Any]) -> bool:
+    """Check that JAX still makes the same random bits of the keys in `known`.
+
+    With others, a step that is repeated after a crash would draw other noise under the same ledger entry.
+
+    Returns:
+        Whether `known` says which bits it stands for; files of earlier versions do not.
+
+    Raises:
+        ValueError: the bits are others.
+    """
+    if _RANDOM_BITS not in known:
+        return False
+    then, now = known[_RANDOM_BITS], _random_bits()
+    if not isinstance(then, dict):
+        raise ValueError(f'{path}: {_RANDOM_BITS} is {then!r}; it must be an object. Restore the file')
+    for name in (name for name in now if then.get(name) != now[name]):
+        flag, advice = name.upper(), f'JAX {jax.__version__} makes other bits; use the version of this folder'
+        if name in _BIT_FLAGS:
+            advice = f'{flag} is {now[name]}; set {flag}={then.get(name)}'
+        raise ValueError(
+            f'the random bits differ from those for which {path} was made: {advice}. With others, a repeated '
+            'step would be a second release'
+        )
+    return True
 
 
 def _fresh_secrets(name: str, seed: int | None, keys: int) -> dict[str, str]:

@@ -81,7 +81,7 @@ def keep_compiled_programs() -> None:
 
 
 def in_32_bits() -> None:
-    """Let numbers have 32 bits where no type is said, whatever JAX_ENABLE_X64 says: the released bits are those."""
+    """Let numbers have 32 bits where no type is said, whatever JAX_ENABLE_X64 says."""
     jax.config.update('jax_enable_x64', False)
 
 

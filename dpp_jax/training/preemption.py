@@ -1,8 +1,9 @@
 """Stop requests: Ctrl-C and SIGTERM end a run between two of its steps, and SIGTERM soon.
 
-How it goes: a program calls `leave_at_once` before anything else, and `wait_for_steps` as soon as there is work
-to lose. From then on a request sets a flag and does nothing else. Every stage looks at the flag between two of
-its steps: `check` does so, and every progress bar calls it. A loop that saves first does it within `deferred`.
+How it goes: a program calls `leave_at_once` before anything else, and `wait_for_steps` as soon as there is
+work to lose. From then on a request sets a flag and does nothing else. Every stage looks at the flag between
+two of its steps: `check` does so, and every progress bar calls it. A loop that saves first does it within
+`deferred`.
 
 No signal handler of a program raises an exception. It would be raised in whatever runs at that moment: in a
 library that takes it for an error of its own, or in the garbage collector, which loses it.

@@ -161,7 +161,7 @@ def test_a_damaged_file_is_named_with_what_to_do(path, ledger, damage):
     for each in ask:
         each()
     whole = json.loads(path.read_text())
-    assert set(whole) == {'_note', 'dp_sgd', 'pretrain'}
+    assert set(whole) == {'_note', '_random_bits', 'dp_sgd', 'pretrain'}
     torn = damage(path.read_text())
     path.write_text(torn)
     for each in ask:
@@ -193,3 +193,45 @@ def test_a_run_that_began_with_a_single_noise_key_goes_on_with_it(path, ledger):
     noise = np.asarray(mechanism.normal(keys.noise.keys, (5,)))
     expected = jax.random.normal(keys.noise.keys, (4, 5)).sum(0) / 2
     np.testing.assert_array_equal(noise, expected)
+
+
+@pytest.mark.parametrize(
+    'flag, value, told',
+    [
+        ('jax_threefry_partitionable', False, 'JAX_THREEFRY_PARTITIONABLE is False; set JAX_.*=True'),
+        ('jax_default_prng_impl', 'rbg', 'JAX_DEFAULT_PRNG_IMPL is rbg; set JAX_.*=threefry2x32'),
+    ],
+)  # fmt: skip
+def test_keys_are_given_only_while_jax_makes_the_same_bits_of_them(path, ledger, flag, value, told):
+    Keys(path, None).of_mechanism('dp_sgd', ledger)
+    before, usual = path.read_bytes(), getattr(jax.config, flag)
+    jax.config.update(flag, value)
+    try:
+        for ask in (
+            lambda: Keys(path, None).of_mechanism('dp_sgd', ledger),
+            lambda: Keys(path, 7).of_part('x'),
+        ):
+            with pytest.raises(ValueError, match=f'{told}.* second release'):
+                ask()
+    finally:
+        jax.config.update(flag, usual)
+    assert path.read_bytes() == before
+    Keys(path, None).of_mechanism('dp_sgd', ledger)
+
+
+def test_another_version_of_jax_may_make_other_bits(path, ledger):
+    Keys(path, None).of_mechanism('dp_sgd', ledger)
+    known = json.loads(path.read_text())
+    known['_random_bits']['test_draw'] = 'of another version'
+    path.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match='JAX .* makes other bits; use the version of this folder'):
+        Keys(path, None).of_part('pretrain')
+
+
+def test_keys_of_an_earlier_version_go_on_and_note_their_bits(path, ledger):
+    own = Keys(path, None).of_mechanism('dp_sgd', ledger)
+    known = json.loads(path.read_text())
+    noted = known.pop('_random_bits')
+    path.write_text(json.dumps(known))
+    assert Keys(path, None).of_mechanism('dp_sgd', ledger).sampling == own.sampling
+    assert json.loads(path.read_text())['_random_bits'] == noted

@@ -69,6 +69,29 @@ def workdir() -> Path:
     return Path(WORKDIR.value).expanduser()
 
 
+def start_jax() -> None:
+    """Start JAX with the settings of this program.
+
+    Raises:
+        ValueError: the environment asks for what is not there, or for what JAX does not know.
+    """
+    names = sorted(name for name in os.environ if name.startswith(('JAX_', 'XLA_')))
+    asked = ' '.join(f'{name}={os.environ[name]}' for name in names)
+    try:
+        from dpp_jax.training import devices  # imports JAX, which reads the environment
+
+        devices.one_per_core()
+        devices.in_32_bits()
+        devices.keep_compiled_programs()
+        devices.local()
+    except (AssertionError, RuntimeError, ValueError) as error:
+        told = ' '.join(str(error).split()) or 'there is no such device'
+        raise ValueError(
+            f'JAX cannot start with {asked or "the devices of this machine"} ({told}). Change that; '
+            'JAX_PLATFORMS=cpu works on every machine'
+        ) from error
+
+
 def parse(argv: Sequence[str]) -> list[str]:
     """Parse the flags, and return what is left: the program's name. Mistakes end the process with a line."""
     try:
@@ -83,7 +106,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         if STAGE.value != 'compose':
             _check_workdir(WORKDIR.value)
         return left
-    except (Mistake, flags.Error) as error:
+    except (Mistake, flags.Error, ValueError) as error:  # absl has both for what it cannot parse
         sys.exit('dpp-jax: ' + ' '.join(str(error).split()))
 
 
@@ -163,7 +186,9 @@ def _last_of_each(arguments: list[str], known: Mapping[str, Any]) -> list[str]:
             continue
         name = setting[1]
         _check_name(name, known)
-        if '=' not in argument and left and not isinstance(known[name], bool):
+        if '=' not in argument and not isinstance(known[name], bool):
+            if not left or left[0].startswith('--'):
+                raise Mistake(f'config.{name} has no value; write --config.{name}={known[name]}')
             argument += '=' + left.pop(0)
         settings[name] = argument
     return [*settings.values(), *others]
@@ -245,8 +270,12 @@ def _flattened(settings: dict, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 def _check_name(name: str, known: Mapping[str, Any]) -> None:
     """Raise Mistake, with the names that may be meant, unless the config has the setting."""
-    if name in known:
+    if name in known and not isinstance(known[name], dict):
         return
+    if name in known:
+        raise Mistake(
+            f'config.{name} is a group; change a setting of it, as config.{name}.{[*known[name]][0]}'
+        )
     last = name.rpartition('.')[2]
     same = [other for other in known if other.rpartition('.')[2] == last]
     near = difflib.get_close_matches(name, known, n=1) or same
@@ -283,9 +312,8 @@ def errors_in_one_line() -> Iterator[None]:
 
 def _line(error: Exception) -> str | None:
     """Return what tells the user how to mend an error, or None: then it is ours."""
-    from dpp_jax.training import loop  # late: imports JAX
-
-    if isinstance(error, (ValueError, OSError, loop.Diverged)):
+    diverged = getattr(sys.modules.get('dpp_jax.training.loop'), 'Diverged', ValueError)  # imports JAX
+    if isinstance(error, (ValueError, OSError, diverged)):
         return str(error)
     if isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
         return (
@@ -293,9 +321,6 @@ def _line(error: Exception) -> str | None:
             '--config.loop.images_at_once or --config.finetune.microbatch (--stage=plan shows them); '
             'the same command then goes on'
         )
-    if isinstance(error, RuntimeError) and 'nable to initialize backend' in str(error):
-        told = ' '.join(str(error).split())
-        return f'JAX cannot use this device; set JAX_PLATFORMS to another, as JAX_PLATFORMS=cpu ({told})'
     return None
 
 

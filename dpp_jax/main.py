@@ -23,17 +23,14 @@ def main(argv):
     from dpp_jax import command_line
 
     with command_line.errors_in_one_line():
-        # Imported late: a mistake on the command line is told at once.
+        # Late: a mistake on the command line is told at once.
+        command_line.start_jax()
         from dpp_jax import pipeline
         from dpp_jax.run import composition
-        from dpp_jax.training import devices
 
         if command_line.STAGE.value == 'compose':
             print(composition.text(command_line.WITH.value))
             return
-        devices.one_per_core()
-        devices.in_32_bits()
-        devices.keep_compiled_programs()
         pipeline.run(command_line.CONFIG.value, command_line.workdir(), command_line.STAGE.value)
 
 

@@ -76,6 +76,25 @@ def test_files_are_synced_renamed_and_locked_in_one_place():
                 assert call not in source, f'{call} in {path}'
 
 
+def text_in_the_encoding_of_the_locale(path):
+    """Places that read or write text and name no encoding; `files` itself encodes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if not isinstance(node, ast.Call) or any(keyword.arg == 'encoding' for keyword in node.keywords):
+            continue
+        called = ast.unparse(node.func)
+        is_binary = called == 'open' and len(node.args) > 1 and 'b' in ast.unparse(node.args[1])
+        if called.endswith(('.read_text', '.write_text')) and called != 'files.write_text':
+            yield f'{path}, line {node.lineno}'
+        elif called == 'open' and not is_binary:
+            yield f'{path}, line {node.lineno}'
+
+
+def test_text_is_utf8_whatever_the_locale():
+    scripts = PACKAGE.parent / 'scripts'
+    for path in [*MODULES, *scripts.rglob('*.py')]:
+        assert not list(text_in_the_encoding_of_the_locale(path))
+
+
 def test_one_place_draws_the_noise():
     """Only a mechanism takes a noise key; nobody else adds noise itself."""
     for path in MODULES:

@@ -97,6 +97,10 @@ GOOD = ('--config=digits_8:10', '--workdir=run')
         ((*GOOD, '--config.fintune.epochs', '3'), 'did you mean config.finetune.epochs?'),
         ((*GOOD, '--config.draws=3'), 'did you mean config.finetune.draws or config.pretrain.draws?'),
         ((*GOOD, '--config.finetune.draws=many'), "--config.finetune.draws=many: invalid literal for int"),
+        ((*GOOD, '--config.finetune=3'), 'config.finetune is a group; change a setting of it'),
+        ((*GOOD, '--noconfig.query.post_process=1'), 'does not take an argument'),
+        ((*GOOD, '--config.finetune.epochs'), 'config.finetune.epochs has no value; write --config.fine'),
+        (('--config.finetune.epochs', *GOOD), 'config.finetune.epochs has no value; write --config.fine'),
         ((*GOOD, '--stage=training'), '<plan|all>'),
         ((*GOOD, '--stages=plan'), "Unknown command line flag 'stages'. Did you mean: stage ?"),
         ((*GOOD, 'plan'), 'plan is not a flag'),
@@ -120,3 +124,34 @@ def test_an_error_of_a_config_is_told_with_file_and_line(parse, tmp_path, text, 
     path.write_text(text)
     found = line(parse, f'--config={path}:1', '--workdir=run')
     assert told.format(path=path) in found and str(path) in found
+
+
+@pytest.mark.parametrize('text', ['digits_8', 'digits_8:', 'configs/digits_8.py'])
+def test_a_config_without_epsilon_is_refused_with_how_to_say_it(parse, text):
+    found = line(parse, f'--config={text}', '--workdir=run')
+    assert f'--config is {text}; ε must stand after a colon, as in --config={text.rstrip(":")}:10' in found
+
+
+def test_the_last_of_several_values_stays_however_it_is_written(parse):
+    config = parse(
+        '--config=digits_8:10', '--config.model.multipliers', '(1,)', '--config.finetune.epochs=4',
+        '--config.model.multipliers', '(1,2)', '-config.finetune.epochs', '5', '--workdir=run',
+        '--config.query.post_process', '--noconfig.pretrain.enabled', '--config.pretrain.enabled=true',
+    )  # fmt: skip
+    assert config.model.multipliers == (1, 2) and config.finetune.epochs == 5
+    assert config.query.post_process and config.pretrain.enabled
+
+
+@pytest.mark.parametrize('value', ['', ' ', '-x', '~no_such_user/run'])
+def test_a_folder_that_nobody_meant_is_refused(parse, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert '--workdir is ' in line(parse, '--config=digits_8:10', f'--workdir={value}')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('place', ['--workdir=run_{}', '--config.name={}', '--config={}:10'])
+def test_bytes_that_are_no_text_are_refused(parse, place):
+    """Python shows them as lone surrogates, which no file in UTF-8 can hold."""
+    found = line(parse, *GOOD, place.format('\udcc3'))
+    assert 'which this locale asks for; set PYTHONUTF8=1' in found
+    found.encode()

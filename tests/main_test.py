@@ -10,16 +10,16 @@ import time
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Runs the program, and sends it a SIGTERM when it begins to import a module.
-SIGTERM_AT_IMPORT = """
+# Runs the program, and sends it a signal when it begins to import a module.
+STOP_AT_IMPORT = """
 import os, runpy, signal, sys
 
-module = sys.argv.pop(1)
+module, number = sys.argv.pop(1), int(sys.argv.pop(1))
 
 class Finder:
     def find_spec(name, path=None, target=None):
         if name == module:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
 sys.meta_path.insert(0, Finder)
 runpy.run_module('dpp_jax.main', run_name='__main__')
@@ -35,15 +35,18 @@ def start(program, workdir, *settings):
         env={**os.environ, 'XLA_FLAGS': ''},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        # The suite itself may run where Ctrl-C is ignored, as jobs in the background do.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
-@pytest.mark.parametrize('module', ['jax', 'orbax.checkpoint'])
-def test_sigterm_during_imports_exits_with_0_and_writes_nothing(tmp_path, module):
-    process = start(['-c', SIGTERM_AT_IMPORT, module], tmp_path / 'run')
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('module', ['ml_collections', 'jax', 'orbax.checkpoint'])
+def test_a_stop_request_during_imports_is_answered_in_a_line(tmp_path, module, number, code):
+    process = start(['-c', STOP_AT_IMPORT, module, str(int(number))], tmp_path / 'run')
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert 'Stopped before the run began' in output
+    assert process.returncode == code, output
+    assert output == '\nStopped before the run began. Run the same command to start it.\n'
     assert not (tmp_path / 'run').exists()
 
 
@@ -87,16 +90,17 @@ def test_sigterm_between_two_stages_exits_with_0_soon(tmp_path):
     assert (tmp_path / 'release' / 'central_images.npz').exists()
 
 
-def program(*arguments, before=()):
+def program(*arguments, before=(), **variables):
     """Run the command line in a process of its own; after the words of `before`."""
     flags = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'  # compiles sooner
-    environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+    environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', **variables}
     return subprocess.run(
         [*before, sys.executable, '-m', 'dpp_jax.main', *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
+        errors='replace',
         timeout=300,
     )
 
@@ -121,6 +125,23 @@ def test_command_line_errors_are_told_in_a_line(tmp_path):
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith('dpp-jax: ') and 'config.dp.epsilon is -1.0' in line
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'variable, value', [('JAX_PLATFORMS', 'cuda'), ('JAX_PLATFORMS', 'foo'), ('JAX_ENABLE_X64', 'maybe')]
+)
+def test_an_environment_that_jax_does_not_take_is_told_in_a_line(tmp_path, variable, value):
+    result = program('--config=digits_8:1', f'--workdir={tmp_path}/run', '--stage=plan', **{variable: value})
+    (line,) = result.stderr.strip().splitlines()
+    assert f'{variable}={value}' in line and 'JAX_PLATFORMS=cpu works' in line
+    assert result.returncode == 1 and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('variables', [{'LC_ALL': 'C', 'PYTHONUTF8': '0'}, {'PYTHONIOENCODING': 'latin-1'}])
+def test_what_an_output_cannot_show_is_replaced(tmp_path, variables):
+    result = program('--config=digits_8:3', f'--workdir={tmp_path}/run', '--stage=plan', **variables)
+    assert result.returncode == 0, result.stderr
+    assert '? = 3,' in result.stdout and not result.stderr
 
 
 def test_the_console_script_lists_its_flags_and_stages(tmp_path):

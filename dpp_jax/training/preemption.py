@@ -11,13 +11,14 @@ library that takes it for an error of its own, or in the garbage collector, whic
 Imports no other package, so that a program can call it before it waits for theirs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 import signal
 import threading
 
 GRACE_SECONDS = 25.0  # whoever sends SIGTERM usually sends SIGKILL after 30
+_PATIENCE_SECONDS = 0.5  # of people, before they are told why a run goes on
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 _requests: list[int] = []  # numbers of the signals that asked this process to stop, and are not answered
@@ -125,12 +126,18 @@ def _watch(reader: int, grace_seconds: float) -> None:
             if number == signal.SIGINT and number in seen:
                 _end_in_step(number)
             elif number == signal.SIGINT:
-                _tell('Stopping after this step. Press Ctrl-C again to stop at once.')
+                line = 'Stopping after this step. Press Ctrl-C again to stop at once.'
+                _later(_PATIENCE_SECONDS, _tell, line)
             elif number == signal.SIGTERM and number not in seen:
-                timer = threading.Timer(grace_seconds, _end_in_step, [number])
-                timer.daemon = True
-                timer.start()
+                _later(grace_seconds, _end_in_step, number)
             seen.add(number)
+
+
+def _later(seconds: float, function: Callable, *arguments: object) -> None:
+    """Call a function after some time, unless the process has ended by then."""
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    timer.start()
 
 
 def _end_in_step(number: int) -> None:

@@ -181,7 +181,7 @@ def _grown_by(config, title: str) -> int:
     params = model.init(jax.random.key(0))
     found = pytorch_contenders(config.finetune, model, params, images, labels)
     call = next(contender.call for contender in found if contender.title == title)
-    Path('/proc/self/clear_refs').write_text('5')  # forget the most there has been
+    Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')  # forget the most there has been
     before = _resident_bytes('VmRSS')
     call()
     return _resident_bytes('VmHWM') - before

@@ -94,7 +94,7 @@ def test_a_program_that_has_nothing_to_lose_ends_at_once(number, code):
 
 @pytest.mark.parametrize(
     'asked, grace, code',
-    [('ask(NUMBER); time.sleep(0.2); ask(NUMBER)', 60.0, 130), ('ask(15)', 0.2, 0)],
+    [('ask(NUMBER); time.sleep(0.7); ask(NUMBER)', 60.0, 130), ('ask(15)', 0.2, 0)],
     ids=['a second Ctrl-C', 'SIGTERM, after its time'],
 )
 def test_a_step_that_takes_too_long_is_left(asked, grace, code):

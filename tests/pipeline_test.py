@@ -3,7 +3,9 @@
 import errno
 import json
 import shutil
+import signal
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -15,7 +17,7 @@ from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.stages import generate
-from dpp_jax.training import checkpoint
+from dpp_jax.training import checkpoint, preemption, progress
 
 STEPS = 23  # of the tiny config's fine-tuning
 
@@ -75,7 +77,7 @@ def test_what_looks_at_private_images_lies_in_private(run):
     text = ''.join(p.read_text() for p in workdir.release.glob('*.json*'))
     assert 'fid' not in text.replace('evaluate.fid', '') and '"loss"' not in text
     keys = json.loads(workdir.keys.read_text())
-    assert not any(keys[part]['noise'] in text for part in keys if part != '_note')
+    assert not any(keys[part]['noise'] in text for part in keys if not part.startswith('_'))
     results = json.loads(workdir.evaluation.read_text())
     assert set(results['accuracy']) == {'logistic', 'mlp'} and results['fid'] > 0
     report = workdir.report_text.read_text()
@@ -381,3 +383,32 @@ def test_what_is_at_once_is_settled_by_a_training_and_not_before(tiny_config, tm
     """The query alone says nothing about how long the trainings are that follow."""
     pipeline.run(tiny_config(), tmp_path, 'central')
     assert not WorkDir(tmp_path).sizes.exists()
+
+
+def test_64_bits_are_refused_before_anything_is_made(tiny_config, tmp_path):
+    jax.config.update('jax_enable_x64', True)
+    try:
+        with pytest.raises(ValueError, match='JAX_ENABLE_X64 is on; it must be off'):
+            pipeline.run(tiny_config(), tmp_path / 'run', 'all')
+    finally:
+        jax.config.update('jax_enable_x64', False)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('stage', ['generate', 'evaluate'])
+def test_a_stage_stops_where_it_is_asked_to_and_goes_on_later(copied_run, gate, monkeypatch, stage):
+    """The trainings look by themselves; of the other stages the progress bars do."""
+    config, workdir = copied_run
+    lost = {'generate': workdir.synthetic, 'evaluate': workdir.evaluation}[stage]
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    with monkeypatch.context() as patches, pytest.raises(preemption.Interrupted):
+
+        def asked_to_stop(*arguments, bar=progress.bar, **settings):
+            patches.setattr(preemption, '_requests', [signal.SIGTERM])
+            return bar(*arguments, **settings)
+
+        patches.setattr(progress, 'bar', asked_to_stop)
+        pipeline.run(config, workdir.root, stage)
+    assert not gate(config, workdir).done[stage]
+    pipeline.run(config, workdir.root, stage)
+    assert gate(config, workdir).done[stage]

@@ -282,7 +282,7 @@ def leaks(workdir, told):
     keys = json.loads(workdir.keys.read_text())
     secrets = [
         (f'{part}/{kind}', form)
-        for part in keys.keys() - {'_note'}
+        for part in keys.keys() - {'_note', '_random_bits'}
         for kind, size in (('sampling', 16), ('noise', 8))
         for form in forms(int(keys[part][kind], 16), size)
     ]

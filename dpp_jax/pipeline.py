@@ -2,7 +2,7 @@
 
 How a command goes:
   1. Settings are checked, and compared with those that the work directory was made with.
-  2. The gate (`_gate`) reads plan and ledger, and compares them with each other and with what was released.
+  2. The gate (gate.py) reads plan and ledger, and compares them with each other and with what was released.
   3. The stages that are not done run one after the other, each from what earlier ones left in the folder.
 A command that was killed is given again: it goes on where the folder says.
 """
@@ -10,24 +10,20 @@ A command that was killed is given again: it goes on where the folder says.
 import functools
 from pathlib import Path
 import time
-from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from dpp_jax import build, settings
+from dpp_jax import build, gate, settings
 from dpp_jax.data.images import Images
-from dpp_jax.diffusion.model import Model
+from dpp_jax.gate import STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
-from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import artefacts, statement
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.stages import central, clean, evaluate, finetune, generate, plan, pretrain, report
-from dpp_jax.training import checkpoint, devices, preemption
-
-STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
+from dpp_jax.training import devices, preemption
 
 
 def run(config: ConfigDict, root: str | Path, stage: str) -> None:
@@ -45,66 +41,24 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
     devices.check()
     workdir, model = WorkDir(root), build.model(config)
     images = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
-    _check_folder(config, workdir, images, stage)
+    gate.check_folder(config, workdir, images, stage)
     if stage == 'plan':
-        gate = _gate(config, workdir, model, images, read_only=True)
-        todo = [name for name in STAGES if not gate.done[name]]
-        plan.run(config, workdir, plan=gate.plan, todo=todo, model=model, sizes=build.sizes(config, model))
+        found = gate.read(config, workdir, model, images, read_only=True)
+        todo = [name for name in STAGES if not found.done[name]]
+        plan.run(config, workdir, plan=found.plan, todo=todo, model=model, sizes=build.sizes(config, model))
         return
     with workdir.opened():
-        _check_folder(config, workdir, images, stage)  # again: another process may have worked here
-        this_run = Run(config, workdir, model, images, _gate(config, workdir, model, images))
+        gate.check_folder(config, workdir, images, stage)  # again: another process may have worked here
+        this_run = Run(config, workdir, model, images, gate.read(config, workdir, model, images))
         this_run.clean() if stage == 'clean' else this_run.run(STAGES if stage == 'all' else (stage,))
-
-
-def _check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, stage: str) -> None:
-    """Compare the settings with those that the folder and its images were made with."""
-    workdir.check(flatten(config.to_dict()))
-    if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
-        images.check()
-
-
-class Gate(NamedTuple):
-    """What a command may rely on: plan, ledger and folder fit each other."""
-
-    plan: plan_lib.Plan  # that the folder follows, or will
-    ledger: Ledger
-    done: dict[str, bool]  # stage → whether it has nothing left to do
-
-
-def _gate(
-    config: ConfigDict, workdir: WorkDir, model: Model, images: artefacts.SyntheticImages, read_only=False
-) -> Gate:
-    """Read plan, ledger and what is done; a ValueError says what does not fit."""
-    make_plan = functools.partial(build.plan, config, model)
-    run_plan = plan_lib.load(workdir.plan, make_plan, query_share=config.query.epsilon_share)
-    evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
-    has_query = config.pretrain.enabled
-    done = {
-        'central': not has_query or workdir.central_images.exists(),
-        'pretrain': not has_query or workdir.model('pretrain').exists(),
-        'finetune': workdir.model('finetune').exists(),
-        'generate': images.is_complete,
-        'evaluate': evaluation.is_complete,
-        'report': report.is_done(workdir, images, evaluation),
-    }
-    artefacts.check_models(workdir, model.shapes())  # before the ledger: of another network, neither fits
-    saved = checkpoint.latest_training(workdir.checkpoints('finetune'))
-    stated = {name: statement.stated(workdir, name) for name in (CENTRAL_QUERY, DP_SGD)}
-    budget, ledger = run_plan.budget, Ledger(workdir.ledger, read_only=read_only)  # last: it may grow
-    steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
-    used = {CENTRAL_QUERY: budget.count(CENTRAL_QUERY) * done['central'], DP_SGD: steps}
-    budget.check_ledger(ledger, used)
-    statement.check_lost(workdir, Keys(workdir.keys, config.seed), ledger, budget, done, stated)
-    return Gate(plan=run_plan, ledger=ledger, done=done)
 
 
 class Run:
     """The stages of one command and what they share; private images are read when first needed."""
 
-    def __init__(self, config, workdir, model, images, gate: Gate):
+    def __init__(self, config, workdir, model, images, found: gate.Gate):
         self.config, self.workdir, self.model, self.images = config, workdir, model, images
-        self.plan, self.ledger, self.done = gate.plan, gate.ledger, gate.done
+        self.plan, self.ledger, self.done = found.plan, found.ledger, found.done
         self.keys = Keys(workdir.keys, config.seed)
         self._stage = config, workdir, self.keys  # what every stage is given first
 

@@ -21,12 +21,13 @@ ALLOWED = {
     'stages': LEAVES | {'training', 'evaluation', 'run'},
     'build': LEAVES | {'evaluation', 'run'},
     'settings': LEAVES | {'evaluation', 'build'},
-    'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings'},
+    'gate': LEAVES | {'training', 'run', 'stages', 'build'},
+    'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate'},
     'command_line': {'configs', 'training'},
     'main': {'command_line', 'training', 'run', 'pipeline'},
 }
 # Rooms that know what a config is; below them, functions take arrays, callables and named arguments.
-KNOW_CONFIG = {'stages', 'build.py', 'settings.py', 'pipeline.py', 'command_line.py', 'main.py'}
+KNOW_CONFIG = {'stages', 'build.py', 'settings.py', 'gate.py', 'pipeline.py', 'command_line.py', 'main.py'}
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name != '__init__.py')
 
 

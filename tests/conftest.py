@@ -138,12 +138,13 @@ def tiny_model():
 @pytest.fixture(scope='session')
 def gate():
     """A function (config, work directory) → what a command relies on: plan, ledger, and what is done."""
-    from dpp_jax import build, pipeline
+    from dpp_jax import build
+    from dpp_jax import gate as gate_lib
     from dpp_jax.run import artefacts, folder
 
     def read(config, workdir):
         images = artefacts.SyntheticImages(workdir, folder.flatten(config.to_dict()))
-        return pipeline._gate(config, workdir, build.model(config), images, read_only=True)
+        return gate_lib.read(config, workdir, build.model(config), images, read_only=True)
 
     return read
 

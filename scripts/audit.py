@@ -206,7 +206,10 @@ def query_attack(
         counts = jnp.zeros(2).at[labels].add(masks[0])
         class_size = code.divisor(counts[:, None, None, None], 2.0)
         ask = query.noisy(
-            mechanism, NoiseKey(identifier='audit', keys=jax.random.split(key, 4)), 2 * class_size
+            mechanism,
+            NoiseKey(identifier='audit', keys=jax.random.split(key, 4)),
+            2 * class_size,
+            len(images),
         )
         answer, _ = ask(0, {'images': images, 'labels': labels}, masks[0])
         return jnp.mean(answer[0])
@@ -269,6 +272,7 @@ def make_training(mechanism: GaussianMechanism, code: Code) -> Callable:
                 mechanism,
                 NoiseKey(identifier='audit', keys=jax.random.split(key, 4)),
                 expected_batch_size=code.divisor(jnp.sum(mask), EXPECTED_BATCH),
+                rows=2,
                 microbatch=2,
                 ema_decay=0.9,
             )

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import textwrap
 
 import jax
 import numpy as np
@@ -283,8 +284,9 @@ def leaks(workdir, told):
     secrets = [
         (f'{part}/{kind}', form)
         for part in keys.keys() - {'_note', '_random_bits'}
-        for kind, size in (('sampling', 16), ('noise', 8))
-        for form in forms(int(keys[part][kind], 16), size)
+        for kind, digits in (('sampling', 32), ('noise', 16))  # of each JAX key
+        for each in textwrap.wrap(keys[part][kind], digits)
+        for form in forms(int(each, 16), digits // 2)
     ]
     assert len(secrets) > 50
     seen = [*contents(workdir.release), ('output', told.encode())]
@@ -301,7 +303,7 @@ def test_a_key_that_is_told_or_released_is_seen(copied_run):
     """Otherwise the test above could not fail."""
     _, workdir = copied_run
     keys = Keys(workdir.keys, 1).of_mechanism('dp_sgd', Ledger(workdir.ledger))
-    np.savez_compressed(workdir.release / 'a.npz', key=jax.random.key_data(keys.noise.key))
+    np.savez_compressed(workdir.release / 'a.npz', key=jax.random.key_data(keys.noise.keys[2]))
     (workdir.release / 'b.txt').write_text(f'the key is {keys.sampling}')
     found = leaks(workdir, f'{keys.sampling:x}')
     assert found == {

@@ -17,7 +17,8 @@ The sum is exact. A float32 sum is not: its rounding depends on all that was add
 example may move it by more than C (crafted gradients: 1.25 C for 4,096 examples, 5 C for 16,384). Clipped
 gradients are therefore cut to whole multiples of a unit (`Grid`), towards zero, so that no norm grows, and
 added as integers: in any order, over microbatches and devices, with the same result. What is left of
-rounding is paid for: C is shrunk by a bound on it.
+rounding is paid for: C is shrunk by a bound on it. Unit and bound follow from a public number of rows, never
+from who is in a batch; the sum of a batch with more rows is cut to the range of an int32 (`saturated_sum`).
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Grid:
 
     Attributes:
         clip_norm: C > 0.
-        rows: how many rows the sum has at most, over all devices, ≥ 1.
+        rows: how many rows an int32 has room for, over all devices, ≥ 1: a public constant.
     """
 
     clip_norm: float
@@ -57,7 +58,7 @@ class Grid:
         """The norm that gradients are clipped to: C, less what rounding may add.
 
         `decode` rounds twice. Each time it moves the sum by at most 2^-24 of its norm, which is at most
-        `rows` · C; and a neighbor's sum as much the other way.
+        `rows` · C for that many rows; and a neighbor's sum as much the other way.
         """
         return self.clip_norm * (1 - _NORM_ERROR - 4 * self.rows * _FLOAT_ERROR)
 
@@ -68,6 +69,18 @@ class Grid:
     def decode(self, units: jax.Array) -> jax.Array:
         """Return a sum of units as float32."""
         return units.astype(jnp.float32) * (self.clip_norm / self.steps)
+
+
+def saturated_sum(parts: jax.Array) -> jax.Array:
+    """Add int32 arrays (n, ...), n < 2^15, as if without bounds, and cut the sum to the range of int32.
+
+    Where nothing is cut, the sum is exact. Cutting brings no two sums further apart, in any coordinate: the
+    sensitivity stays.
+    """
+    high, low = jnp.sum(parts >> 16, axis=0), jnp.sum(parts & 0xFFFF, axis=0)
+    high, low = high + (low >> 16), low & 0xFFFF
+    ends = jnp.where(high < 0, jnp.int32(-(2**31)), jnp.int32(2**31 - 1))
+    return jnp.where(jnp.abs(2 * high + 1) < 2**16, (high << 16) | low, ends)
 
 
 def clip_weights(gradients: PyTree, mask: jax.Array, bound: float) -> tuple[jax.Array, jax.Array]:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpp_jax.privacy import checks
-from dpp_jax.privacy.clipping import clip_weights
+from dpp_jax.privacy.clipping import clip_weights, saturated_sum
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey, NoisySum
 
 PyTree = Any
@@ -64,13 +64,14 @@ class Query(abc.ABC):
         """Δ: the largest L2 norm of one image's contribution to the sums of all classes together."""
 
     @abc.abstractmethod
-    def sums(self, images: jax.Array, labels: jax.Array, mask: jax.Array) -> PyTree:
+    def sums(self, images: jax.Array, labels: jax.Array, mask: jax.Array, rows: int | None = None) -> PyTree:
         """Add up the contributions of a sample.
 
         Args:
             images: (n, ...) uint8 with `dimensions` values each.
             labels: (n,) int32 in [0, classes).
             mask: (n,) bool, False for padding, whose images count as nothing.
+            rows: a public number, from which the unit of the sum follows; None: n, where that is public.
 
         Returns:
             float32 arrays with a leading axis of the classes.
@@ -88,7 +89,9 @@ class Query(abc.ABC):
             (classes, ...) float32, in [0, 1] but for the noise.
         """
 
-    def noisy(self, mechanism: GaussianMechanism, noise_key: NoiseKey, expected_size: float) -> NoisySum:
+    def noisy(
+        self, mechanism: GaussianMechanism, noise_key: NoiseKey, expected_size: float, rows: int
+    ) -> NoisySum:
         """Join the query with its noise: (index, batch, mask) → (central images, ledger entry).
 
         `batch` is a dict of `images` and `labels`; they and `mask` are as for `sums`.
@@ -97,6 +100,7 @@ class Query(abc.ABC):
             mechanism: adds the noise.
             noise_key: secret.
             expected_size: as for `estimate`.
+            rows: as for `sums`.
 
         Raises:
             ValueError: the mechanism's sensitivity is below the query's.
@@ -105,7 +109,7 @@ class Query(abc.ABC):
         allowed = f'at least {self.sensitivity!r}, the sensitivity of the query'
         checks.require('sensitivity', mechanism.sensitivity, is_covered, allowed)
         return mechanism.noisy(
-            lambda batch, mask: (self.sums(batch['images'], batch['labels'], mask), None),
+            lambda batch, mask: (self.sums(batch['images'], batch['labels'], mask, rows), None),
             noise_key,
             then=lambda noisy, *_: self.estimate(noisy, expected_size),
         )
@@ -151,19 +155,20 @@ class MeanQuery(Query):
         # NumPy's, not math's: ledgers of earlier versions hold its last digit.
         return float(np.hypot(self.image_norm, self.count_weight or 0.0))
 
-    def sums(self, images, labels, mask):
+    def sums(self, images, labels, mask, rows=None):
+        rows = rows or len(images)
         centered = images / jnp.float32(255) - self.pixel_center
         # Pays for the rounding of the pixels and, once, of each sum to float32 (see `clipping.Grid.bound`).
-        shrink = 1 - 1e-6 - 2 * len(images) * 2.0**-24
-        weights = jnp.full(len(images), shrink, jnp.float32)
+        shrink = 1 - 1e-6 - 2 * rows * 2.0**-24
+        weights = jnp.ones(len(images), jnp.float32)
         if self.clip_norm is not None:
-            weights, _ = clip_weights(centered, mask, self.clip_norm * (shrink - 1e-5))
-        centered = weights.reshape((-1,) + (1,) * (images.ndim - 1)) * centered
-        rows = jnp.where(mask, labels, self.classes)
-        total = _exact_sums(centered, rows, self.classes)
+            weights, _ = clip_weights(centered, mask, self.clip_norm * (1 - 1e-5))
+        centered = (shrink * weights).reshape((-1,) + (1,) * (images.ndim - 1)) * centered
+        own_class = jnp.where(mask, labels, self.classes)
+        total = _exact_sums(centered, own_class, self.classes, rows)
         if self.count_weight is None:
             return total
-        counts = _sums(mask.astype(jnp.int32), rows, self.classes)
+        counts = _sums(mask.astype(jnp.int32), own_class, self.classes)
         return total, shrink * self.count_weight * counts.astype(jnp.float32)
 
     def estimate(self, noisy, expected_size):
@@ -193,11 +198,12 @@ class ModeQuery(Query):
     def sensitivity(self) -> float:
         return math.sqrt(self.dimensions)
 
-    def sums(self, images, labels, mask):
-        rows = jnp.where(mask, labels, self.classes)
+    def sums(self, images, labels, mask, rows=None):
+        del rows  # counts are exact
+        own_class = jnp.where(mask, labels, self.classes)
         values = (images.astype(jnp.int32) * self.bins) // 256
-        histograms = [_sums((values == b).astype(jnp.int32), rows, self.classes) for b in range(self.bins)]
-        return jnp.stack(histograms, axis=-1).astype(jnp.float32)
+        votes = [_sums((values == b).astype(jnp.int32), own_class, self.classes) for b in range(self.bins)]
+        return jnp.stack(votes, axis=-1).astype(jnp.float32)
 
     def estimate(self, noisy, expected_size):
         """Return bin / (bins - 1): the first bin is black, the last white."""
@@ -236,18 +242,23 @@ def make_query(kind: str, *, classes: int, dimensions: int, settings: Mapping[st
     return query(classes=classes, dimensions=dimensions, **used)
 
 
-def _sums(values: jax.Array, rows: jax.Array, classes: int) -> jax.Array:
-    """Add up integers (n, ...) per row in [0, classes); row `classes` is left out."""
-    return jax.ops.segment_sum(values, rows, classes + 1)[:-1]
+def _sums(values: jax.Array, own_class: jax.Array, classes: int) -> jax.Array:
+    """Add up integers (n, ...) per class in [0, classes); class `classes` is left out."""
+    return jax.ops.segment_sum(values, own_class, classes + 1)[:-1]
 
 
-def _exact_sums(values: jax.Array, rows: jax.Array, classes: int) -> jax.Array:
+def _exact_sums(values: jax.Array, own_class: jax.Array, classes: int, rows: int) -> jax.Array:
     """Add up values in [-1, 1] per class as if without error, and round once.
 
     The values are cut, towards zero, so that no norm grows, to whole multiples of the smallest power of two
-    with which an int32 holds the sum of all. Sums of integers are exact in any order; float32 takes the
-    result with a relative error of 2^-24.
+    with which an int32 holds the sum of `rows`. Sums of integers are exact in any order; float32 takes the
+    result with a relative error of 2^-24. A sum of more rows is cut to what an int32 holds.
     """
-    scale = 2.0 ** math.floor(math.log2((2**31 - 1) / len(values)))
+    scale = 2.0 ** math.floor(math.log2((2**31 - 1) / rows))
     whole = (values * scale).astype(jnp.int32)
-    return _sums(whole, rows, classes).astype(jnp.float32) / scale
+    parts = [
+        _sums(whole[start : start + rows], own_class[start : start + rows], classes)
+        for start in range(0, len(values), rows)
+    ]
+    total = saturated_sum(jnp.stack(parts)) if len(parts) > 1 else parts[0]
+    return total.astype(jnp.float32) / scale

@@ -54,11 +54,12 @@ def run(
         public_size=config.data.train_images,
     )
     arrays = {'images': resize.nearest(private.images, settings.downsample), 'labels': private.labels}
-    ask = query.noisy(mechanism, own_keys.noise, sample.expected_size)
+    rows = sample.capacity(1)
+    ask = query.noisy(mechanism, own_keys.noise, sample.expected_size, rows)
     answers = []
     with progress.bar(releases.count, 'central', 'query') as bar:
         for number in range(releases.count):
-            batch, mask = poisson.fetch(arrays, sample.indices(number), sample.capacity(1))
+            batch, mask = poisson.fetch(arrays, sample.indices(number), rows)
             answer, entry = ask(number, batch, mask)
             ledger.append(entry)
             answers.append(np.asarray(answer))

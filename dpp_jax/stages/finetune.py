@@ -62,6 +62,7 @@ def run(
         mechanism,
         own_keys.noise,
         expected_batch_size=sample.expected_size,
+        rows=capacity,
         microbatch=sizes.microbatch,
         ema_decay=settings.ema_decay,
     )

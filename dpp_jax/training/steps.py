@@ -19,7 +19,7 @@ import optax
 
 from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.privacy import poisson
-from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum
+from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum, saturated_sum
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey, NoisySum
 from dpp_jax.training import devices
 from dpp_jax.training.state import TrainState, apply_gradient
@@ -135,6 +135,7 @@ def make_dp_step(
     noise_key: NoiseKey,
     *,
     expected_batch_size: float,
+    rows: int,
     microbatch: int,
     ema_decay: float,
 ) -> NoisySum:
@@ -154,12 +155,15 @@ def make_dp_step(
         mechanism: its sensitivity is the clip norm C.
         noise_key: secret; the loss draws its random numbers from it, too, by the image's own number.
         expected_batch_size: q N.
+        rows: of a padded batch, of all devices: a public constant. Batches have so many, or a multiple.
         microbatch: examples of a device whose gradients exist at once.
         ema_decay: of the averaged weights.
 
     Returns:
         the steps; `microbatches` (int32) is how many microbatches per device hold real rows.
     """
+
+    grid = Grid(clip_norm=mechanism.sensitivity, rows=rows)
 
     def clipped_sum(draw_key, state: TrainState, batch: dict, microbatches: jax.Array):
         def example_loss(params, example):
@@ -168,19 +172,28 @@ def make_dp_step(
             image = to_model_range(example['image'])
             return loss(params.tree(), image, example['label'], example_key)
 
-        # Of all devices; the padding of a batch counts, too.
-        rows = batch['mask'].size * jax.lax.psum(1, devices.AXIS)
-        grid = Grid(clip_norm=mechanism.sensitivity, rows=rows)
-        device_sums = clipped_gradient_sum(
-            example_loss,
-            state.params,
-            {name: batch[name] for name in ('image', 'label', 'index')},
-            batch['mask'],
-            grid=grid,
-            microbatch=microbatch,
-            microbatches=microbatches,
-        )
-        units, sums = jax.lax.psum(device_sums, devices.AXIS)
+        def device_sums(part, microbatches):
+            return clipped_gradient_sum(
+                example_loss,
+                state.params,
+                {name: part[name] for name in ('image', 'label', 'index')},
+                part['mask'],
+                grid=grid,
+                microbatch=microbatch,
+                microbatches=microbatches,
+            )
+
+        own_rows = rows // jax.lax.psum(1, devices.AXIS)
+        parts = math.ceil(batch['mask'].size / own_rows)
+        if parts == 1:
+            units, sums = jax.lax.psum(device_sums(batch, microbatches), devices.AXIS)
+        else:  # more images than anybody expected: an int32 may not hold their sum
+            batch = jax.tree.map(lambda leaf: leaf.reshape(parts, own_rows, *leaf.shape[1:]), batch)
+            full = own_rows // microbatch
+            left = jnp.clip(microbatches - full * jnp.arange(parts), 0, full)
+            device_parts = jax.lax.map(lambda part: device_sums(*part), (batch, left))
+            units, sums = jax.lax.psum(device_parts, devices.AXIS)
+            units, sums = jax.tree.map(saturated_sum, units), jax.tree.map(lambda s: s.sum(0), sums)
         return jax.tree.map(grid.decode, units), sums
 
     def update(noisy_sum, sums, state: TrainState, *_):

@@ -65,6 +65,7 @@ def make(config, model, sizes, count: int, skip: Sequence[str]) -> list[timing.C
         ),
         NoiseKey(identifier='benchmark', keys=keys),
         expected_batch_size=float(count),
+        rows=capacity(config, sizes),
         microbatch=sizes.microbatch,
         ema_decay=settings.ema_decay,
     )

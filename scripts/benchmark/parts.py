@@ -149,7 +149,7 @@ def central_query(config) -> Work:
         sensitivity=query.sensitivity,
     )
     keys = jax.random.split(jax.random.key(0), NOISE_KEYS)
-    ask = query.noisy(mechanism, NoiseKey(identifier='benchmark', keys=keys), float(count))
+    ask = query.noisy(mechanism, NoiseKey(identifier='benchmark', keys=keys), float(count), count)
     batch = {'images': small, 'labels': labels}
     arguments = batch, np.ones(count, bool), keys, np.int32(0)
     contender = timing.compiled('central query', ask.program, *arguments)
@@ -293,6 +293,7 @@ class TrainingLoop:
             ),
             NoiseKey(identifier='benchmark', keys=jax.random.split(jax.random.key(0), 4)),
             expected_batch_size=self.sampler.expected_size,
+            rows=self.capacity,
             microbatch=self.microbatch,
             ema_decay=settings.ema_decay,
         )

@@ -247,6 +247,7 @@ def test_the_audited_training_is_the_training():
             mechanism,
             NoiseKey(identifier='test', keys=jax.random.split(key, 4)),
             expected_batch_size=audit.EXPECTED_BATCH,
+            rows=2,
             microbatch=1,
             ema_decay=0.9,
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpp_jax.privacy.clipping import Grid, clip_weights, clipped_gradient_sum, clipped_sum
+from dpp_jax.privacy.clipping import Grid, clip_weights, clipped_gradient_sum, clipped_sum, saturated_sum
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,6 +138,19 @@ def test_the_sum_is_the_same_bits_in_any_order_and_any_parts():
     jax.tree.map(np.testing.assert_array_equal, total, expected)
 
 
+def exact_then_cut(parts):
+    return np.clip(np.int64(parts).sum(0), -(2**31), 2**31 - 1)
+
+
+@pytest.mark.parametrize('most', [3, 2**15, 2**29, 2**31 - 1])
+def test_a_sum_beyond_int32_is_cut_and_every_other_one_exact(most):
+    rng = np.random.default_rng(most)
+    parts = rng.integers(-most, most, (17, 1000), endpoint=True).astype(np.int32)
+    parts[:, :40] = most * np.sign(rng.integers(0, 2, 40) - 0.5).astype(np.int32)
+    parts[1:, 40:80] = 0  # one part alone
+    np.testing.assert_array_equal(saturated_sum(jnp.asarray(parts)), exact_then_cut(parts))
+
+
 GRID = Grid(clip_norm=2.0, rows=24)
 
 
@@ -208,7 +221,7 @@ def test_an_example_with_a_lost_loss_counts_as_zero_even_if_its_gradient_is_fini
 
 NORM_OF_LONG_VECTORS = """
 import jax, numpy as np
-from dpp_jax.privacy.clipping import Grid, clipped_sum
+from dpp_jax.privacy.clipping import Grid, clipped_sum, saturated_sum
 
 rng = np.random.default_rng(0)
 rows = (np.full(2_000_000, 0.1), rng.standard_normal(2_000_000), rng.random(2_000_000) ** 8)

@@ -102,6 +102,26 @@ def test_one_image_changes_all_sums_together_by_the_sensitivity_at_most(kind, ow
     check()
 
 
+@pytest.mark.parametrize(('kind', 'own'), EVERY_SETTING)
+def test_an_image_more_than_the_public_number_changes_the_sums_by_the_sensitivity_at_most(kind, own):
+    """The batch's arrays grow, where their number is not public; unit and bound must not."""
+    query = QUERIES[kind](**SIZES, **own)
+    images, labels = np.full((4 * ROWS, *SHAPE), 255, np.uint8), np.zeros(4 * ROWS, np.int32)
+
+    def sums(count, size):
+        return flat(query.sums(images[:size], labels[:size], np.arange(size) < count, ROWS))
+
+    changes = [
+        np.linalg.norm(sums(count + 1, grown) - sums(count, size))
+        for size, count, grown in (
+            (ROWS, ROWS, 2 * ROWS),
+            (2 * ROWS, 2 * ROWS - 1, 2 * ROWS),
+            (3 * ROWS, 3 * ROWS, 4 * ROWS),
+        )
+    ]
+    assert max(changes) <= query.sensitivity
+
+
 def candidates():
     """Return images of which one must be the longest contribution: all grays, corners of the cube, random."""
     rng = np.random.default_rng(7)
@@ -188,7 +208,7 @@ def make_mechanism(query, noise_multiplier=1e-9, **changes):
 def ask(query, images, labels, mask, expected_size=float(CLASSES)):
     """Return central images, with next to no noise. Expected size CLASSES: a class's size is 1."""
     noise_key = NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(0), 4))
-    noisy = query.noisy(make_mechanism(query), noise_key, expected_size)
+    noisy = query.noisy(make_mechanism(query), noise_key, expected_size, len(images))
     return np.asarray(noisy(0, {'images': images, 'labels': labels}, mask)[0])
 
 
@@ -199,7 +219,9 @@ def test_the_noisy_query_is_the_estimate_of_sums_with_noise_and_has_its_entry(ki
     mask = np.arange(ROWS) < 4
     mechanism = make_mechanism(query, noise_multiplier=0.5)
     noise_key = NoiseKey(identifier='k', keys=jax.random.split(jax.random.key(1), 4))
-    result, entry = query.noisy(mechanism, noise_key, 6.0)(2, {'images': images, 'labels': labels}, mask)
+    result, entry = query.noisy(mechanism, noise_key, 6.0, ROWS)(
+        2, {'images': images, 'labels': labels}, mask
+    )
     plain = mechanism.noisy(
         lambda total: (total, None), noise_key, then=lambda noisy, *_: query.estimate(noisy, 6.0)
     )
@@ -215,7 +237,7 @@ def test_a_mechanism_with_too_little_noise_for_the_query_is_refused(kind):
     noise_key = NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(0), 4))
     short = 0.999 * query.sensitivity
     with pytest.raises(ValueError, match=f'^sensitivity is {short!r}; it must be at least '):
-        query.noisy(make_mechanism(query, sensitivity=short), noise_key, 1.0)
+        query.noisy(make_mechanism(query, sensitivity=short), noise_key, 1.0, ROWS)
 
 
 # --- What the mean and the mode are

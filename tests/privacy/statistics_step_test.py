@@ -42,6 +42,7 @@ def make_step(loss, optimizer, microbatch):
         mechanism,
         NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(5), 4)),
         expected_batch_size=EXPECTED_SIZE,
+        rows=24,
         microbatch=microbatch,
         ema_decay=0.9,
     )

@@ -43,13 +43,16 @@ def make_mechanism(sigma=1.0, clip_norm=0.5):
     )
 
 
-def dp_step(tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2, at_once=None):
+def dp_step(
+    tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2, at_once=None, rows=32
+):
     return steps.make_dp_step(
         tiny_model.example_loss(draws=draws, label_dropout=0.1, draws_at_once=at_once),
         optimizer,
         make_mechanism(sigma, clip_norm),
         noise_key(),
         expected_batch_size=20.0,
+        rows=rows,
         microbatch=microbatch,
         ema_decay=0.9,
     )
@@ -76,7 +79,7 @@ def by_devices(tiny_model, params, digits):
     updates = {}
     for number, microbatch, capacity, at_once in ((1, 8, 24, 1), (2, 4, 24, 2), (8, 2, 48, None)):
         with devices.limited_to(number):
-            step = dp_step(tiny_model, microbatch=microbatch, at_once=at_once)
+            step = dp_step(tiny_model, microbatch=microbatch, at_once=at_once, rows=capacity)
             updates[number] = take(
                 step,
                 params,
@@ -97,6 +100,18 @@ def test_devices_microbatches_and_padding_do_not_change_the_update(by_devices):
         for name, value in by_devices[1][1].items():
             np.testing.assert_allclose(by_devices[number][1][name], value, rtol=1e-4)
     assert by_devices[8][1]['batch_size'] == 19
+
+
+@pytest.mark.parametrize('number, microbatch, rows', [(1, 4, 8), (2, 2, 4)])
+def test_more_images_than_the_public_size_of_a_batch_take_the_same_step_in_parts(
+    by_devices, tiny_model, params, digits, number, microbatch, rows
+):
+    with devices.limited_to(number):
+        step = dp_step(tiny_model, microbatch=microbatch, rows=rows)
+        found = take(step, params, digits, range(3, 22), number=number, microbatch=microbatch, capacity=rows)
+    one, other = flat(by_devices[1][0]), flat(found[0])
+    assert np.linalg.norm(other - one) < 1e-5 * np.linalg.norm(one)
+    assert found[1]['batch_size'] == 19
 
 
 def test_the_average_is_part_of_the_state(by_devices, params):
@@ -302,6 +317,7 @@ def test_a_training_is_lost_by_a_batch_and_not_by_an_example(expected, size, bro
             make_mechanism(clip_norm=1.0),
             noise_key(),
             expected_batch_size=expected,
+            rows=12,
             microbatch=4,
             ema_decay=0.9,
         )

@@ -1,0 +1,61 @@
+"""What a command may rely on: settings, plan, ledger and what was released fit each other."""
+
+import functools
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from dpp_jax import build
+from dpp_jax.diffusion.model import Model
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.run import artefacts, statement
+from dpp_jax.run import plan as plan_lib
+from dpp_jax.run.folder import WorkDir, flatten
+from dpp_jax.run.keys import Keys
+from dpp_jax.stages import report
+from dpp_jax.training import checkpoint
+
+STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
+
+
+def check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, stage: str) -> None:
+    """Compare the settings with those that the folder and its images were made with."""
+    workdir.check(flatten(config.to_dict()))
+    if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
+        images.check()
+
+
+class Gate(NamedTuple):
+    """What a command may rely on: plan, ledger and folder fit each other."""
+
+    plan: plan_lib.Plan  # that the folder follows, or will
+    ledger: Ledger
+    done: dict[str, bool]  # stage → whether it has nothing left to do
+
+
+def read(
+    config: ConfigDict, workdir: WorkDir, model: Model, images: artefacts.SyntheticImages, read_only=False
+) -> Gate:
+    """Read plan, ledger and what is done; a ValueError says what does not fit."""
+    make_plan = functools.partial(build.plan, config, model)
+    run_plan = plan_lib.load(workdir.plan, make_plan, query_share=config.query.epsilon_share)
+    evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
+    has_query = config.pretrain.enabled
+    done = {
+        'central': not has_query or workdir.central_images.exists(),
+        'pretrain': not has_query or workdir.model('pretrain').exists(),
+        'finetune': workdir.model('finetune').exists(),
+        'generate': images.is_complete,
+        'evaluate': evaluation.is_complete,
+        'report': report.is_done(workdir, images, evaluation),
+    }
+    artefacts.check_models(workdir, model.shapes())  # before the ledger: of another network, neither fits
+    saved = checkpoint.latest_training(workdir.checkpoints('finetune'))
+    stated = {name: statement.stated(workdir, name) for name in (CENTRAL_QUERY, DP_SGD)}
+    budget, ledger = run_plan.budget, Ledger(workdir.ledger, read_only=read_only)  # last: it may grow
+    steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
+    used = {CENTRAL_QUERY: budget.count(CENTRAL_QUERY) * done['central'], DP_SGD: steps}
+    budget.check_ledger(ledger, used)
+    statement.check_lost(workdir, Keys(workdir.keys, config.seed), ledger, budget, done, stated)
+    return Gate(plan=run_plan, ledger=ledger, done=done)

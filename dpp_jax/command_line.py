@@ -103,8 +103,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         left = flags.FLAGS(argv)
         if left[1:]:
             raise Mistake(f'{left[1]} is not a flag; flags are written --name=value')
-        if STAGE.value != 'compose':
-            _check_workdir(WORKDIR.value)
+        if flags.FLAGS['stage'].value != 'compose':
+            _check_workdir(flags.FLAGS['workdir'].value)
         return left
     except (Mistake, flags.Error, ValueError) as error:  # absl has both for what it cannot parse
         sys.exit('dpp-jax: ' + ' '.join(str(error).split()))

@@ -56,6 +56,8 @@ def read(
     budget, ledger = run_plan.budget, Ledger(workdir.ledger, read_only=read_only)  # last: it may grow
     steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
     used = {CENTRAL_QUERY: budget.count(CENTRAL_QUERY) * done['central'], DP_SGD: steps}
+    keys = Keys(workdir.keys, config.seed)
+    keys.check_planned([part.mechanism.name for part in budget.releases])
     budget.check_ledger(ledger, used)
-    statement.check_lost(workdir, Keys(workdir.keys, config.seed), ledger, budget, done, stated)
+    statement.check_lost(workdir, keys, ledger, budget, done, stated)
     return Gate(plan=run_plan, ledger=ledger, done=done)

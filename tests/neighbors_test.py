@@ -1,5 +1,6 @@
 """Neighboring private sets through the whole program: what is released differs by its noisy values alone."""
 
+import copy
 import json
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_another_number_of_images_is_refused_where_it_is_public(tiny_config, tmp
 
 def test_release_moved_away_and_a_run_without_the_query_is_refused(copied_run):
     """It would spend a second time under a budget that knows nothing of the query."""
-    config, workdir = copied_run
+    config, workdir = copy.deepcopy(copied_run[0]), copied_run[1]  # the config is that of all tests
     workdir.release.rename(workdir.root / 'published')
     with config.unlocked():
         config.pretrain.enabled = False

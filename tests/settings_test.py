@@ -82,7 +82,6 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
             {'dp__relation': 'replace_one'},
             "config.dp.accountant is 'rdp'; it must be 'pld', because dp.relation is 'replace_one'",
         ),
-        ({'dp__already_spent': 3}, 'config.dp.already_spent is 3; it must be a text'),
         ({'data__source': 'digitz'}, "data.source is 'digitz'; it must be 'digits' or 'tfds:<name>'"),
         ({'data__source': 'tfds:'}, "data.source is 'tfds:'"),
         ({'data__source': 'digits:'}, "data.source is 'digits:'"),

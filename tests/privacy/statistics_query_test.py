@@ -66,6 +66,7 @@ def ask(tmp_path_factory, monkeypatch):
     """
 
     def run(config, images, labels, answer=None):
+        config.data.train_images = min(len(images), config.data.train_images)
         workdir, totals = WorkDir(tmp_path_factory.mktemp('run')), []
         ledger = Ledger(workdir.ledger)
 
@@ -138,7 +139,7 @@ def test_a_class_sum_is_divided_by_the_public_class_size(ask):
     images[:] = np.arange(45).reshape(15, 3)
     released, totals, _ = ask(config, images, labels, answer=lambda total: total)
     taken = totals[0].reshape(3, -1)[1].max() * 255 / 44
-    assert taken == pytest.approx(np.round(taken), abs=1e-3) and taken != 120
+    assert taken == pytest.approx(np.round(taken), abs=1e-2) and taken != 120
     expected = np.clip(np.arange(45).reshape(15, 3) * taken / 40, 0, 255)
     assert np.abs(released[1] - expected).max() <= 1
     assert released[0].max() == 0
@@ -171,7 +172,7 @@ def small_images(value, n):
 def draw_many(config, batch, mask, *, expected_size, number, seed):
     """Central images of one query with other noise each time: (number, classes, ...)."""
     noise_key = NoiseKey(identifier='test', keys=jax.random.split(jax.random.key(seed), 4))
-    release = build.query(config).noisy(planned(config).mechanism, noise_key, expected_size)
+    release = build.query(config).noisy(planned(config).mechanism, noise_key, expected_size, len(mask))
     draw = jax.vmap(release.program, in_axes=(None, None, None, 0))
     return np.asarray(jax.jit(draw)(batch, mask, noise_key.keys, np.arange(number, dtype=np.int32)))
 

@@ -93,7 +93,7 @@ def test_every_query_gets_the_plans_mechanism_and_the_samplers_batch(
         np.testing.assert_array_equal(batch['images'][mask], private.images[drawn, ::2, ::2])
         np.testing.assert_array_equal(batch['labels'][mask], private.labels[drawn])
         assert not batch['images'][~mask].any() and not batch['labels'][~mask].any()
-        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(own_keys.noise.key))
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(own_keys.noise.keys))
         # The query before is in the ledger when the next one is asked.
         assert index == recorded == number
     assert ledger.entries == [mechanism.entry(number, own_keys.noise.identifier) for number in range(3)]

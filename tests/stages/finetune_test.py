@@ -92,7 +92,7 @@ def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
         np.testing.assert_array_equal(batch['label'][rows], labels[drawn])
         assert not batch['image'][~rows].any() and not batch['label'][~rows].any()
         assert used * settings['microbatch'] * devices.count() >= len(drawn)
-        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(own_keys.noise.key))
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(own_keys.noise.keys))
         # The step before is in the ledger when its result is used.
         assert index == recorded == number
     query = keys.of_mechanism(CENTRAL_QUERY, ledger)

@@ -99,7 +99,7 @@ def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
         ('image grid', images.picture),
         ('model', workdir.model('finetune')),
         ('privacy statement', workdir.statement_text),
-        ('privacy ledger', workdir.ledger),
+        ('privacy ledger', workdir.released_ledger),
         ('page (private)', workdir.report_page),
         ('metrics (private)', workdir.metrics('finetune').parent),
     ]

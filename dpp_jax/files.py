@@ -1,7 +1,8 @@
 """Whole files or none: the only place of fsync, rename and lock.
 
 A file appears under its name when it is complete and on the disk, so that a crash or a power failure
-leaves the old file or none.
+leaves the old file or none. In a folder that may be published it also tells no time (`timeless`), and that of
+a run from a seed says that it is not private (`noted`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ import numpy as np
 # What NumPy and zipfile raise for files that lost their end, or have zeros where data was.
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 _UNFINISHED = '.new_'  # how names of what is not complete begin
+_timeless: dict[Path, Path] = {}  # folder → file whose time all in it has
 
 
 @contextlib.contextmanager
@@ -34,11 +36,13 @@ def whole_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, mode)
+            _set_time(Path(file.name))
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
     sync_folder(path.parent)  # the new name, too, survives a power failure
+    _set_times_above(path)
 
 
 @contextlib.contextmanager
@@ -48,8 +52,51 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     yield unfinished  # after an error the remains are removed by the next run
+    for each in (*unfinished.rglob('*'), unfinished):
+        _set_time(each)
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
+    _set_times_above(path)
+
+
+def move_folder(source: Path, path: Path) -> None:
+    """Let the folder `source` take the place of `path`, whole or not at all, on any file system."""
+    with whole_folder(path) as unfinished:
+        unfinished.rmdir()
+        shutil.move(source, unfinished)
+
+
+@contextlib.contextmanager
+def timeless(folder: Path, like: Path) -> Iterator[None]:
+    """Let all that appears in `folder` have the modification time of the file `like`, once that is there.
+
+    At the end everything in the folder gets it: times would tell how long a computation on private images
+    took.
+    """
+    _timeless[folder] = like
+    try:
+        yield
+    finally:
+        for path in (*folder.rglob('*'), folder):
+            _set_time(path)
+        del _timeless[folder]
+
+
+def _set_time(path: Path) -> None:
+    """Give a file or a folder the time of the timeless folder that it lies in, if it does."""
+    for folder, like in _timeless.items():
+        if folder in (path, *path.parents):
+            # What is not there has no time, and other people's files keep theirs.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                time = like.stat().st_mtime_ns
+                if path.lstat().st_mtime_ns != time:
+                    os.utime(path, ns=(time, time), follow_symlinks=False)
+
+
+def _set_times_above(path: Path) -> None:
+    """Give the folders of a new name their time: a name changes it."""
+    for parent in path.parents:
+        _set_time(parent)
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:

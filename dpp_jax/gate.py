@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from dpp_jax import build
+from dpp_jax import build, files
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
@@ -53,7 +53,9 @@ def read(
     artefacts.check_models(workdir, model.shapes())  # before the ledger: of another network, neither fits
     saved = checkpoint.latest_training(workdir.checkpoints('finetune'))
     stated = {name: statement.stated(workdir, name) for name in (CENTRAL_QUERY, DP_SGD)}
-    budget, ledger = run_plan.budget, Ledger(workdir.ledger, read_only=read_only)  # last: it may grow
+    budget = run_plan.budget
+    is_over = done['central'] and done['finetune']
+    ledger = _open_ledger(workdir, stated, read_only=read_only or is_over)  # last: it may grow
     steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
     used = {CENTRAL_QUERY: budget.count(CENTRAL_QUERY) * done['central'], DP_SGD: steps}
     keys = Keys(workdir.keys, config.seed)
@@ -61,3 +63,29 @@ def read(
     budget.check_ledger(ledger, used)
     statement.check_lost(workdir, keys, ledger, budget, done, stated)
     return Gate(plan=run_plan, ledger=ledger, done=done)
+
+
+def _open_ledger(workdir: WorkDir, stated: dict[str, int], read_only: bool) -> Ledger:
+    """Open the ledger, which grows in private/ and is published with the statement.
+
+    In a folder of an earlier version, or where private/ was deleted, it starts from the published one.
+    """
+    released = Ledger(workdir.released_ledger, read_only=True)
+    for name, count in stated.items():
+        if released.entries and released.count(name) < count:
+            raise ValueError(
+                f'{released.path} has {released.count(name)} entries of {name}, but the privacy statement '
+                f'counts {count} releases. Restore the file. Or, if {workdir.own_ledger} is there, '
+                'delete it and run --stage=report: it is written again'
+            )
+    if not read_only and not workdir.own_ledger.exists():
+        if released.entries:
+            files.write_bytes(workdir.own_ledger, workdir.released_ledger.read_bytes(), mode=0o600)
+        return Ledger(workdir.own_ledger)
+    ledger = Ledger(workdir.ledger, read_only=read_only)
+    if ledger.entries[: len(released.entries)] != released.entries:
+        raise ValueError(
+            f'{ledger.path} does not begin with the entries of {released.path}: one of them was cut or '
+            'exchanged. Restore it: ε cannot be computed without it'
+        )
+    return ledger

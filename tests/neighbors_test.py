@@ -22,7 +22,7 @@ def make_images():
     return {'images': rng.integers(0, 256, (COUNT, 8, 8, 1), np.uint8), 'labels': np.arange(COUNT) % 10}
 
 
-def run(config, root, private):
+def run(config, root, private, fid=False):
     """All stages on these private images."""
     folder = root.parent / f'data_{root.name}'
     folder.mkdir()
@@ -34,7 +34,7 @@ def run(config, root, private):
     config.data.source = f'npz:{link}'
     config.data.train_images = COUNT
     config.finetune.update(batch_size=20, epochs=1.0)
-    config.evaluate.update(classifiers=('logistic',), fid=False)
+    config.evaluate.update(classifiers=('logistic',), fid=fid)
     pipeline.run(config, root, 'all')
     return WorkDir(root)
 
@@ -84,10 +84,7 @@ def test_neighbors_release_the_same_files_and_differ_only_by_what_noise_went_int
     without_noise = [
         {name: content for name, content in files.items() if not name.startswith(NOISY)} for files in found
     ]
-    names = [
-        {name for name in files if not name.startswith('model/')} | {name.split('/d/')[0] for name in files}
-        for files in found
-    ]
+    names = [set(files) for files in found]
     assert names[0] == names[1]
     assert {'config.json', 'plan.json', 'ledger.jsonl', 'privacy_statement.json'} <= set(without_noise[0])
     assert without_noise[0] == without_noise[1]
@@ -107,6 +104,32 @@ def test_another_number_of_images_is_refused_where_it_is_public(tiny_config, tmp
         assert not WorkDir(tmp_path / relation).ledger.exists()
 
 
+@pytest.mark.parametrize('left', [0, 1])
+def test_whether_a_class_has_images_decides_neither_what_is_released_nor_whether(tiny_config, tmp_path, left):
+    """Of class 3, one set has two images, with which FID can be computed, and its neighbor one; or one and 0.
+
+    Removing the image stands for giving it to nobody: the number of images is another, and not public.
+    """
+    private = make_images()
+    numbers = np.flatnonzero(private['labels'] == 3)
+
+    def with_images_of_class_3(count):
+        return {name: np.delete(array, numbers[count:], axis=0) for name, array in private.items()}
+
+    config = tiny_config(dp__relation='add_remove', evaluate__feature_epochs=1)
+    runs = [
+        run(config, tmp_path / str(count), with_images_of_class_3(count), fid=True)
+        for count in (left, left + 1)
+    ]
+    names = [{p.relative_to(w.release) for p in w.release.rglob('*')} for w in runs]
+    assert names[0] == names[1]
+    for count, workdir in zip((left, left + 1), runs):
+        results, text = json.loads(workdir.evaluation.read_text()), workdir.report_text.read_text()
+        assert ('fid' in results) == (count >= 2) == ('FID (small CNN features)' in text)
+        assert ('fid_left_out' in results) == (count < 2) == (f'class 3 has {count} private' in text)
+        assert 'logistic' in results['accuracy']
+
+
 def test_release_moved_away_and_a_run_without_the_query_is_refused(copied_run):
     """It would spend a second time under a budget that knows nothing of the query."""
     config, workdir = copy.deepcopy(copied_run[0]), copied_run[1]  # the config is that of all tests
@@ -118,4 +141,4 @@ def test_release_moved_away_and_a_run_without_the_query_is_refused(copied_run):
     workdir.own_config.unlink()  # as in a folder of an earlier version
     with pytest.raises(ValueError, match='keys of central_query, whose output was released'):
         pipeline.run(config, workdir.root, 'all')
-    assert not workdir.ledger.exists()
+    assert not workdir.released_ledger.exists()

@@ -191,14 +191,27 @@ def copy_of(workdir, folder):
 @pytest.mark.parametrize(
     'tamper, text',
     [
-        (lambda w: w.ledger.unlink(), 'has 0 entries of central_query, but 2 releases'),
+        (lambda w: both(w, lambda path: path.unlink()), 'has 0 entries of central_query, but 2 releases'),
         (
-            lambda w: edit(w.ledger, lambda t: ''.join(t.splitlines(True)[:-1])),
-            f'has {STEPS - 1} entries of dp_sgd, but {STEPS} releases',
+            lambda w: both(w, lambda path: edit(path, without_last_line)),
+            f'has {STEPS - 1} entries of dp_sgd, but the privacy statement counts {STEPS} releases',
         ),
         (
-            lambda w: edit(w.ledger, lambda t: t.replace('1.0, "sens', '0.9, "sens', 1)),
-            'line 1 of .*not a ledger entry',
+            lambda w: edit(w.own_ledger, without_last_line),
+            'private/ledger.jsonl does not begin with the entries of .*release/ledger.jsonl',
+        ),
+        (
+            lambda w: edit(w.released_ledger, without_last_line),
+            f'release/ledger.jsonl has {STEPS - 1} entries of dp_sgd, .* delete it .* written again',
+        ),
+        *(
+            (
+                lambda w, name=name: edit(
+                    getattr(w, name), lambda t: t.replace('1.0, "sens', '0.9, "sens', 1)
+                ),
+                'line 1 of .*not a ledger entry',
+            )
+            for name in ('own_ledger', 'released_ledger')
         ),
         (lambda w: edit_plan(w, noise_multiplier=0.4), 'noise_multiplier = 0.4, which spends'),
         (lambda w: edit_plan(w, noise_multiplier=20.0), 'which the plan does not have'),
@@ -209,7 +222,19 @@ def copy_of(workdir, folder):
             'not a valid plan .it has no steps',
         ),
     ],
-    ids=['deleted', 'cut', 'edited', 'less noise', 'more noise', 'more steps', 'larger delta', 'no steps'],
+    ids=[
+        'deleted',
+        'cut',
+        'cut in private',
+        'cut in release',
+        'edited',
+        'edited in release',
+        'less noise',
+        'more noise',
+        'more steps',
+        'larger delta',
+        'no steps',
+    ],
 )
 def test_a_ledger_or_plan_that_no_longer_fits_is_refused(run, tmp_path, tamper, text):
     config, reference = run
@@ -220,6 +245,15 @@ def test_a_ledger_or_plan_that_no_longer_fits_is_refused(run, tmp_path, tamper, 
         with pytest.raises(ValueError, match=text):
             pipeline.run(config, tmp_path, stage)
     assert {path for path in tmp_path.rglob('*')} - before <= {tmp_path / '.lock'}
+
+
+def both(workdir, change):
+    for path in (workdir.own_ledger, workdir.released_ledger):
+        change(path)
+
+
+def without_last_line(text):
+    return ''.join(text.splitlines(True)[:-1])
 
 
 def edit(path, change):
@@ -238,6 +272,7 @@ def test_a_plan_is_shown_beside_a_run_that_works(run, gate, tmp_path, monkeypatc
     workdir = copy_of(reference, tmp_path)
     shutil.rmtree(workdir.model('finetune'))
     workdir.statement.unlink()  # it covers all steps
+    workdir.released_ledger.unlink()
     lines, latest, steps = workdir.ledger.read_text().splitlines(True), checkpoint.latest_training, [10]
 
     def look(folder):
@@ -245,7 +280,7 @@ def test_a_plan_is_shown_beside_a_run_that_works(run, gate, tmp_path, monkeypatc
         if folder != workdir.checkpoints('finetune'):
             return step, saved
         steps[0] += 1
-        workdir.ledger.write_text(''.join(lines[: config.query.queries + steps[0]]))
+        workdir.own_ledger.write_text(''.join(lines[: config.query.queries + steps[0]]))
         return steps[0], saved
 
     monkeypatch.setattr(checkpoint, 'latest_training', look)
@@ -300,7 +335,7 @@ def test_statement_says_what_was_spent_and_that_a_seeded_run_is_not_private(run)
     assert (query['count'], query['noise_multiplier'], query['sensitivity']) == (2, 4.0, 2.8)
     assert (steps['count'], steps['sampling_probability']) == (STEPS, pytest.approx(1 / STEPS))
     assert statement['private'] is False
-    assert set(statement['code_of_stages']) == set(pipeline.STAGES)
+    assert set(statement['code_of_stages']) == {'central', 'pretrain', 'finetune', 'generate'}
     text = workdir.statement_text.read_text()
     assert 'THIS RUN IS NOT PRIVATE' in text and 'zero-out' in text and 'By replace one' in text
 

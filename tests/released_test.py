@@ -65,6 +65,7 @@ def as_the_version_before_wrote_it(workdir):
     files.write_json(workdir.config, settings)
     plan = json.loads(workdir.plan.read_text())
     files.write_json(workdir.plan, {**plan, 'memory_bytes_per_device': 123_456_789})
+    workdir.own_ledger.unlink()
 
 
 def test_a_run_of_the_version_before_is_done(copied_run, gate, capsys):

@@ -152,7 +152,8 @@ class Evaluation:
     """The scores of the synthetic images, in private/.
 
     Attributes:
-        results: so far: fid, accuracy by classifier, ...; without what they are of, if nothing is there yet.
+        results: so far: fid, or fid_left_out (why), accuracy by classifier, ...; without what they are of, if
+            nothing is there yet.
     """
 
     def __init__(self, workdir: WorkDir, settings: Mapping[str, Any]):
@@ -199,6 +200,6 @@ class Evaluation:
     @property
     def is_complete(self) -> bool:
         """Whether every score that the settings ask for is there."""
-        has_fid = not self._settings['evaluate.fid'] or 'fid' in self.results
+        has_fid = not self._settings['evaluate.fid'] or bool({'fid', 'fid_left_out'} & self.results.keys())
         accuracy = self.results.get('accuracy', {})
         return has_fid and all(name in accuracy for name in self._settings['evaluate.classifiers'])

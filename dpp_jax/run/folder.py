@@ -1,6 +1,6 @@
 """The work directory: release/ for what may be published, private/ for the rest."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import os
 from pathlib import Path
@@ -27,6 +27,13 @@ FREE_SETTINGS = (
 _LATER_SETTINGS = ('generate.', 'evaluate.')
 # Settings that earlier versions did not have, with the value that they stood for.
 _NEW_SETTINGS = {'model.network': 'unet', 'dp.relation': 'zero_out', 'dp.already_spent': ''}
+_PATH = '<path>'
+# Settings that hold paths, with what release/config.json says in their place.
+_PATHS: dict[str, Callable[[str], str]] = {
+    'data.source': lambda source: _source_without_path(source),
+    'data.dir': lambda _: _PATH,
+    'dp.already_spent': lambda _: _PATH,
+}
 _RELEASE_NOTE = (
     'The (ε, δ) in privacy_statement.md covers every file in this folder. It is computed from '
     'ledger.jsonl. If config.json has a seed, nothing here is private.\n'
@@ -42,7 +49,7 @@ class WorkDir:
         self.private = self.root / 'private'
         self.config = self.release / 'config.json'
         self.plan = self.release / 'plan.json'
-        self.ledger = self.release / 'ledger.jsonl'
+        self.released_ledger = self.release / 'ledger.jsonl'
         self.statement = self.release / 'privacy_statement.json'
         self.statement_text = self.release / 'privacy_statement.md'
         self.code = self.release / 'code.json'
@@ -50,6 +57,7 @@ class WorkDir:
         self.central_images = self.release / 'central_images.npz'
         self.synthetic = self.release / 'synthetic'
         self.keys = self.private / 'keys.json'
+        self.own_ledger = self.private / 'ledger.jsonl'
         self.own_config = self.private / 'config_of_keys.json'
         self.fingerprints = self.private / 'data.json'
         self.sizes = self.private / 'images_at_once.json'
@@ -58,6 +66,17 @@ class WorkDir:
         self.report_text = self.private / 'report.txt'
         self.report_page = self.private / 'report.html'
         self.curve = self.root / 'plan.png'
+
+    @property
+    def ledger(self) -> Path:
+        """The ledger that names all that was spent: the one that grows in private/, where it is there."""
+        return self.own_ledger if self.own_ledger.exists() else self.released_ledger
+
+    def publish_ledger(self) -> None:
+        """Put the ledger as it is now in release/. There it does not grow: that would tell times."""
+        if self.own_ledger.exists():
+            content = self.own_ledger.read_bytes()
+            files.write_bytes(self.released_ledger, content[: content.rfind(b'\n') + 1])
 
     def model(self, training: str) -> Path:
         """Folder of the model that 'pretrain' or 'finetune' releases."""
@@ -102,6 +121,7 @@ class WorkDir:
                     'user may create and write'
                 ) from error
             files.remove_unfinished(self.root, (self.release, self.private))
+            stack.enter_context(files.timeless(self.release, like=self.config))
             yield
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -120,6 +140,7 @@ class WorkDir:
             'Restore the file. Or delete it and run with the settings of this run: it is written again',
         )
         recorded.pop('_note', None)
+        recorded |= self._paths(settings, recorded)
         found = differences(recorded, settings, FREE_SETTINGS + _LATER_SETTINGS)
         if found:
             raise ValueError(
@@ -129,18 +150,27 @@ class WorkDir:
                 f'another one spends: --config.dp.already_spent={self.root} counts it there.'
             )
 
+    def _paths(self, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the paths that release/config.json does not tell: those in private/, or, without it, any."""
+        told = without_paths(settings)
+        hidden = [name for name in _PATHS if name in told and recorded.get(name) == told[name]]
+        if hidden and self.own_config.exists():
+            own = files.read_json(self.own_config, 'Restore the file, or use another --workdir')
+            return {name: own[name] for name in hidden if name in own}
+        return {name: settings[name] for name in hidden}
+
     def record(self, settings: Mapping[str, Any]) -> None:
         """Bind the folder to these settings, and put a note in each half of what may be done with it."""
+        if not self.config.exists():  # before all others: they have its time
+            files.write_json(self.config, without_paths(settings))
+        if not self.own_config.exists():
+            files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
         for path, text in (
             (self.release / 'README.txt', _RELEASE_NOTE),
             (self.private / 'README.txt', PRIVATE_NOTE + '\n'),
         ):
             if not path.exists():
                 files.write_text(path, text)
-        if not self.config.exists():
-            files.write_json(self.config, settings)
-        if not self.own_config.exists():
-            files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
 
     def check_fingerprint(self, name: str, images: np.ndarray, labels: np.ndarray) -> None:
         """Check that `name` ('train') names the images with which it was first seen in this folder.
@@ -180,6 +210,18 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without the paths of this machine: '<path>' stands for each."""
+    return {
+        name: _PATHS[name](value) if name in _PATHS and value else value for name, value in settings.items()
+    }
+
+
+def _source_without_path(source: str) -> str:
+    kind, colon, _ = source.partition(':')
+    return source if kind == 'tfds' or not colon else f'{kind}:{_PATH}'
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:

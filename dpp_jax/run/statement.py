@@ -128,14 +128,15 @@ def of_ledger(workdir: WorkDir, ledger: Ledger, budget: Budget) -> dict[str, Any
 
 
 def write(workdir: WorkDir, statement: dict[str, Any]) -> None:
-    """Write release/privacy_statement.json and .md."""
+    """Write release/privacy_statement.json and .md, after the ledger that they are computed from."""
+    workdir.publish_ledger()
     files.write_json(workdir.statement, statement)
     files.write_text(workdir.statement_text, markdown(statement))
 
 
 def exists(workdir: WorkDir) -> bool:
-    """Whether both files of the statement are there."""
-    return workdir.statement.exists() and workdir.statement_text.exists()
+    """Whether both files of the statement are there, and the ledger that they are computed from."""
+    return all(path.exists() for path in (workdir.statement, workdir.statement_text, workdir.released_ledger))
 
 
 def stated(workdir: WorkDir, mechanism: str) -> int:

@@ -15,18 +15,18 @@ from dpp_jax.run.keys import Keys
 from dpp_jax.training import progress
 
 
-def check(config: ConfigDict, train: Images) -> None:
-    """Check that the private images are enough for what is to be computed.
+def why_no_fid(labels: np.ndarray, classes: int) -> str | None:
+    """Say why FID cannot be computed with features of these private images; None if it can.
 
-    Raises:
-        ValueError: FID is asked for, and a class has fewer than two images.
+    It refuses nothing: by then all is released, and what single images decide stays in private/.
     """
-    fewest = np.bincount(train.labels, minlength=config.data.classes).min()
-    if config.evaluate.fid and fewest < 2:
-        raise ValueError(
-            f'config.evaluate.fid is True; it must be False, because a class of {config.data.source} has '
-            f'{fewest} image(s). The features of FID need at least 2 of each class'
-        )
+    counts = np.bincount(labels, minlength=classes)
+    if counts.min() >= 2:
+        return None
+    return (
+        f'class {counts.argmin()} has {counts.min()} private image(s); the features need at least 2 of each '
+        'class'
+    )
 
 
 def run(
@@ -54,7 +54,11 @@ def run(
     evaluation = Evaluation(workdir, flatten(config.to_dict()))
     evaluation.begin()
     results = evaluation.results
-    if settings.fid and 'fid' not in results:
+    left_out = settings.fid and why_no_fid(train.labels, config.data.classes)
+    if left_out:
+        results['fid_left_out'] = left_out
+        evaluation.save()
+    elif settings.fid and 'fid' not in results:
         synthetic = images.load(images.paths['images'])['images']
         network = _feature_network(config, workdir, keys, train)
         total = 2 * len(train.images) + len(synthetic) + len(test.images)

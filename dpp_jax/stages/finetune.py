@@ -92,7 +92,7 @@ def run(
     released = final.weights()
     keys.bind_release(DP_SGD, jax.tree.leaves(released))
     before_release()
-    checkpoint.save_model(workdir.model('finetune'), released)
+    checkpoint.save_model(workdir.model('finetune'), released, scratch=workdir.private)
 
 
 def _initial_params(config: ConfigDict, workdir: WorkDir, keys: Keys, model: Model):

@@ -61,8 +61,9 @@ def run(
             write=write,
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
+            is_loss_public=True,  # central images are released
         )
-    checkpoint.save_model(workdir.model('pretrain'), final.weights())
+    checkpoint.save_model(workdir.model('pretrain'), final.weights(), scratch=workdir.private)
 
 
 def epoch_stream(size: int, batch_size: int, batch: int, seed: int) -> np.ndarray:

@@ -81,6 +81,8 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     if 'fid' in results:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))
         rows.append(('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}'))
+    elif 'fid_left_out' in results:
+        rows.append(('FID', f'left out: {results["fid_left_out"]}'))
     for kind, accuracy in results.get('accuracy', {}).items():
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
         rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %'))
@@ -97,7 +99,7 @@ def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
         ('image grid', images.picture),
         ('model', workdir.model('finetune')),
         ('privacy statement', workdir.statement_text),
-        ('privacy ledger', workdir.ledger),
+        ('privacy ledger', workdir.released_ledger),
         ('page (private)', workdir.report_page),
         ('metrics (private)', workdir.metrics('finetune').parent),
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import json
 import logging
 from pathlib import Path
 import shutil
@@ -12,6 +13,8 @@ import flax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from dpp_jax import files
 
 PyTree = Any
 _logger = logging.getLogger(__name__)
@@ -122,10 +125,43 @@ class TrainingStore:
             self._manager.close()
 
 
-def save_model(folder: Path, model: PyTree) -> None:
-    """Write `model` (a pytree of arrays); the folder appears when it is complete."""
-    with _saving(folder), ocp.StandardCheckpointer(async_options=_PATIENT) as checkpointer:
-        checkpointer.save(Path(folder).absolute(), _to_dict(model), force=True)
+def save_model(folder: Path, model: PyTree, *, scratch: Path | None = None) -> None:
+    """Write `model` (a pytree of arrays); the folder appears when it is complete, and tells no time or path.
+
+    Args:
+        folder: of the model; plain orbax reads it too.
+        model: what is saved.
+        scratch: a folder for what is not complete; None: that of `folder`.
+    """
+    folder = Path(folder)
+    unfinished = (scratch or folder.parent).absolute() / f'{folder.name}.orbax-checkpoint-tmp'
+    # One file for each array. The other format, OCDBT, holds times, compressed, and names files at random.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    with _saving(folder), _without_warning('OCDBT'), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(unfinished, ocp.args.PyTreeSave(_to_dict(model)), force=True)
+        _remove_times(unfinished)
+        files.move_folder(unfinished, folder)
+
+
+@contextlib.contextmanager
+def _without_warning(text: str) -> Iterator[None]:
+    """Keep to ourselves that orbax has nothing to merge."""
+    absl_logger = logging.getLogger('absl')
+    about_else = lambda record: text not in record.getMessage()
+    absl_logger.addFilter(about_else)
+    try:
+        yield
+    finally:
+        absl_logger.removeFilter(about_else)
+
+
+def _remove_times(folder: Path) -> None:
+    """Remove what orbax notes of the time and the place at which a checkpoint was written."""
+    (folder / 'commit_success.txt').unlink(missing_ok=True)
+    path = folder / '_CHECKPOINT_METADATA'
+    found = json.loads(path.read_bytes())
+    times = dict.fromkeys(name for name in found if 'timestamp' in name)
+    files.write_json(path, found | times | {'performance_metrics': {}})
 
 
 def latest_training(folder: Path) -> tuple[int, Path] | None:

@@ -18,7 +18,7 @@ _COUNTS = {'non_finite'}  # metrics that are added up between two writings; of o
 
 
 class Diverged(ArithmeticError):
-    """The weights or the loss are not finite any more."""
+    """The weights are not finite any more, or the loss of images that are released."""
 
 
 def train(
@@ -31,6 +31,7 @@ def train(
     write: Callable[[int, dict[str, float]], None],
     log_every_steps: int,
     checkpoint_every_seconds: float,
+    is_loss_public: bool = False,
 ) -> TrainState:
     """Run `step` until `total_steps`, from the newest checkpoint in `store` if there is one.
 
@@ -44,20 +45,22 @@ def train(
         write: takes a step's number and its metrics, as floats.
         log_every_steps: how often metrics are fetched from the device.
         checkpoint_every_seconds: how often the state is saved.
+        is_loss_public: whether a loss that is not finite ends the training. The loss of private images must
+            not: it carries no noise, and whether something is released is a release.
 
     Returns:
         the final state, on the host.
 
     Raises:
         preemption.Interrupted: after SIGTERM or Ctrl-C, with the state saved.
-        Diverged: weights or loss are not finite; such a state is never saved, nor a later one.
+        Diverged: the weights, or a public loss, are not finite; such a state is never saved, nor a later one.
     """
     restored = store.restore(state)
     state = state if restored is None else restored
     start = int(state.step)
     state = devices.replicate(state)
     saved_at = time.monotonic()
-    record = _Record(write, log_every_steps, store, name)
+    record = _Record(write, log_every_steps, store, name, is_loss_public)
     previous = None
     with preemption.deferred() as stop, progress.bar(total_steps, name, 'step', start) as bar:
         for number in range(start, total_steps):
@@ -82,8 +85,11 @@ def train(
 class _Record:
     """Metrics on their way from the device to the disk: every step's is looked at."""
 
-    def __init__(self, write: Callable, every: int, store: checkpoint.TrainingStore, name: str):
+    def __init__(
+        self, write: Callable, every: int, store: checkpoint.TrainingStore, name: str, is_loss_public: bool
+    ):
         self._write, self._every, self._store, self._name = write, every, store, name
+        self._is_loss_public = is_loss_public
         self._waiting = {}  # number of a step → its metrics, on the devices
 
     def add(self, number: int, metrics: dict) -> None:
@@ -114,7 +120,7 @@ class _Record:
         # Not on the screen: a loss of private images carries no noise, and terminals are logged.
         self._write(numbers[-1], values)
         for number, metrics in fetched.items():
-            if not math.isfinite(metrics['loss']):
+            if self._is_loss_public and not math.isfinite(metrics['loss']):
                 raise _diverged(self._name, 'loss is', number, self._store)
 
 

@@ -199,7 +199,7 @@ def make_dp_step(
     def update(noisy_sum, sums, state: TrainState, *_):
         gradient = jax.tree.map(lambda leaf: leaf / expected_batch_size, noisy_sum)
         state = apply_gradient(state, gradient, optimizer, ema_decay)
-        return state, _dp_metrics(sums, expected_batch_size)
+        return state, _dp_metrics(sums)
 
     return mechanism.noisy(
         clipped_sum,
@@ -210,16 +210,12 @@ def make_dp_step(
     )
 
 
-def _dp_metrics(sums: dict[str, jax.Array], expected_batch_size: float) -> dict[str, jax.Array]:
+def _dp_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Compute what is written to private/ of the sums over a batch, see `make_dp_step`."""
     finite = sums['examples'] - sums['non_finite']
     rows = jnp.maximum(finite, 1)
-    # One example that is not finite counts as zero, also where it is alone in a small sample. None
-    # finite in a batch of usual size is no matter of examples any more.
-    usual = jnp.maximum(1, expected_batch_size / 2)
-    lost = (finite == 0) & (sums['examples'] > usual)
     return {
-        'loss': jnp.where(lost, jnp.nan, sums['loss'] / rows),
+        'loss': jnp.where((finite == 0) & (sums['examples'] > 0), jnp.nan, sums['loss'] / rows),
         'gradient_norm': sums['norm'] / rows,
         'clipped_share': sums['clipped'] / rows,
         'non_finite': sums['non_finite'],

@@ -29,7 +29,7 @@ def device_step():
     return devices.parallel(step, in_axes=(0, None), donate=(0,))
 
 
-def train(folder, device_step, *, total=9, stop_at=None, seconds=1000.0, written=None):
+def train(folder, device_step, *, total=9, stop_at=None, seconds=1000.0, written=None, **options):
     """Run the loop in `folder`; at step `stop_at` the process receives SIGTERM."""
 
     def step(state, number):
@@ -48,6 +48,7 @@ def train(folder, device_step, *, total=9, stop_at=None, seconds=1000.0, written
             write=lambda step, values: written is None or written.append((step, values['loss'])),
             log_every_steps=2,
             checkpoint_every_seconds=seconds,
+            **options,
         )
     finally:
         store.close()
@@ -111,7 +112,7 @@ def test_a_run_whose_weights_are_lost_stops_and_keeps_the_last_good_checkpoint(
     )
     written = []
     with pytest.raises(loop.Diverged, match=f'test failed: the .* not finite at step 6.*{good}') as told:
-        train(tmp_path, lost, seconds=seconds, written=written)
+        train(tmp_path, lost, seconds=seconds, written=written, is_loss_public=True)
     assert '--stage=compose --with=' in str(told.value) and 'dp.already_spent' in str(told.value)
     kept = checkpoint.latest_training(tmp_path)
     assert (kept and kept[0]) == (5 if seconds == 0 else None)
@@ -134,8 +135,22 @@ def test_a_lost_loss_is_noticed_before_the_next_checkpoint(tmp_path):
         in_axes=(0, None),
     )
     with pytest.raises(loop.Diverged, match='loss is not finite at step 7. .* that of step 6 in'):
-        train(tmp_path, lost, seconds=0.0)
+        train(tmp_path, lost, seconds=0.0, is_loss_public=True)
     assert checkpoint.latest_training(tmp_path)[0] == 6
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_a_loss_of_private_images_decides_nothing(device_step, uninterrupted, tmp_path, value):
+    """It carries no noise: with it alone nobody may tell whether a run ends."""
+
+    def step(state, number):
+        state, metrics = device_step(state, number)
+        return state, {'loss': jnp.full_like(metrics['loss'], value)}
+
+    written = []
+    final = train(tmp_path, step, written=written)
+    jax.tree.map(np.testing.assert_array_equal, final, uninterrupted)
+    assert len(written) == 5 and not np.isfinite([loss for _, loss in written]).any()
 
 
 def test_every_step_is_counted_and_a_stop_loses_none(tmp_path):

@@ -296,18 +296,16 @@ def test_the_fast_sum_of_clipped_gradients_equals_a_plain_one_in_float64(tiny_co
 
 
 @pytest.mark.parametrize(
-    'expected, size, broken, is_lost',
+    'expected, size, broken, has_loss',
     [
         (20.0, 1, 1, False),  # one bad image, alone in its Poisson sample
-        (1.0, 1, 1, False),
-        (20.0, 3, 3, False),  # a few of them
-        (20.0, 11, 11, True),  # a batch of usual size without a finite loss: the weights are to blame
-        (1.0, 2, 2, True),
-        (20.0, 11, 10, False),
-        (20.0, 0, 0, False),
+        (20.0, 11, 11, False),
+        (1.0, 2, 2, False),
+        (20.0, 11, 10, True),
+        (20.0, 0, 0, True),
     ],
 )
-def test_a_training_is_lost_by_a_batch_and_not_by_an_example(expected, size, broken, is_lost):
+def test_no_number_of_broken_examples_breaks_the_weights(expected, size, broken, has_loss):
     """Images with label 1 have a loss that is not finite: they count as zero, and are counted."""
     images = np.zeros((12, 1, 1, 1), np.uint8), np.where(np.arange(12) < broken, 1, 0)
     with devices.limited_to(1):
@@ -324,5 +322,5 @@ def test_a_training_is_lost_by_a_batch_and_not_by_an_example(expected, size, bro
         params, indices = {'w': np.ones(3, np.float32)}, np.arange(size)
         _, metrics, new = take(step, params, images, indices, number=1, microbatch=4, capacity=12)
     assert metrics['non_finite'] == broken and metrics['batch_size'] == size
-    assert np.isnan(metrics['loss']) == is_lost
+    assert np.isfinite(metrics['loss']) == has_loss
     assert np.isfinite(new.params.vector).all()

@@ -187,20 +187,45 @@ def images(config: ConfigDict, split: str) -> Images:
         ValueError, FileNotFoundError: they are not as the config says, or not there.
     """
     data = config.data
+    # From the headers: before anything is read, of whatever size.
+    _refuse(data_problems(config, split, sources.shape(data.source, split, data_dir=data.dir)))
     found = sources.load(
         data.source, split, data_dir=data.dir, average_down=data.average_down, classes=data.classes
     )
-    wanted = (data.image_size, data.image_size, data.channels)
-    if found.images.shape[1:] != wanted:
-        raise ValueError(
-            f'config.data.image_size and config.data.channels give images of shape {wanted}; {data.source} '
-            f'has images of shape {found.images.shape[1:]} after average_down={data.average_down}'
+    count, height, width, channels = found.images.shape
+    before_pooling = (count, height * data.average_down, width * data.average_down, channels)
+    _refuse(data_problems(config, split, before_pooling))  # what no header told
+    return found
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError('\n'.join(problems))
+
+
+def data_problems(config: ConfigDict, split: str, shape: Sequence[int | None]) -> list[str]:
+    """Compare the images of one split with the config; return a line for everything that does not fit.
+
+    Args:
+        config: the settings.
+        split: 'train' or 'test'.
+        shape: (N, H, W, C) of the images, before average pooling; None: not known.
+    """
+    data, (count, *image_shape) = config.data, shape
+    side = data.image_size * data.average_down
+    wanted, problems = (side, side, data.channels), []
+    of_split = 'private images' if split == 'train' else 'test images'
+    if any(found not in (None, needed) for found, needed in zip(image_shape, wanted)):
+        problems.append(
+            f'config.data.image_size is {data.image_size}, data.average_down is {data.average_down} and '
+            f'data.channels is {data.channels}: images must have the shape {wanted}. The {of_split} of '
+            f'{data.source} have the shape {tuple(image_shape)}'
         )
     is_public = accounting.RELATIONS[config.dp.relation].size_is_public
-    if split == 'train' and is_public and len(found.images) != data.train_images:
-        raise ValueError(
-            f'config.data.train_images is {data.train_images}; it must be {len(found.images)}, the number of '
+    if split == 'train' and is_public and count != data.train_images:
+        problems.append(
+            f'config.data.train_images is {data.train_images}; it must be {count}, the number of '
             f'private images in {data.source}. ε is computed from it. If their number is not public, set '
             "config.dp.relation to 'add_remove' and train_images to a public guess of it"
         )
-    return found
+    return problems

@@ -5,12 +5,14 @@ leaves the old file or none. In a folder that may be published it also tells no 
 a run from a seed says that it is not private (`noted`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
+import re
 import shutil
 import tempfile
 from typing import Any, BinaryIO
@@ -121,20 +123,78 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def read_json(path: Path, advice: str) -> dict[str, Any]:
+def read_json(path: Path, advice: str, form: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read the JSON object in `path`, which must be there.
+
+    Args:
+        path: of the file.
+        advice: what to do with a damaged file.
+        form: the fields that the object must have, see `fault`; None: any.
 
     Raises:
         ValueError: the file holds something else, as a power failure or an editor may leave it. The
-            message names the file and ends with `advice`: what to do then.
+            message names the file, the field and what was expected, and ends with `advice`.
     """
     try:
         value = json.loads(path.read_bytes())
         if not isinstance(value, dict):
             raise ValueError('it holds no JSON object')
-    except (OSError, ValueError) as error:  # ValueError: of UTF-8 and of JSON alike
+        found = fault(value, form or {})
+        if found:
+            raise ValueError(found)
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: of UTF-8 and of JSON alike
         raise ValueError(f'{path} cannot be read ({error}). {advice}') from error
     return value
+
+
+_KINDS = {
+    str: 'a text',
+    bool: 'true or false',
+    int: 'a whole number',
+    float: 'a finite number',
+    dict: 'an object',
+    list: 'a list',
+}
+
+
+def fault(value: Any, form: Any, field: str = '') -> str | None:
+    """Say, in a line, what of a value of JSON is not as it must be; None if all is.
+
+    Args:
+        value: to look at.
+        form: a type; a pattern: a text that it matches; [form]: a list of such values; {field: form}: an
+            object with these fields, of which those with '?' at the end of their name may be missing, and
+            in which '*' stands for all other fields whose name does not begin with '_'.
+        field: what the message calls the value.
+    """
+    name = f'field {field}' if field else 'it'
+    if isinstance(form, re.Pattern):
+        is_good, words = isinstance(value, str) and form.fullmatch(value), f'a text like {form.pattern}'
+    elif form in (int, float):
+        is_number = isinstance(value, int | form) and not isinstance(value, bool)
+        is_good, words = is_number and math.isfinite(value), _KINDS[form]
+    else:
+        kind = form if isinstance(form, type) else type(form)
+        is_good, words = isinstance(value, kind), _KINDS[kind]
+    if not is_good:
+        return f'{name} is {json.dumps(value, ensure_ascii=False)[:60]}; it must be {words}'
+    parts: Iterable[tuple[str, Any, Any]] = ()  # (field, value, form)
+    if isinstance(form, list):
+        parts = ((f'{field}[{number}]', inner, form[0]) for number, inner in enumerate(value))
+    elif isinstance(form, dict):
+        forms = {key.removesuffix('?'): inner for key, inner in form.items() if key != '*'}
+        for key in form:
+            if key != '*' and not key.endswith('?') and key not in value:
+                return f'{name} has no {key}' if field else f'it has no field {key}'
+        for key in value.keys() - forms.keys():
+            if '*' in form and not key.startswith('_'):
+                forms[key] = form['*']
+        parts = (
+            (f'{field}.{key}' if field else key, value[key], inner)
+            for key, inner in forms.items()
+            if key in value
+        )
+    return next(filter(None, (fault(inner, its, where) for where, inner, its in parts)), None)
 
 
 def read_npz(path: Path, advice: str) -> dict[str, np.ndarray]:

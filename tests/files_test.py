@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import signal
 import stat
 import subprocess
@@ -168,3 +169,62 @@ def test_a_lock_is_held_by_one_process_and_free_when_that_is_killed(tmp_path):
         process.send_signal(signal.SIGKILL)
     with files.locked(path):
         pass
+
+
+FORM = {
+    'name': str,
+    'sizes': [int],
+    'rows?': [{'epsilon': float, 'is_good': bool}],
+    'key': re.compile('[0-9a-f]{4}'),
+    '*': {'sha256': str},
+}
+GOOD = {
+    'name': 'ε',
+    'sizes': [1, 2],
+    'rows': [{'epsilon': 1, 'is_good': True, 'more': 1}],
+    'key': '01ab',
+    '_note': 3,
+    'other': {'sha256': 'a'},
+}
+
+
+def test_json_of_its_form_is_read_and_a_field_may_be_missing_where_the_form_says_so():
+    assert files.fault(GOOD, FORM) is None
+    assert files.fault({name: value for name, value in GOOD.items() if name != 'rows'}, FORM) is None
+
+
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        ({'name': None}, 'field name is null; it must be a text'),
+        ({'sizes': 3}, 'field sizes is 3; it must be a list'),
+        ({'sizes': [1, True]}, r'field sizes\[1\] is true; it must be a whole number'),
+        ({'sizes': [1.5]}, r'field sizes\[0\] is 1.5; it must be a whole number'),
+        ({'rows': [{'epsilon': float('nan'), 'is_good': True}]}, r'field rows\[0\].epsilon is NaN; .*finite'),
+        (
+            {'rows': [{'epsilon': 'abc', 'is_good': True}]},
+            r'field rows\[0\].epsilon is "abc"; .* a finite number',
+        ),
+        ({'rows': [{'epsilon': 1}]}, r'field rows\[0\] has no is_good'),
+        ({'rows': [[]]}, r'field rows\[0\] is \[\]; it must be an object'),
+        ({'key': '01AB'}, r'field key is "01AB"; it must be a text like \[0-9a-f\]\{4\}'),
+        ({'other': 1}, 'field other is 1; it must be an object'),
+    ],
+    ids=repr,
+)
+def test_a_field_of_another_kind_is_named_with_what_is_expected(tmp_path, change, text):
+    path = tmp_path / 'file.json'
+    path.write_text(json.dumps(GOOD | change))
+    with pytest.raises(ValueError, match=rf'file.json cannot be read \({text}.*\). Do this.') as refused:
+        files.read_json(path, 'Do this.', FORM)
+    assert '\n' not in str(refused.value)
+
+
+def test_a_missing_field_is_named(tmp_path):
+    path = tmp_path / 'file.json'
+    path.write_text('{"sizes": []}')
+    with pytest.raises(ValueError, match='it has no field name'):
+        files.read_json(path, '', FORM)
+    path.write_text('[' * 100_000)
+    with pytest.raises(ValueError, match='file.json cannot be read'):
+        files.read_json(path, '', FORM)

@@ -400,7 +400,11 @@ def test_plan_of_a_run_is_the_one_it_follows(run, tiny_config, tmp_path, capsys)
         ({'data__train_images': 1400}, ValueError, 'train_images is 1400; it must be 1437'),
         ({'data__source': 'digitz'}, ValueError, 'digitz'),
         ({'data__source': 'idx:nowhere'}, FileNotFoundError, 'nowhere'),
-        ({'data__image_size': 16}, ValueError, 'give images of shape .16, 16, 1.; digits has'),
+        (
+            {'data__image_size': 16},
+            ValueError,
+            'must have the shape .16, 16, 1.. The private images of digits',
+        ),
         ({'data__classes': 9}, ValueError, r'label.*9'),
         ({'data__classes': 11}, ValueError, 'class'),
     ],

@@ -72,7 +72,7 @@ def check_labels(
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f'{name}: the labels go from {labels.min()} to {labels.max()}; '
-            f'they must lie in 0..{classes - 1}, for {classes} classes'
+            f'they must lie in 0..{classes - 1}, because config.data.classes is {classes}'
         )
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0).tolist()
     if missing and every_class:

@@ -13,6 +13,15 @@ from dpp_jax.run.folder import WorkDir
 
 _ALLOWED = 'work directories, paths of a ledger.jsonl, or of a privacy_statement.json, separated by commas'
 
+# What `rows` writes of a release.
+ROW = {
+    'mechanism': str,
+    'noise_multiplier': float,
+    'sampling_probability': float,
+    'count': int,
+    'sensitivity': float,
+}
+
 
 def paths(text: str) -> list[Path]:
     """Return the paths in a list that is separated by commas."""
@@ -58,13 +67,14 @@ def releases(text: str, *, is_private: bool) -> tuple[Releases, ...]:
 
 def _of_statement(path: Path) -> tuple[list[Releases], bool]:
     """Read what a privacy statement covers, and whether its keys came from a seed."""
-    statement = files.read_json(path, f'config.dp.already_spent names it; allowed are {_ALLOWED}')
+    form = {'mechanisms': [ROW], 'spent_before?': [ROW], 'private': bool}
+    statement = files.read_json(path, f'config.dp.already_spent names it; allowed are {_ALLOWED}', form)
     try:
         covered = [*statement.get('spent_before', []), *statement['mechanisms']]
         return from_rows(covered), not statement['private']
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
-            f'config.dp.already_spent names {path}, which is no privacy statement ({error!r}); allowed are '
+            f'config.dp.already_spent names {path}, which is no privacy statement ({error}); allowed are '
             f'{_ALLOWED}'
         ) from error
 
@@ -84,10 +94,10 @@ def rows(releases_before: tuple[Releases, ...]) -> list[dict[str, Any]]:
 
 
 def from_rows(written: list[dict[str, Any]]) -> list[Releases]:
-    """Read what `rows` wrote; other fields are left out.
+    """Read what `rows` wrote, each of the form `ROW`; other fields are left out.
 
     Raises:
-        KeyError, TypeError, ValueError: a field is missing or out of range.
+        ValueError: a field is out of range.
     """
     return [
         Releases(

@@ -15,6 +15,15 @@ from dpp_jax.training import checkpoint
 
 PyTree = Any
 _CLASSIFIER_IMAGES = 'classifier_images'
+# What evaluation.json holds.
+_SCORES = {
+    'of': dict,
+    'accuracy': {'*': float},
+    'held_out_accuracy?': {'*': float},
+    'fid?': float,
+    'fid_of_real_test_images?': float,
+    'fid_features?': str,
+}
 
 
 def central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
@@ -181,7 +190,7 @@ class Evaluation:
         if not self._path.exists():
             return {}
         results = files.read_json(
-            self._path, 'Delete the file and run --stage=evaluate: it computes the scores again'
+            self._path, 'Delete the file and run --stage=evaluate: it computes the scores again', _SCORES
         )
         return results if results.get('of') == self.subject else {}
 

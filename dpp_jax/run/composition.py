@@ -8,7 +8,7 @@ from dpp_jax.privacy import accounting, budget
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import statement
 from dpp_jax.run.already_spent import paths
-from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.folder import FINGERPRINTS, WorkDir
 from dpp_jax.run.keys import is_seeded
 
 _EXAMPLE = '--stage=compose --with=runs/a,runs/b'
@@ -58,11 +58,13 @@ def _plan(folder: WorkDir) -> dict[str, Any]:
             f'--with names {folder.root}, which has no release/plan.json. Restore the file'
         )
     old = {'relation': accounting.ZERO_OUT, 'spent_before': []}
-    plan = old | files.read_json(folder.plan, 'Restore the file')
+    form = {'relation?': str, 'delta': float, 'spent_before?': list}
+    plan = old | files.read_json(folder.plan, 'Restore the file', form)
     if plan['relation'] not in accounting.RELATIONS:
         allowed = ' or '.join(map(repr, accounting.RELATIONS))
         raise ValueError(f'{folder.plan} has relation = {plan["relation"]!r}; it must be {allowed}')
-    accounting.check_budget(1.0, plan.get('delta'), 'pld', plan['relation'])
+    if not 0 < plan['delta'] < 1:
+        raise ValueError(f'{folder.plan} has delta = {plan["delta"]}; it must be in (0, 1)')
     return plan
 
 
@@ -100,7 +102,7 @@ def _remarks(folders: Sequence[WorkDir], plans: Sequence[dict[str, Any]]) -> lis
     seen = {}
     for folder in folders:
         if folder.fingerprints.is_file():
-            train = files.read_json(folder.fingerprints, 'Restore the file').get('train') or {}
+            train = files.read_json(folder.fingerprints, 'Restore the file', FINGERPRINTS).get('train', {})
             seen[folder.root] = train.get('sha256')
     if len(set(seen.values())) > 1:
         remarks.append(

@@ -38,6 +38,7 @@ _RELEASE_NOTE = (
     'The (ε, δ) in privacy_statement.md covers every file in this folder. It is computed from '
     'ledger.jsonl. If config.json has a seed, nothing here is private.\n'
 )
+FINGERPRINTS = {'*': {'count': int, 'sha256': str}}  # what private/data.json holds
 
 
 class WorkDir:
@@ -186,6 +187,7 @@ class WorkDir:
             known = files.read_json(
                 self.fingerprints,
                 'Restore the file. Or delete it if the private images did not change: it is written again',
+                FINGERPRINTS,
             )
         if name not in known:
             files.write_json(self.fingerprints, {**known, name: found}, mode=0o600)

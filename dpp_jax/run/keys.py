@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 import dataclasses
 import hashlib
 from pathlib import Path
+import re
 import secrets
 from typing import Any
 
@@ -27,6 +28,15 @@ NOTE = (
     'guarantee needs. Do not publish anything in this folder.'
 )
 
+# What the file holds: part of the run → its secrets, in hexadecimal.
+_FORM = {
+    '*': {
+        'identifier': str,
+        'sampling': re.compile('[0-9a-f]{32}'),
+        'noise': re.compile('([0-9a-f]{16})+'),
+        'released?': str,
+    }
+}
 _RANDOM_BITS = '_random_bits'  # in the file, beside the keys
 _BIT_FLAGS = ('jax_threefry_partitionable', 'jax_default_prng_impl')
 
@@ -127,7 +137,7 @@ class Keys:
             ValueError: the plan does not have such a mechanism.
         """
         for name, found in self._read().items():
-            if isinstance(found, dict) and 'released' in found and name not in mechanisms:
+            if not name.startswith('_') and 'released' in found and name not in mechanisms:
                 raise ValueError(
                     f'{self._path} has keys of {name}, whose output was released. This config does not run '
                     f'{name}, and would forget its ε. Use the settings of that run, or another --workdir '
@@ -158,6 +168,7 @@ class Keys:
             self._path,
             'Restore the file: a query or a training step needs these keys. If release/model/finetune '
             'exists, you may delete it: generation then draws images with new keys',
+            _FORM,
         )
 
 

@@ -145,8 +145,11 @@ def _read(path: Path) -> dict[str, Any]:
         checks.require('noise_multiplier', sigma, checks.is_positive(sigma), 'a finite number > 0')
         is_good = query_sigma is None or checks.is_positive(query_sigma)
         checks.require('query_noise_multiplier', query_sigma, is_good, 'a finite number > 0, or null')
+        found = files.fault(recorded, {'spent_before': [already_spent.ROW]})
+        if found:
+            raise ValueError(found)
         already_spent.from_rows(recorded['spent_before'])
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f'{path} is not a valid plan ({error}). Restore the file') from error
     return recorded
 

@@ -8,7 +8,6 @@ keeps the one that it began with.
 from collections.abc import Callable
 import dataclasses
 import hashlib
-import json
 import math
 from pathlib import Path
 import time
@@ -184,8 +183,9 @@ def _by_rule(model: Model) -> int:
 
 
 def _read(path: Path) -> dict:
-    """Read a JSON file; nothing if there is none, or none that can be read."""
+    """Read numbers by their names; nothing if there is no such file, or none that can be read."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        found = files.read_json(path, '', {'*': int})
+    except ValueError:
         return {}
+    return {name: number for name, number in found.items() if name.startswith('_') or number >= 1}

@@ -146,6 +146,7 @@ def stated(workdir: WorkDir, mechanism: str) -> int:
     statement = files.read_json(
         workdir.statement,
         'Restore the file. Or delete it and run --stage=all: it is written again from ledger.jsonl',
+        {'mechanisms': [{'mechanism': str, 'count': int}]},
     )
     return sum(row['count'] for row in statement['mechanisms'] if row['mechanism'] == mechanism)
 
@@ -292,7 +293,9 @@ def codes(workdir: WorkDir) -> dict[str, list[dict[str, str]]]:
     if not workdir.code.exists():
         return {}
     return files.read_json(
-        workdir.code, 'Restore the file. Or delete it: the statement then names no versions of earlier stages'
+        workdir.code,
+        'Restore the file. Or delete it: the statement then names no versions of earlier stages',
+        {'*': [{'*': str}]},
     )
 
 

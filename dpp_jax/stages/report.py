@@ -51,7 +51,7 @@ def run(
     evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
     results = evaluation.results
     rows = _privacy_rows(privacy) + _score_rows(results)
-    note = f'FID features: {results["fid_features"]}' if 'fid' in results else ''
+    note = f'FID features: {results["fid_features"]}' if 'fid_features' in results else ''
     text = _text(config, workdir, images, rows, note)
     files.write_text(workdir.report_text, text, mode=0o600)
     shown = {'privacy': privacy, **_shown(images, evaluation)}
@@ -80,7 +80,8 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     if 'fid' in results:
         rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))
-        rows.append(('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}'))
+        if 'fid_of_real_test_images' in results:
+            rows.append(('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}'))
     elif 'fid_left_out' in results:
         rows.append(('FID', f'left out: {results["fid_left_out"]}'))
     for kind, accuracy in results.get('accuracy', {}).items():

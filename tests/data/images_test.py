@@ -35,7 +35,10 @@ def test_any_image_shape_will_do_when_none_is_asked_for():
     [
         ({'labels': LABELS[:5]}, r'toys: the labels are int64 of shape \(5,\); .* \(6,\), one per image'),
         ({'labels': LABELS.astype(float)}, 'toys: the labels are float64'),
-        ({'labels': np.array([0, 1, 2, 3, 0, 1])}, r'go from 0 to 3; .* 0\.\.2'),
+        (
+            {'labels': np.array([0, 1, 2, 3, 0, 1])},
+            r'go from 0 to 3; .* 0\.\.2, because config.data.classes is 3',
+        ),
         ({'labels': np.array([0, 1, 2, -1, 0, 1])}, r'go from -1 to 2; .* 0\.\.2'),
         ({'labels': np.array([0, 2, 2, 0, 0, 2])}, 'toys: no image has class 1;'),
         ({'classes': 5}, 'toys: no image has class 3, 4;'),

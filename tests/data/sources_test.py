@@ -2,7 +2,10 @@
 
 import gzip
 import hashlib
+import io
 import json
+import math
+import os
 from pathlib import Path
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from dpp_jax.data import sources
+from dpp_jax.data.sources import npz
 
 SHARED = Path(__file__).resolve().parents[3] / 'shared'
 MNIST_IDX, MNIST_TFDS = SHARED / 'data' / 'mnist', SHARED / 'data' / 'tfds'
@@ -114,14 +118,12 @@ def test_description_of_idx_files_reads_no_pixel(idx_set):
 
 
 def test_description_of_npz_files_reads_no_pixel(npz_set):
-    """The image arrays may end after their headers."""
+    """What follows the header of the images may be damaged."""
     path = npz_set / 'train.npz'
-    with zipfile.ZipFile(path) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
-    contents['images.npy'] = contents['images.npy'][: -7 * 4 * 6 * 3]
-    with zipfile.ZipFile(path, 'w') as archive:
-        for name, content in contents.items():
-            archive.writestr(name, content)
+    images, labels = random_set(7, (64, 64, 3))  # more than one block of the file
+    for split in sources.SPLITS:
+        np.savez(npz_set / f'{split}.npz', images=images, labels=labels)
+    damaged(path, lambda content: content.replace(images.tobytes(), bytes(images.size)))
     assert sources.describe(f'npz:{npz_set}').train_images == 7
     with pytest.raises(ValueError, match='train.npz cannot be read'):
         sources.load(f'npz:{npz_set}', 'train')
@@ -231,6 +233,44 @@ def test_tfds_is_prepared_when_it_is_not_there(tiny_tfds, tmp_path, monkeypatch,
         sources.load('tfds:tiny_for_test', 'test', **where)
 
 
+def test_features_of_a_tfds_set_are_checked_before_it_is_downloaded(tiny_tfds, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    class UnlabeledForTest(tiny_tfds):
+        """As celeb_a: no feature `label`."""
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(4, 6, 3))})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+    monkeypatch.setattr(UnlabeledForTest, 'download_and_prepare', no_array)
+    for call in (sources.describe, sources.load, sources.shape):
+        arguments = () if call is sources.describe else ('train',)
+        with pytest.raises(
+            ValueError, match=r"has the features \['image'\]; it must have the features 'image'"
+        ):
+            call('tfds:unlabeled_for_test', *arguments, data_dir=str(tmp_path))
+
+
+def test_without_a_network_one_short_try_is_made(tiny_tfds, tmp_path, monkeypatch):
+    import requests
+
+    tried = []
+
+    def get(url, **settings):
+        tried.append((url, settings['timeout']))
+        raise requests.ConnectionError('no route to host')
+
+    monkeypatch.setattr(requests, 'get', get)
+    monkeypatch.setattr(tiny_tfds, 'url_infos', {'https://a.test/images.zip': None}, raising=False)
+    monkeypatch.setattr(tiny_tfds, 'download_and_prepare', no_array)
+    with pytest.raises(
+        FileNotFoundError, match='https://a.test/images.zip cannot be reached.*Prepare it with'
+    ):
+        sources.load('tfds:tiny_for_test', 'train', data_dir=str(tmp_path))
+    assert tried == [('https://a.test/images.zip', 5)]
+
+
 def test_npz_files(npz_set):
     source = f'npz:{npz_set}'
     assert sources.describe(source) == source_info(source, 7, 4, (4, 6, 3), 3)
@@ -301,7 +341,7 @@ def damaged(path, change):
     ('name', 'change', 'text'),
     [
         ('train-images-idx3-ubyte', lambda b: b[:-1], 'has 167 bytes .* must have 168'),
-        ('train-images-idx3-ubyte', lambda b: b + b'x', 'has 169 bytes'),
+        ('train-images-idx3-ubyte', lambda b: b + b'x', 'has 169 or more bytes'),
         ('train-images-idx3-ubyte', lambda b: b'\0\0\x0d\x03' + b[4:], '00000d03 .* 00000803'),
         ('train-images-idx3-ubyte', lambda b: b[:10], 'has 10 of 16 bytes of header'),
         ('train-images-idx3-ubyte', lambda b: b'', 'begins with nothing'),
@@ -330,10 +370,106 @@ def test_damaged_npz_files_are_refused(npz_set, change):
             call(f'npz:{npz_set}')
 
 
-def test_npz_without_labels_is_refused(npz_set):
-    np.savez(npz_set / 'train.npz', images=random_set(3)[0])
-    with pytest.raises(ValueError, match='labels'):
-        sources.load(f'npz:{npz_set}', 'train')
+@pytest.mark.parametrize('names', [{'images'}, {'labels'}, {'x', 'y'}, {'train_images', 'labels'}, set()])
+def test_npz_without_images_and_labels_is_refused_with_the_line_that_converts(npz_set, names):
+    np.savez(npz_set / 'train.npz', **{name: random_set(3)[0] for name in names})
+    for call in (sources.describe, lambda source: sources.load(source, 'train')):
+        with pytest.raises(
+            ValueError, match='it must have images and labels. To convert it: python -c'
+        ) as no:
+            call(f'npz:{npz_set}')
+        assert all(name in str(no.value) for name in names)
+
+
+@pytest.mark.parametrize('images, labels', [('{}_images', '{}_labels'), ('x_{}', 'y_{}')])
+def test_archives_of_other_makers_are_read_as_they_are(tmp_path, images, labels):
+    """One file with both splits, as MedMNIST and Keras have it, labels (N, 1); or cut into two files."""
+    sets = {'train': random_set(7, (4, 6, 3)), 'test': random_set(4, (4, 6, 3), seed=1)}
+    arrays = {
+        split: {images.format(split): found[0], labels.format(split): found[1][:, None]}
+        for split, found in sets.items()
+    }
+    np.savez(tmp_path / 'both.npz', **arrays['train'], **arrays['test'])
+    for split in sources.SPLITS:
+        np.savez(tmp_path / f'{split}.npz', **arrays[split])
+    for source in (f'npz:{tmp_path}/both.npz', f'npz:{tmp_path}'):
+        assert sources.describe(source) == source_info(source, 7, 4, (4, 6, 3), 3)
+        for split, found in sets.items():
+            loaded = sources.load(source, split)
+            np.testing.assert_array_equal(loaded.images, found[0])
+            np.testing.assert_array_equal(loaded.labels, found[1])
+
+
+def header(shape, dtype='u1'):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': shape}
+    )
+    return file.getvalue()
+
+
+def write_archive(path, **members):
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(f'{name}.npy', content)
+
+
+def no_array(*_, **__):
+    raise AssertionError('an array is read')
+
+
+@pytest.mark.parametrize('shape', [(10**12, 4, 6, 3), (8, 4, 6, 3), (6, 4, 6, 3), (0, 4, 6, 3)], ids=str)
+@pytest.mark.parametrize('which', ['images', 'labels'])
+def test_npz_headers_that_lie_are_refused_before_anything_is_read(npz_set, monkeypatch, which, shape):
+    images, labels = random_set(7, (4, 6, 3))
+    true = {'images': (7, 4, 6, 3), 'labels': (7,)}
+    claimed = true | {which: shape[: len(true[which])]}
+    write_archive(
+        npz_set / 'train.npz',
+        images=header(claimed['images']) + images.tobytes(),
+        labels=header(claimed['labels']) + labels.tobytes(),
+    )
+    monkeypatch.setattr(np, 'load', no_array)
+    for call in (sources.describe, lambda source: sources.shape(source, 'train')):
+        with pytest.raises(ValueError, match=f'train.npz cannot be read: the header of {which} claims'):
+            call(f'npz:{npz_set}')
+
+
+def test_images_without_a_label_each_are_refused_before_anything_is_read(npz_set, monkeypatch):
+    np.savez(npz_set / 'train.npz', images=random_set(7)[0], labels=random_set(6)[1])
+    monkeypatch.setattr(np, 'load', no_array)
+    with pytest.raises(ValueError, match=r'images of shape \(7, 4, 6\) and labels of shape \(6,\)'):
+        sources.describe(f'npz:{npz_set}')
+
+
+def test_a_small_archive_that_unpacks_to_gigabytes_is_refused_before_it_is_read(npz_set, monkeypatch):
+    monkeypatch.setattr(npz, '_LARGE', 2**20)
+    shape = (10**5, 4, 6, 3)
+    write_archive(
+        npz_set / 'test.npz',
+        images=header(shape) + bytes(math.prod(shape)),
+        labels=header((10**5,)) + bytes(10**5),
+    )
+    monkeypatch.setattr(np, 'load', no_array)
+    for call in (sources.describe, lambda source: sources.shape(source, 'test')):
+        with pytest.raises(ValueError, match='test.npz: images unpacks to 7,200,000 bytes from .*no images'):
+            call(f'npz:{npz_set}')
+
+
+@pytest.mark.parametrize('kind', ['idx', 'npz'])
+def test_more_than_the_memory_is_refused_before_it_is_read(request, kind, monkeypatch):
+    source = f'{kind}:{request.getfixturevalue(f"{kind}_set")}'
+    monkeypatch.setattr(os, 'sysconf', lambda name: 10)  # pages of 10 bytes, 10 of them
+    for call in (sources.describe, lambda source: sources.load(source, 'train')):
+        with pytest.raises(ValueError, match='in its header; it must be less than .* memory of this machine'):
+            call(source)
+
+
+def test_a_gzipped_file_is_unpacked_no_further_than_its_header_says(idx_set):
+    path = idx_set / 't10k-images-idx3-ubyte.gz'
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(10**7)))
+    with pytest.raises(ValueError, match='has 97 or more bytes after its header; .* must have 96'):
+        sources.load(f'idx:{idx_set}', 'test')
 
 
 def test_train_and_test_of_different_sizes_are_refused(npz_set):

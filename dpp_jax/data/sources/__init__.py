@@ -31,6 +31,14 @@ def describe(source: str, *, data_dir: str = '') -> SourceInfo:
     return _find(source, data_dir).describe()
 
 
+def shape(source: str, split: str, *, data_dir: str = '') -> tuple[int | None, ...]:
+    """Return (N, H, W, C) of the images of one split, before average pooling, from headers alone.
+
+    None stands for what is not known. Arguments and errors are those of `load`.
+    """
+    return _find(source, data_dir).shape(_checked(split))
+
+
 def load(
     source: str,
     split: str,
@@ -55,10 +63,8 @@ def load(
             or `check_images` or `check_labels` refuses what was read. A class may be empty: whether it is
             depends on single images, and must not decide whether anything is released.
     """
-    if split not in SPLITS:
-        raise ValueError(f'split is {split!r}; it must be one of {", ".join(SPLITS)}')
     found = _find(source, data_dir)
-    images, labels = found.read(split)
+    images, labels = found.read(_checked(split))
     if images.ndim == 3:
         images = images[..., None]
     if classes is None:
@@ -73,6 +79,12 @@ def load(
             f'{name}, {height} x {width}'
         )
     return Images(images=average_pool(images, average_down), labels=labels.astype(np.int32))
+
+
+def _checked(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f'split is {split!r}; it must be one of {", ".join(SPLITS)}')
+    return split
 
 
 def _find(source: str, data_dir: str) -> Source:

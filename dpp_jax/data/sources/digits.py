@@ -18,6 +18,9 @@ class Digits(Source):
             name=self.name, train_images=1437, test_images=360, image_shape=(8, 8, 1), classes=10
         )
 
+    def shape(self, split: str) -> tuple[int, ...]:
+        return (1437 if split == 'train' else 360, 8, 8, 1)
+
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

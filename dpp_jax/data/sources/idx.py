@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dpp_jax.data.sources import folder
-from dpp_jax.data.sources.source import Source, SourceInfo
+from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
 
 _BEGINNINGS = {'train': 'train', 'test': 't10k'}  # of the file names
 _MAGIC = {'images-idx3': 0x00000803, 'labels-idx1': 0x00000801}
@@ -21,8 +21,13 @@ class Idx(Source):
     form = 'idx:<folder>'
 
     def describe(self) -> SourceInfo:
-        shapes = [_header(self._path(split, 'images-idx3'), 'images-idx3') for split in ('train', 'test')]
+        shapes = [self.shape(split) for split in SPLITS]
         return folder.describe_arrays(self.name, *shapes, self._array('train', 'labels-idx1'))
+
+    def shape(self, split: str) -> tuple[int, ...]:
+        paths = {kind: self._path(split, kind) for kind in _MAGIC}
+        headers = [_header(path, kind) for kind, path in paths.items()]
+        return folder.image_shape(paths['images-idx3'], *headers)
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         return self._array(split, 'images-idx3'), self._array(split, 'labels-idx1')
@@ -31,10 +36,14 @@ class Idx(Source):
         """Return the whole content of one file, uint8."""
         path = self._path(split, kind)
         sizes = _header(path, kind)
-        content = np.frombuffer(_bytes(path), np.uint8)[4 * (1 + len(sizes)) :]
+        folder.check_memory(path, math.prod(sizes))
+        start = 4 * (1 + len(sizes))
+        # One byte more than there may be: a small gzipped file can unpack to any length.
+        content = np.frombuffer(_bytes(path, start + math.prod(sizes) + 1), np.uint8)[start:]
         if len(content) != math.prod(sizes):
+            more = ' or more' if len(content) > math.prod(sizes) else ''
             raise ValueError(
-                f'{path} has {len(content)} bytes after its header; for the sizes in it, {sizes}, it '
+                f'{path} has {len(content)}{more} bytes after its header; for the sizes in it, {sizes}, it '
                 f'must have {math.prod(sizes)}'
             )
         return content.reshape(sizes)

@@ -53,6 +53,15 @@ class Source(abc.ABC):
         """
 
     @abc.abstractmethod
+    def shape(self, split: str) -> tuple[int | None, ...]:
+        """Return (N, H, W, C) of the images of one of `SPLITS`, from headers alone; None: not known.
+
+        Raises:
+            FileNotFoundError: the set is not there.
+            ValueError: its files are damaged, or hold no such images.
+        """
+
+    @abc.abstractmethod
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Return all images and labels of one of `SPLITS`; the caller checks them.
 

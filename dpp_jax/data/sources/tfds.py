@@ -1,6 +1,8 @@
 """Sets of tensorflow-datasets, read without TensorFlow."""
 
+from collections.abc import Collection
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import numpy as np
 from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
 
 _BATCH = 4096  # images decoded by one call
+_SECONDS_TO_CONNECT = 5  # to a server; tensorflow-datasets itself would try for minutes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,10 @@ class Tfds(Source):
             image_shape=info.features['image'].shape,
             classes=info.features['label'].num_classes,
         )
+
+    def shape(self, split: str) -> tuple[int | None, ...]:
+        info = self._prepared(prepare=True).info
+        return (info.splits[split].num_examples, *info.features['image'].shape)
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         builder = self._prepared(prepare=True)
@@ -57,24 +64,21 @@ class Tfds(Source):
                 f'the data source is {self.name!r}; tensorflow-datasets {tfds.__version__} knows no '
                 f'such set and {self.data_dir or "its default folder"} holds none'
             ) from error
+        _check(self.name, 'features', builder.info.features, ('image', 'label'))
         if not builder.is_prepared():
             if not prepare:
                 raise FileNotFoundError(
                     f'{self.name} is not prepared in {builder.data_path}. {self._how_to_prepare()}'
                 )
             self._prepare(builder)
-        features, splits = set(builder.info.features), set(builder.info.splits)
-        if not {'image', 'label'} <= features or not set(SPLITS) <= splits:
-            raise ValueError(
-                f'{self.name} has the features {sorted(features)} and the splits {sorted(splits)}; it '
-                "must have the features 'image' and 'label' and the splits 'train' and 'test'"
-            )
+        _check(self.name, 'splits', builder.info.splits, SPLITS)
         return builder
 
     def _prepare(self, builder: Any) -> None:
         """Download and prepare the set; imports TensorFlow, which must not take JAX's accelerator."""
         print(f'{self.name} is not prepared in {builder.data_path}: downloading it', flush=True)
         try:
+            _check_network(builder)
             import tensorflow as tf
 
             tf.config.set_visible_devices([], 'GPU')
@@ -92,3 +96,25 @@ class Tfds(Source):
             'Prepare it with: python -c "import tensorflow_datasets as tfds; '
             f"tfds.builder({arguments}, file_format='array_record').download_and_prepare()\""
         )
+
+
+def _check(name: str, kind: str, found: Collection[str] | None, wanted: tuple[str, ...]) -> None:
+    """Refuse a set without the features or splits that are needed."""
+    if not set(wanted) <= set(found or ()):
+        raise ValueError(
+            f'{name} has the {kind} {sorted(found or ())}; it must have the {kind} '
+            f'{" and ".join(map(repr, wanted))}'
+        )
+
+
+def _check_network(builder: Any) -> None:
+    """Refuse a download at once where the server cannot be reached, unless files were downloaded before."""
+    import requests
+
+    url = next((url for url in builder.url_infos or () if url.startswith('http')), None)
+    if url is None or (Path(builder.data_path).parents[1] / 'downloads').exists():
+        return
+    try:
+        requests.get(url, stream=True, timeout=_SECONDS_TO_CONNECT).close()  # any answer will do
+    except requests.RequestException as error:
+        raise ConnectionError(f'{url} cannot be reached: {type(error).__name__}') from error

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 import re
 import shutil
+import struct
 import tempfile
 from typing import Any, BinaryIO
 import zipfile
@@ -25,6 +26,8 @@ import numpy as np
 # What NumPy and zipfile raise for files that lost their end, or have zeros where data was.
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 _UNFINISHED = '.new_'  # how names of what is not complete begin
+_NOT_PRIVATE = 'NOT PRIVATE'  # how notes begin
+_notes: dict[Path, str] = {}  # folder → note that all files in it carry
 _timeless: dict[Path, Path] = {}  # folder → file whose time all in it has
 
 
@@ -84,6 +87,40 @@ def timeless(folder: Path, like: Path) -> Iterator[None]:
         del _timeless[folder]
 
 
+@contextlib.contextmanager
+def noted(folder: Path, reason: str | None) -> Iterator[str | None]:
+    """Let every file that is written in `folder` say that it is not private, with the reason; None: not.
+
+    JSON and npz files have it as `_note`, texts above all else, PNG files as a comment.
+
+    Yields:
+        the note.
+    """
+    note = reason and f'{_NOT_PRIVATE}: {reason}'
+    if note:
+        _notes[folder] = note
+    try:
+        yield note
+    finally:
+        _notes.pop(folder, None)
+
+
+def note_of(path: Path) -> str | None:
+    """Return the note that a file carries there."""
+    return next((note for folder, note in _notes.items() if folder in path.parents), None)
+
+
+def png_with_note(path: Path, content: bytes) -> bytes:
+    """Return the content of a PNG file with the note that it carries at `path`, as a comment."""
+    note = note_of(path)
+    if note is None:
+        return content
+    chunk = b'tEXtComment\0' + note.encode('latin-1')
+    first = len(b'\x89PNG\r\n\x1a\n') + 4 + len(b'IHDR') + 13 + 4  # signature and header come first
+    packed = struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk))
+    return content[:first] + packed + content[first:]
+
+
 def _set_time(path: Path) -> None:
     """Give a file or a folder the time of the timeless folder that it lies in, if it does."""
     for folder, like in _timeless.items():
@@ -102,29 +139,39 @@ def _set_times_above(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write `data` so that the file is there whole or not at all."""
+    """Write `data` so that the file is there whole or not at all; a PNG file with the folder's note."""
     with whole_file(path, mode) as file:
-        file.write(data)
+        file.write(png_with_note(path, data) if path.suffix == '.png' else data)
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write text in UTF-8, whole or not at all."""
+    """Write text in UTF-8, whole or not at all; notes and tables with the folder's note above them."""
+    note = note_of(path)
+    if note and path.suffix in ('.txt', '.md'):
+        text = f'{note}\n\n{text}'
     write_bytes(path, text.encode(), mode)
 
 
 def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
-    """Write readable JSON, whole or not at all."""
+    """Write readable JSON, whole or not at all; an object with the folder's note in `_note`."""
+    note = note_of(path)
+    if note:
+        own = value.get('_note')
+        value = {'_note': None, **value} | {'_note': f'{note}\n{own}' if own else note}
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n', mode)
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write a compressed .npz file, whole or not at all."""
+    """Write a compressed .npz file, whole or not at all; with the folder's note in `_note`."""
+    note = note_of(path)
+    if note:
+        arrays['_note'] = np.array(note)
     with whole_file(path) as file:
         np.savez_compressed(file, **arrays)
 
 
 def read_json(path: Path, advice: str, form: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read the JSON object in `path`, which must be there.
+    """Read the JSON object in `path`, which must be there; without the note of its folder.
 
     Args:
         path: of the file.
@@ -144,6 +191,11 @@ def read_json(path: Path, advice: str, form: Mapping[str, Any] | None = None) ->
             raise ValueError(found)
     except (OSError, ValueError, RecursionError) as error:  # ValueError: of UTF-8 and of JSON alike
         raise ValueError(f'{path} cannot be read ({error}). {advice}') from error
+    note = value.get('_note')
+    if isinstance(note, str) and note.startswith(_NOT_PRIVATE):
+        del value['_note']
+        own = note.partition('\n')[2]
+        value |= {'_note': own} if own else {}
     return value
 
 
@@ -198,7 +250,7 @@ def fault(value: Any, form: Any, field: str = '') -> str | None:
 
 
 def read_npz(path: Path, advice: str) -> dict[str, np.ndarray]:
-    """Read all arrays in `path`.
+    """Read all arrays in `path`, without the note of its folder.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -206,7 +258,7 @@ def read_npz(path: Path, advice: str) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in file.files if name != '_note'}
     except FileNotFoundError:
         raise
     except DAMAGE as error:

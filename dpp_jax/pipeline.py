@@ -13,14 +13,14 @@ import time
 
 from ml_collections import ConfigDict
 
-from dpp_jax import build, gate, settings
+from dpp_jax import build, files, gate, settings
 from dpp_jax.data.images import Images
 from dpp_jax.gate import STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.run import artefacts, statement
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
-from dpp_jax.run.keys import Keys
+from dpp_jax.run.keys import Keys, why_not_private
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.stages import central, clean, evaluate, finetune, generate, plan, pretrain, report
 from dpp_jax.training import devices, preemption
@@ -41,7 +41,16 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
     """
     settings.check(config)
     devices.check()
-    workdir, model = WorkDir(root), build.model(config)
+    workdir = WorkDir(root)
+    with files.noted(workdir.root, why_not_private(config.seed)) as note:
+        if note:
+            print(f'{note}.\n')
+        _run(config, workdir, stage)
+
+
+def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
+    """Plan, or open the work directory and run."""
+    model = build.model(config)
     images = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
     gate.check_folder(config, workdir, images, stage)
     if stage == 'plan':

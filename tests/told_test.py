@@ -1,5 +1,6 @@
-"""What files tell beside their content: nothing in release/ tells when or where it was made."""
+"""What files tell beside their content: not when or where they were made, and whether the run is private."""
 
+import json
 import os
 from pathlib import Path
 import re
@@ -10,11 +11,12 @@ import zipfile
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from PIL import Image
 import pytest
 
 from dpp_jax import files, pipeline
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import artefacts, folder
+from dpp_jax.run import artefacts, folder, statement
 from dpp_jax.run.folder import WorkDir
 
 _MONTH = 31 * 86_400.0
@@ -166,3 +168,84 @@ def test_a_path_in_the_settings_binds_the_folder_and_is_not_told(tiny_config, tm
         workdir.check(settings | {name: 'npz:/other'})
     workdir.own_config.unlink()  # as after --stage=clean
     workdir.check(settings)
+
+
+def says_not_private(path):
+    """Whether a file says so, through its own reader; of a model or a training its folder does."""
+    for parent in path.parents:
+        metadata = parent / '_CHECKPOINT_METADATA'
+        if metadata.exists():
+            return 'NOT PRIVATE' in str(json.loads(metadata.read_text())['custom_metadata'])
+    if path.suffix == '.png':
+        with Image.open(path) as picture:
+            return 'NOT PRIVATE' in picture.info.get('Comment', '')
+    if path.suffix == '.npz':
+        with np.load(path) as arrays:
+            return 'NOT PRIVATE' in str(arrays.get('_note', ''))
+    if path.suffix == '.json':
+        return 'NOT PRIVATE' in json.loads(path.read_text()).get('_note', '')
+    return re.search(b'not.private', path.read_bytes(), re.IGNORECASE) is not None
+
+
+def silent(workdir):
+    """Files of a run that do not say that it is not private."""
+    found = [path for path in workdir.root.rglob('*') if path.is_file() and path.name != '.lock']
+    return {path for path in found if not says_not_private(path)}, set(found)
+
+
+def test_every_file_of_a_seeded_run_says_that_it_is_not_private(finished_run, tmp_path, capsys):
+    config, workdir, told = finished_run
+    some, found = silent(workdir)
+    assert some == set()
+    assert {p.suffix for p in found} > {'.json', '.jsonl', '.npz', '.png', '.txt', '.md', '.html'}
+    assert told.startswith('NOT PRIVATE: the keys of this run come from config.seed = 1;')
+    for stage in ('plan', 'report', 'generate'):
+        pipeline.run(config, workdir.root, stage)
+        assert capsys.readouterr().out.startswith('NOT PRIVATE')
+    pipeline.run(config, tmp_path, 'plan')
+    assert silent(WorkDir(tmp_path)) == (set(), {tmp_path / 'plan.png'})
+
+
+def test_no_file_of_a_private_run_says_that_it_is_not(tiny_config, tmp_path, capsys):
+    config = tiny_config(evaluate__fid=False, generate__png_tree=True)
+    config.seed = None
+    pipeline.run(config, tmp_path, 'all')
+    some, found = silent(WorkDir(tmp_path))
+    assert some == found and len(found) > 40
+    told = capsys.readouterr()
+    assert 'not private' not in (told.out + told.err).lower()
+
+
+def test_notes_are_not_part_of_what_is_read(tmp_path):
+    arrays, value = {'images': np.arange(3)}, {'a': 1, '_note': 'Do not publish.'}
+    with files.noted(tmp_path, 'for tests'):
+        files.write_npz(tmp_path / 'a.npz', **arrays)
+        files.write_json(tmp_path / 'a.json', value)
+        files.write_json(tmp_path / 'b.json', {'a': 1})
+    files.write_json(tmp_path / 'c.json', value)
+    assert files.read_npz(tmp_path / 'a.npz', '').keys() == arrays.keys()
+    assert files.read_json(tmp_path / 'a.json', '') == files.read_json(tmp_path / 'c.json', '') == value
+    assert files.read_json(tmp_path / 'b.json', '') == {'a': 1}
+    assert json.loads((tmp_path / 'a.json').read_text())['_note'] == 'NOT PRIVATE: for tests\nDo not publish.'
+
+
+def test_settings_that_were_scored_are_counted(copied_run, capsys):
+    """Choosing among them by scores is a use of private images that no ledger sees."""
+    config, workdir = copied_run
+
+    def scored():
+        return len(json.loads(workdir.scored.read_text())['subjects'])
+
+    assert scored() == 1
+    workdir.evaluation.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config.evaluate, 'fid', False)
+        pipeline.run(config, workdir.root, 'evaluate')
+        assert scored() == 1
+        patch.setitem(config.evaluate, 'epochs', 3)
+        pipeline.run(config, workdir.root, 'all')
+    assert scored() == 2
+    told = capsys.readouterr().out
+    assert 'in this folder so far: 1. Not covered' in told and 'in this folder so far: 2. Not covered' in told
+    assert '2 (a choice by scores is not covered)' in workdir.report_text.read_text()
+    assert statement.CHOICE in workdir.statement_text.read_text()

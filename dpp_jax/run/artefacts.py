@@ -167,7 +167,7 @@ class Evaluation:
 
     def __init__(self, workdir: WorkDir, settings: Mapping[str, Any]):
         """`settings` are those of `config.generate` and `config.evaluate`, by their full names."""
-        self._path = workdir.evaluation
+        self._path, self._scored_path = workdir.evaluation, workdir.scored
         self._settings = settings
         self._images = SyntheticImages(workdir, settings)
         self.results = self._load()
@@ -194,8 +194,21 @@ class Evaluation:
         )
         return results if results.get('of') == self.subject else {}
 
+    @property
+    def scored(self) -> list[dict[str, Any]]:
+        """All subjects that were scored in this folder: a choice by scores is one among them."""
+        if not self._scored_path.exists():
+            return []
+        known = files.read_json(self._scored_path, 'Restore the file. Or delete it: the count begins again')
+        return known['subjects']
+
     def begin(self) -> None:
-        """Say what the results will be of, if there are none."""
+        """Say what the results will be of, if there are none, and count it."""
+        scored = self.scored
+        if self.subject not in scored:
+            note = 'What was scored on real images so far: choosing among it by scores is not covered by ε.'
+            found = {'_note': note, 'subjects': [*scored, self.subject]}
+            files.write_json(self._scored_path, found, mode=0o600)
         self.results = self.results or {
             '_note': 'Computed from private images without a privacy guarantee. Do not publish.',
             'of': self.subject,

@@ -227,6 +227,16 @@ def _jax_keys(noise: str) -> jax.Array:
     return jax.random.wrap_key_data(words if len(words) > 1 else words[0], impl='threefry2x32')
 
 
+def why_not_private(seed: int | None) -> str | None:
+    """Say why a run with this seed is not private; None without a seed."""
+    if seed is None:
+        return None
+    return (
+        f'the keys of this run come from config.seed = {seed}; who guesses the seed can remove the noise. '
+        'Such a run is for tests'
+    )
+
+
 def seeded_identifier(seed: int) -> str:
     """Return the public name of keys that were made from a seed."""
     return f'seed-{seed}-not-private'

@@ -26,11 +26,16 @@ COVERED = (
     'everything in release/: central images, models, synthetic images, and whatever is computed from them',
     'any number of synthetic images that anyone draws from the released model',
 )
+CHOICE = (
+    'choosing settings by scores on real images (FID, accuracies), `generate.*` too: the more settings are '
+    'scored, the more the choice tells of these images'
+)
 NOT_COVERED = (
     'anything in private/: keys, training losses and gradient norms, FID and accuracies against real '
     'images, reports',
-    'other computations on the same images: an earlier run, a run with other settings, a choice of '
-    'settings by their results. Each has its own ε; the ε values add up (`dpp-jax --stage=compose` states '
+    CHOICE,
+    'other computations on the same images: an earlier run, a run with other settings. '
+    'Each has its own ε; the ε values add up (`dpp-jax --stage=compose` states '
     'them together). What is listed here as spent before is counted',
     'a person with several images: for k images, ε is k times as large, and δ is larger',
     'facts about the population: synthetic images show what many private images have in common',

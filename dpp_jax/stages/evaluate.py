@@ -9,6 +9,7 @@ import numpy as np
 from dpp_jax import files
 from dpp_jax.data.images import Images
 from dpp_jax.evaluation import classifiers, features, fid, trainer
+from dpp_jax.run import statement
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
@@ -93,6 +94,10 @@ def run(
         results['accuracy'][kind] = classifiers.accuracy(classifier, test.images, test.labels)
         results.setdefault('held_out_accuracy', {})[kind] = classifier.held_out_accuracy
         evaluation.save()
+    print(
+        f'Settings scored on real images in this folder so far: {len(evaluation.scored)}. Not covered by ε: '
+        f'{statement.CHOICE}.'
+    )
 
 
 def _feature_network(

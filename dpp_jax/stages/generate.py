@@ -172,5 +172,6 @@ def write_png_tree(folder: Path, images: np.ndarray, labels: np.ndarray) -> None
             (unfinished / str(label)).mkdir()
         with progress.bar(len(images), 'png files', 'image', compiles=False) as bar:
             for number, (image, label) in enumerate(zip(images, labels)):
-                (unfinished / str(label) / f'{number:07d}.png').write_bytes(image_grid.png(image))
+                path = unfinished / str(label) / f'{number:07d}.png'
+                path.write_bytes(files.png_with_note(path, image_grid.png(image)))
                 bar.update()

@@ -30,7 +30,8 @@ def is_done(workdir: WorkDir, images: artefacts.SyntheticImages, evaluation: art
 
 def _shown(images: artefacts.SyntheticImages, evaluation: artefacts.Evaluation) -> dict[str, Any]:
     """Return what a report shows, other than the privacy statement."""
-    return {'images': images.identity(), **evaluation.results}
+    scored = {'settings_scored': len(evaluation.scored)} if evaluation.scored else {}
+    return {'images': images.identity(), **evaluation.results, **scored}
 
 
 def run(
@@ -51,6 +52,10 @@ def run(
     evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
     results = evaluation.results
     rows = _privacy_rows(privacy) + _score_rows(results)
+    if evaluation.scored:
+        rows.append(
+            ('settings scored so far', f'{len(evaluation.scored)} (a choice by scores is not covered)')
+        )
     note = f'FID features: {results["fid_features"]}' if 'fid_features' in results else ''
     text = _text(config, workdir, images, rows, note)
     files.write_text(workdir.report_text, text, mode=0o600)

@@ -60,7 +60,9 @@ class TrainingStore:
         """Save `state` (host arrays); returns before all is on disk, an older one stays until then."""
         if step not in self._manager.all_steps():
             with _saving(self.folder):
-                self._manager.save(step, args=ocp.args.StandardSave(_to_dict(state)))
+                self._manager.save(
+                    step, args=ocp.args.StandardSave(_to_dict(state)), custom_metadata=_note(self.folder)
+                )
 
     def restore(self, template: PyTree) -> PyTree | None:
         """Load the newest state, in the form of `template`; None if there is none.
@@ -139,7 +141,7 @@ def save_model(folder: Path, model: PyTree, *, scratch: Path | None = None) -> N
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     with _saving(folder), _without_warning('OCDBT'), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(unfinished, ocp.args.PyTreeSave(_to_dict(model)), force=True)
-        _remove_times(unfinished)
+        _edit_metadata(unfinished, custom_metadata=_note(folder))
         files.move_folder(unfinished, folder)
 
 
@@ -155,13 +157,19 @@ def _without_warning(text: str) -> Iterator[None]:
         absl_logger.removeFilter(about_else)
 
 
-def _remove_times(folder: Path) -> None:
-    """Remove what orbax notes of the time and the place at which a checkpoint was written."""
+def _note(folder: Path) -> dict[str, str] | None:
+    """Return what a checkpoint says of itself, if its folder has a note."""
+    note = files.note_of(folder)
+    return {'note': note} if note else None
+
+
+def _edit_metadata(folder: Path, **more: Any) -> None:
+    """Remove what orbax notes of the time and the place at which a checkpoint was written; add `more`."""
     (folder / 'commit_success.txt').unlink(missing_ok=True)
     path = folder / '_CHECKPOINT_METADATA'
     found = json.loads(path.read_bytes())
     times = dict.fromkeys(name for name in found if 'timestamp' in name)
-    files.write_json(path, found | times | {'performance_metrics': {}})
+    path.write_text(json.dumps(found | times | {'performance_metrics': {}} | more), encoding='utf-8')
 
 
 def latest_training(folder: Path) -> tuple[int, Path] | None:

@@ -5,6 +5,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from dpp_jax import files
+
 
 @contextlib.contextmanager
 def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
@@ -21,6 +23,9 @@ def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
     from clu import metric_writers
 
     summaries = metric_writers.SummaryWriter(str(folder))
+    note = files.note_of(folder)
+    if note:
+        summaries.write_texts(0, {'note': note})
     try:
         yield summaries.write_scalars
     finally:

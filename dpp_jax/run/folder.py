@@ -49,6 +49,7 @@ class WorkDir:
         self.code = self.release / 'code.json'
         self.parameters = self.release / 'parameters.txt'
         self.central_images = self.release / 'central_images.npz'
+        self.digests = self.release / 'digests.json'
         self.synthetic = self.release / 'synthetic'
         self.keys = self.private / 'keys.json'
         self.own_config = self.private / 'config_of_keys.json'

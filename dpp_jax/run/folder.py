@@ -37,9 +37,10 @@ FINGERPRINTS = {'*': {'count': int, 'sha256': str}}  # what private/data.json ho
 class WorkDir:
     """Paths of one run, and what binds them to its settings and images."""
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, release: Path | None = None):
+        """`release`: where what may be published lies, if it is not in `root`/release."""
         self.root = Path(root)
-        self.release = self.root / 'release'
+        self.release = release or self.root / 'release'
         self.private = self.root / 'private'
         self.config = self.release / 'config.json'
         self.plan = self.release / 'plan.json'

@@ -1,3 +1,12 @@
 """Private images in, synthetic labeled images out, under a stated (ε, δ)."""
 
 __version__ = '0.1.0'
+
+
+def __getattr__(name):
+    """Offer `dpp_jax.sample`, whose imports take seconds, to whoever asks for it."""
+    if name == 'sample':
+        from dpp_jax.library import sample
+
+        return sample
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -91,6 +91,7 @@ class Run:
             self._check(todo)
             self.workdir.record(flatten(self.config.to_dict()))
             plan_lib.save(self.workdir.plan, self.plan)
+            artefacts.check_inputs(self.workdir, self.model.shapes(), todo)
             artefacts.write_parameters(self.workdir, self.model)
             if {'pretrain', 'finetune', 'generate'} & set(todo):
                 _ = self._sizes  # settled before anything is spent

@@ -24,10 +24,20 @@ ALLOWED = {
     'gate': LEAVES | {'training', 'run', 'stages', 'build'},
     'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate'},
     'command_line': {'configs', 'training'},
+    'library': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'configs'},
     'main': {'command_line', 'training', 'run', 'pipeline'},
 }
 # Rooms that know what a config is; below them, functions take arrays, callables and named arguments.
-KNOW_CONFIG = {'stages', 'build.py', 'settings.py', 'gate.py', 'pipeline.py', 'command_line.py', 'main.py'}
+KNOW_CONFIG = {
+    'stages',
+    'build.py',
+    'settings.py',
+    'gate.py',
+    'pipeline.py',
+    'library.py',
+    'command_line.py',
+    'main.py',
+}
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name != '__init__.py')
 
 

@@ -14,7 +14,14 @@ from dpp_jax.run.folder import WorkDir
 COUNT = 60
 LEFT_OUT = 17  # number of the image by which two sets differ
 # What the noise went into: names of files, or of folders with all that is in them.
-NOISY = ('central_images.npz', 'central_images.png', 'model', 'synthetic/images.npz', 'synthetic/images.png')
+NOISY = (
+    'digests.json',
+    'central_images.npz',
+    'central_images.png',
+    'model',
+    'synthetic/images.npz',
+    'synthetic/images.png',
+)
 
 
 def make_images():

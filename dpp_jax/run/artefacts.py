@@ -1,15 +1,18 @@
 """What a stage leaves for others: each artefact's files and loader, written once."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+import contextlib
 from pathlib import Path
 from typing import Any
 import zipfile
 
 from clu import parameter_overview
+import jax
 import numpy as np
 
 from dpp_jax import files
 from dpp_jax.diffusion.model import Model
+from dpp_jax.run import digests
 from dpp_jax.run.folder import FREE_SETTINGS, WorkDir, differences
 from dpp_jax.training import checkpoint
 
@@ -27,7 +30,17 @@ _SCORES = {
 
 
 def central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
-    """Load the released central images: `images` (n, H, W, C) uint8 and `labels` (n,)."""
+    """Load the released central images: `images` (n, H, W, C) uint8 and `labels` (n,).
+
+    Raises:
+        FileNotFoundError, ValueError: they are not there, damaged, or not those that this run released.
+    """
+    found = _unchecked_central_images(workdir)
+    digests.check(workdir, 'central_images.npz', _arrays(found))
+    return found
+
+
+def _unchecked_central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
     return files.read_npz(
         workdir.central_images,
         'Restore the file. Or, if private/ is intact, move it away and run --stage=central: it makes the '
@@ -35,13 +48,49 @@ def central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
     )
 
 
+def _arrays(central: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Return what the digest of central images is of."""
+    return [central['images'], central['labels']]
+
+
 def weights(workdir: WorkDir, training: str, shapes: PyTree) -> dict[str, PyTree]:
     """Load `params` and `ema_params` of the model that 'pretrain' or 'finetune' released.
 
     Raises:
-        FileNotFoundError, ValueError: see `checkpoint.load_model`.
+        FileNotFoundError, ValueError: see `checkpoint.load_model`; or they are not those that this run
+            released.
     """
+    found = _unchecked_weights(workdir, training, shapes)
+    digests.check(workdir, f'model/{training}', jax.tree.leaves(found))
+    return found
+
+
+def _unchecked_weights(workdir: WorkDir, training: str, shapes: PyTree) -> dict[str, PyTree]:
     return checkpoint.load_model(workdir.model(training), {'params': shapes, 'ema_params': shapes})
+
+
+def check_inputs(workdir: WorkDir, shapes: PyTree, stages: Collection[str]) -> None:
+    """Check what is there and will be read by these stages, before any of them runs.
+
+    Raises:
+        ValueError: it is damaged, or not what this run released.
+    """
+    if not workdir.digests.exists():  # a new folder, or one of an earlier version
+        digests.begin(workdir, dict(_released(workdir, shapes)))
+    if 'pretrain' in stages and workdir.central_images.exists():
+        central_images(workdir)
+    for training, stage in (('pretrain', 'finetune'), ('finetune', 'generate')):
+        if stage in stages and workdir.model(training).exists():
+            weights(workdir, training, shapes)
+
+
+def _released(workdir: WorkDir, shapes: PyTree) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Yield name and arrays of what is there; what is damaged is told when it is needed."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        yield 'central_images.npz', _arrays(_unchecked_central_images(workdir))
+    for training in ('pretrain', 'finetune'):
+        with contextlib.suppress(OSError, ValueError):
+            yield f'model/{training}', jax.tree.leaves(_unchecked_weights(workdir, training, shapes))
 
 
 def write_parameters(workdir: WorkDir, model: Model) -> None:

@@ -44,9 +44,10 @@ FINGERPRINTS = {'*': {'count': int, 'sha256': str}}  # what private/data.json ho
 class WorkDir:
     """Paths of one run, and what binds them to its settings and images."""
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, release: Path | None = None):
+        """`release`: where what may be published lies, if it is not in `root`/release."""
         self.root = Path(root)
-        self.release = self.root / 'release'
+        self.release = release or self.root / 'release'
         self.private = self.root / 'private'
         self.config = self.release / 'config.json'
         self.plan = self.release / 'plan.json'
@@ -56,6 +57,7 @@ class WorkDir:
         self.code = self.release / 'code.json'
         self.parameters = self.release / 'parameters.txt'
         self.central_images = self.release / 'central_images.npz'
+        self.digests = self.release / 'digests.json'
         self.synthetic = self.release / 'synthetic'
         self.keys = self.private / 'keys.json'
         self.own_ledger = self.private / 'ledger.jsonl'

@@ -24,8 +24,8 @@ from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import NOISE_KEYS, NoiseKey
 
 NOTE = (
-    'These files come from the private images WITHOUT a privacy guarantee, or are secret keys that the '
-    'guarantee needs. Do not publish anything in this folder.'
+    'Do not publish anything in this folder. It holds the secret keys of the run, and results that were '
+    'computed from the private images without a privacy guarantee.'
 )
 
 # What the file holds: part of the run → its secrets, in hexadecimal.
@@ -122,6 +122,10 @@ class Keys:
                 'in release/code.json, or use another --workdir'
             )
         files.write_json(self._path, known, mode=0o600)
+
+    def released(self, name: str) -> str | None:
+        """Return the digest of what a mechanism released with its keys, if it is noted."""
+        return self._read().get(name, {}).get('released')
 
     def may_repeat(self, name: str) -> bool:
         """Whether `bind_release` can tell if what the mechanism makes is what was released with its keys."""

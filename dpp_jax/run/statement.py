@@ -254,10 +254,10 @@ def markdown(statement: dict[str, Any]) -> str:
         lines += [f'## {title}', '', *(f'- {text}.' for text in statement[name]), '']
     named = lambda code: ', '.join(f'{name} {version}' for name, version in code.items())
     lines += ['## Code', '', f'Computed from `ledger.jsonl` by {named(statement["code"])}.', '']
-    lines += [
-        f'- `{stage}` ran with {"; then ".join(map(named, codes))}.'
-        for stage, codes in statement['code_of_stages'].items()
-    ]
+    stages_of = {}  # versions → the stages that they ran
+    for stage, codes in statement['code_of_stages'].items():
+        stages_of.setdefault('; then '.join(map(named, codes)), []).append(f'`{stage}`')
+    lines += [f'- {", ".join(stages)}: ran with {codes}.' for codes, stages in stages_of.items()]
     return '\n'.join([*lines, ''])
 
 

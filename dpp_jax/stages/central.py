@@ -17,6 +17,7 @@ from dpp_jax.privacy import poisson
 from dpp_jax.privacy.budget import CENTRAL_QUERY, Releases
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.queries import Query
+from dpp_jax.run import digests
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.training import progress
@@ -71,6 +72,7 @@ def run(
     keys.bind_release(CENTRAL_QUERY, [central, central_labels])
     before_release()
     # First what counts as the release: without it the picture would be one that no command knows of.
+    digests.note(workdir, 'central_images.npz', [central, central_labels])
     files.write_npz(workdir.central_images, images=central, labels=central_labels)
     files.write_bytes(workdir.central_images.with_suffix('.png'), image_grid.png(picture))
 

@@ -11,7 +11,7 @@ from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.budget import DP_SGD, Releases
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import artefacts
+from dpp_jax.run import artefacts, digests
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
@@ -92,6 +92,7 @@ def run(
     released = final.weights()
     keys.bind_release(DP_SGD, jax.tree.leaves(released))
     before_release()
+    digests.note(workdir, 'model/finetune', jax.tree.leaves(released))
     checkpoint.save_model(workdir.model('finetune'), released, scratch=workdir.private)
 
 

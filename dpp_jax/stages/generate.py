@@ -111,6 +111,24 @@ def sample_function(model: Model, sampler: Callable, at_once: int) -> Callable:
     return devices.parallel(sample, in_axes=(0, 0, None))
 
 
+def sample_images(
+    sample: Callable, params, key: jax.Array, index: np.ndarray, *, batch_size: int, at_once: int
+) -> np.ndarray:
+    """Sample the images of these numbers, (n,) → uint8 (n, H, W, C), by a `sample_function`."""
+    batch, done = _whole_batch(len(index), batch_size, at_once), []
+    for first in range(0, len(index), batch):
+        rows = np.resize(index[first : first + batch], batch).astype(np.int32)  # the last are repeated
+        done.append(devices.collect(sample(params, devices.deal(rows), key)))
+    return np.concatenate(done)[: len(index)]
+
+
+def _whole_batch(total: int, batch_size: int, at_once: int) -> int:
+    """Return how many images all devices sample in a call: groups of equal size."""
+    per_device = min(batch_size, -(-total // devices.count()))
+    groups = -(-per_device // at_once)
+    return devices.count() * groups * -(-per_device // groups)
+
+
 def _sample_all(
     sample: Callable,
     params,
@@ -123,9 +141,7 @@ def _sample_all(
     title: str,
 ) -> np.ndarray:
     """Sample images 0 .. total - 1, after the parts that an interrupted run left."""
-    per_device = min(batch_size, -(-total // devices.count()))
-    groups = -(-per_device // at_once)
-    batch = devices.count() * groups * -(-per_device // groups)  # groups of equal size
+    batch = _whole_batch(total, batch_size, at_once)
     done = _read_parts(parts)
     start = sum(len(part) for part in done)
     # A CPU gains nothing by a second batch, and whoever kills the process would lose two.

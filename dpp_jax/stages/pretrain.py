@@ -2,12 +2,13 @@
 
 import math
 
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 import optax
 
 from dpp_jax.diffusion.model import Model
-from dpp_jax.run import artefacts
+from dpp_jax.run import artefacts, digests
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
@@ -63,7 +64,9 @@ def run(
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
             is_loss_public=True,  # central images are released
         )
-    checkpoint.save_model(workdir.model('pretrain'), final.weights(), scratch=workdir.private)
+    trained = final.weights()
+    digests.note(workdir, 'model/pretrain', jax.tree.leaves(trained))
+    checkpoint.save_model(workdir.model('pretrain'), trained, scratch=workdir.private)
 
 
 def epoch_stream(size: int, batch_size: int, batch: int, seed: int) -> np.ndarray:

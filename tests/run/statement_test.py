@@ -77,7 +77,9 @@ def test_every_version_of_the_code_is_named(tmp_path, monkeypatch):
     codes = statement.codes(workdir)
     assert [len(codes[stage]) for stage in ('central', 'finetune')] == [2, 1]
     text = statement.markdown(make(code_of_stages=codes))
-    assert '`finetune` ran with dpp_jax 99.' in text and '; then dpp_jax 99.' in text
+    assert '`finetune`: ran with dpp_jax 99.' in text and '; then dpp_jax 99.' in text
+    text = statement.markdown(make(code_of_stages={stage: [{'dpp_jax': '99'}] for stage in ('a', 'b', 'c')}))
+    assert '- `a`, `b`, `c`: ran with dpp_jax 99.' in text
 
 
 def test_the_written_statement_says_how_often_a_mechanism_ran(tmp_path):

@@ -273,6 +273,23 @@ _RELATIONS = (
         ),
     ),
     _Relation(
+        'dp.epsilon',
+        ('dp.accountant',),
+        lambda epsilon, accountant: accountant != 'pld' or epsilon <= accounting.MOST_EPSILON_OF_PLD,
+        lambda _: (
+            f"at most {accounting.MOST_EPSILON_OF_PLD:g} with dp.accountant 'pld'; 'rdp' counts any budget"
+        ),
+    ),
+    _Relation(
+        'dp.delta',
+        ('dp.accountant',),
+        lambda delta, accountant: accountant != 'pld' or delta > accounting.LEAST_DELTA_OF_PLD,
+        lambda _: (
+            f"above {accounting.LEAST_DELTA_OF_PLD:g} with dp.accountant 'pld', which cuts off tails of "
+            "1e-15; 'rdp' states any δ"
+        ),
+    ),
+    _Relation(
         'dp.delta',
         ('data.train_images',),
         lambda delta, images: delta < 1 / images,

@@ -50,8 +50,6 @@ ASSUMPTIONS = (
     'deleted release again on other devices or with other versions',
     'the adversary does not see how long a run took, or whether it ended',
 )
-MOST_FOR_PLD = 100.0  # the distributions' memory grows with ε
-_MOST_FOR_REPLACE_ONE = 50.0  # whose ε is more than twice as large
 
 
 def make(
@@ -215,7 +213,7 @@ def markdown(statement: dict[str, Any]) -> str:
             else 'this relation cannot be counted.'
         ),
         '- By privacy loss distributions: '
-        + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else 'not computed.'),
+        + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else _why_not(statement['delta'])),
         f'- The stated ε is that of the {statement["accountant"].upper()} accountant, with which the run was '
         'planned. Every ε is rounded up.',
         '',
@@ -256,6 +254,13 @@ def markdown(statement: dict[str, Any]) -> str:
     return '\n'.join([*lines, ''])
 
 
+def _why_not(delta: float) -> str:
+    """Say why there is no figure by privacy loss distributions."""
+    if delta <= accounting.LEAST_DELTA_OF_PLD:
+        return 'not available at this δ.'
+    return 'not computed: ε is too large, or releases are too many.'
+
+
 def _or_dash(value: float | None) -> str:
     return '–' if value is None else accounting.format_epsilon(value)
 
@@ -273,11 +278,8 @@ def replace_one_line(relation: str, value: float | None) -> str:
 
 @functools.lru_cache(maxsize=16)
 def replace_one(releases: tuple[Releases, ...], delta: float) -> float | None:
-    """Compute ε by privacy loss distributions for replace one; None where it takes too much memory."""
-    event = total_event(releases)
-    if accounting.epsilon(event, delta) > _MOST_FOR_REPLACE_ONE:
-        return None
-    return accounting.epsilon(event, delta, 'pld', accounting.REPLACE_ONE)
+    """Compute ε by privacy loss distributions for replace one; None where they cannot state it."""
+    return accounting.epsilon_if_stated(total_event(releases), delta, accounting.REPLACE_ONE)
 
 
 def record_code(workdir: WorkDir, stage: str) -> None:
@@ -322,11 +324,16 @@ def code_version() -> dict[str, str]:
 def _epsilons(
     releases: Sequence[Releases], delta: float, accountant: str, relation: str
 ) -> dict[str, float | None]:
-    """Compute ε by the accountants that can, and RDP's order; by PLD only where it is cheap or asked for."""
+    """Compute ε by the accountants that can, and RDP's order."""
     event = total_event(releases)
     rdp, order = None, None
     if 'rdp' in accounting.RELATIONS[relation].accountants:
         rdp, order = accounting.epsilon_and_order(event, delta, relation)
-    computed = accountant == 'pld' or rdp <= MOST_FOR_PLD
-    pld = accounting.epsilon(event, delta, 'pld', relation) if computed else None
+    pld = _pld(tuple(releases), delta, relation)
     return {'rdp': rdp, 'rdp_order': order, 'pld': pld}
+
+
+@functools.lru_cache(maxsize=64)
+def _pld(releases: tuple[Releases, ...], delta: float, relation: str) -> float | None:
+    """Compute ε by privacy loss distributions, which takes seconds; None where they cannot state it."""
+    return accounting.epsilon_if_stated(total_event(releases), delta, relation)

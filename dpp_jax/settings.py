@@ -210,7 +210,7 @@ def _table() -> dict[str, _Rule]:
         'pretrain.augmentation': _name_in(known['augmentation']),
         # finetune
         'finetune.batch_size': _COUNT,
-        'finetune.epochs': _POSITIVE,
+        'finetune.epochs': _number(lambda x: 0 < x <= 1e12, 'a number in (0, 1e12]'),
         'finetune.draws': _COUNT,
         'finetune.clip_norm': _SQUARABLE,
         'finetune.learning_rate': _LEARNING_RATE,

@@ -22,12 +22,22 @@ ALLOWED = {
     'build': LEAVES | {'evaluation', 'run'},
     'settings': LEAVES | {'evaluation', 'build'},
     'gate': LEAVES | {'training', 'run', 'stages', 'build'},
-    'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate'},
+    'planning': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate'},
+    'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate', 'planning'},
     'command_line': {'configs', 'training'},
     'main': {'command_line', 'training', 'run', 'pipeline'},
 }
 # Rooms that know what a config is; below them, functions take arrays, callables and named arguments.
-KNOW_CONFIG = {'stages', 'build.py', 'settings.py', 'gate.py', 'pipeline.py', 'command_line.py', 'main.py'}
+KNOW_CONFIG = {
+    'stages',
+    'build.py',
+    'settings.py',
+    'gate.py',
+    'planning.py',
+    'pipeline.py',
+    'command_line.py',
+    'main.py',
+}
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name != '__init__.py')
 
 

@@ -187,11 +187,23 @@ def check_lost(
             )
 
 
-def markdown(statement: dict[str, Any]) -> str:
-    """Write the statement for people; every ε is rounded up."""
+def markdown(statement: dict[str, Any], draft: str = '') -> str:
+    """Write the statement for people; every ε is rounded up.
+
+    Args:
+        statement: from `make`.
+        draft: why it does not hold yet, where it is that of a plan; '' otherwise.
+    """
     show, exact = accounting.format_epsilon, accounting.format_exact
     epsilon = statement['epsilon_by_accountant']
     lines = ['# Privacy statement', '']
+    if draft:
+        lines = [
+            '# Privacy statement (DRAFT)',
+            '',
+            f'**DRAFT: {draft}.** This is what the statement of a whole run would say.',
+            '',
+        ]
     if not statement['private']:
         lines += [
             '**THIS RUN IS NOT PRIVATE.** Its keys come from `config.seed`: anyone who guesses the seed can '
@@ -246,7 +258,12 @@ def markdown(statement: dict[str, Any]) -> str:
     ):
         lines += [f'## {title}', '', *(f'- {text}.' for text in statement[name]), '']
     named = lambda code: ', '.join(f'{name} {version}' for name, version in code.items())
-    lines += ['## Code', '', f'Computed from `ledger.jsonl` by {named(statement["code"])}.', '']
+    lines += [
+        '## Code',
+        '',
+        f'Computed from {"the plan" if draft else "`ledger.jsonl`"} by {named(statement["code"])}.',
+        '',
+    ]
     lines += [
         f'- `{stage}` ran with {"; then ".join(map(named, codes))}.'
         for stage, codes in statement['code_of_stages'].items()

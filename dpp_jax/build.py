@@ -180,6 +180,40 @@ def samplers(config: ConfigDict) -> dict[str, Callable]:
     }
 
 
+def source_problems(config: ConfigDict) -> tuple[sources.SourceInfo | None, list[str]]:
+    """Describe the source by its headers, and say where the config does not fit it.
+
+    Returns:
+        What the source says of itself, None if it is not there; and a line for each problem.
+    """
+    data = config.data
+    try:
+        info = sources.describe(data.source, data_dir=data.dir)
+    except (ValueError, OSError) as error:
+        return None, [f'config.data.source: {error}']
+    height, width, channels = info.image_shape
+    factor = data.average_down
+    found, wanted = (height, width, channels), (factor * data.image_size,) * 2 + (data.channels,)
+    problems = []
+    if found != wanted:
+        problems.append(
+            f'config.data.image_size, channels and average_down are {data.image_size}, {data.channels} and '
+            f'{factor}; they must fit images of shape {found} in {info.name}, not {wanted}'
+        )
+    is_public = accounting.RELATIONS[config.dp.relation].size_is_public
+    if is_public and info.train_images != data.train_images:
+        problems.append(
+            f'config.data.train_images is {data.train_images}; it must be {info.train_images}, the number of '
+            f'private images in {info.name}'
+        )
+    if info.classes > data.classes:
+        problems.append(
+            f'config.data.classes is {data.classes}; it must be at least {info.classes}, because the labels '
+            f'in {info.name} go to {info.classes - 1}'
+        )
+    return info, problems
+
+
 def images(config: ConfigDict, split: str) -> Images:
     """Load the real images of one split ('train' is the private set) and compare them with the config.
 

@@ -13,7 +13,7 @@ import time
 
 from ml_collections import ConfigDict
 
-from dpp_jax import build, files, gate, settings
+from dpp_jax import build, files, gate, planning, settings
 from dpp_jax.data.images import Images
 from dpp_jax.gate import STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
@@ -39,25 +39,23 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
     Raises:
         ValueError, OSError: settings, data or work directory are not as they must be; nothing is spent.
     """
-    settings.check(config)
-    devices.check()
     workdir = WorkDir(root)
     with files.noted(workdir.root, why_not_private(config.seed)) as note:
         if note:
             print(f'{note}.\n')
-        _run(config, workdir, stage)
+        if stage == 'plan':
+            planning.run(config, root)
+        else:
+            _run(config, workdir, stage)
 
 
 def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
-    """Plan, or open the work directory and run."""
+    """Check everything, open the work directory and run."""
+    settings.check(config)
+    devices.check()
     model = build.model(config)
     images = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
     gate.check_folder(config, workdir, images, stage)
-    if stage == 'plan':
-        found = gate.read(config, workdir, model, images, read_only=True)
-        todo = [name for name in STAGES if not found.done[name]]
-        plan.run(config, workdir, plan=found.plan, todo=todo, model=model, sizes=build.sizes(config, model))
-        return
     with workdir.opened():
         gate.check_folder(config, workdir, images, stage)  # again: another process may have worked here
         this_run = Run(config, workdir, model, images, gate.read(config, workdir, model, images))

@@ -210,7 +210,7 @@ def _table() -> dict[str, _Rule]:
         'pretrain.augmentation': _name_in(known['augmentation']),
         # finetune
         'finetune.batch_size': _COUNT,
-        'finetune.epochs': _POSITIVE,
+        'finetune.epochs': _number(lambda x: 0 < x <= 1e12, 'a number in (0, 1e12]'),
         'finetune.draws': _COUNT,
         'finetune.clip_norm': _SQUARABLE,
         'finetune.learning_rate': _LEARNING_RATE,
@@ -270,6 +270,23 @@ _RELATIONS = (
         lambda relation: (
             f'{" or ".join(map(repr, accounting.RELATIONS[relation].accountants))}, because dp.relation is '
             f'{relation!r}'
+        ),
+    ),
+    _Relation(
+        'dp.epsilon',
+        ('dp.accountant',),
+        lambda epsilon, accountant: accountant != 'pld' or epsilon <= accounting.MOST_EPSILON_OF_PLD,
+        lambda _: (
+            f"at most {accounting.MOST_EPSILON_OF_PLD:g} with dp.accountant 'pld'; 'rdp' counts any budget"
+        ),
+    ),
+    _Relation(
+        'dp.delta',
+        ('dp.accountant',),
+        lambda delta, accountant: accountant != 'pld' or delta > accounting.LEAST_DELTA_OF_PLD,
+        lambda _: (
+            f"above {accounting.LEAST_DELTA_OF_PLD:g} with dp.accountant 'pld', which cuts off tails of "
+            "1e-15; 'rdp' states any δ"
         ),
     ),
     _Relation(

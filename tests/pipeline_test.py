@@ -364,6 +364,7 @@ def test_a_plan_is_shown_where_its_picture_cannot_be_written(tiny_config, tmp_pa
         raise OSError(errno.EROFS, 'Read-only file system')
 
     monkeypatch.setattr(files, 'write_bytes', refuse)
+    (tmp_path / 'run').mkdir()
     pipeline.run(tiny_config(), tmp_path / 'run', 'plan')
     told = capsys.readouterr()
     assert 'Privacy statement of this plan' in told.out

@@ -13,6 +13,7 @@ import dp_accounting
 from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+import numpy as np
 
 from dpp_jax.privacy import checks
 
@@ -31,10 +32,23 @@ RDP_ORDERS = (
 )
 # Name → a function of the neighboring relation. 'rdp': Rényi divergences, as the paper; 'pld': privacy loss
 # distributions, rounded towards more loss; tighter and slower.
+# The last argument is for 'pld' alone: the step, in units of ε, to which privacy losses are rounded.
 ACCOUNTANTS = {
-    'rdp': lambda relation: RdpAccountant(RDP_ORDERS, relation),
+    'rdp': lambda relation, interval: RdpAccountant(RDP_ORDERS, relation),
     'pld': PLDAccountant,
 }
+# A distribution has about ε / interval values: up to this ε (by RDP) the finest interval is used, beyond it
+# one in proportion to ε. The rounding is towards more loss: ε stays an upper bound, 1e-5 (relative) higher.
+_FINEST_INTERVAL = 1e-4
+_LARGEST_EPSILON_OF_FINEST = 30.0
+# A search begins with distributions that are so many times as coarse, unless ε is as small as their interval.
+_ROUGH = 16.0
+_LEAST_EPSILON_OF_ROUGH = 1.0
+# What 'pld' can state: of each mechanism it cuts off tails of 1e-15, and it needs time in proportion to the
+# number of releases.
+LEAST_DELTA_OF_PLD = 1e-14
+MOST_RELEASES_OF_PLD = 300_000
+MOST_EPSILON_OF_PLD = 700.0  # e^ε must be a float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +98,7 @@ ZERO_OUT, REPLACE_ONE = 'zero_out', 'replace_one'
 # Relative accuracy of a calibrated noise multiplier, and where the search for it ends.
 _TOLERANCE = 1e-4
 _LEAST_NOISE = 2.0**-7
-_MOST_NOISE = 2.0**14
+MOST_NOISE = 2.0**14
 
 
 class BudgetTooSmall(ValueError):
@@ -146,6 +160,8 @@ def epsilon(event: DpEvent, delta: float, accountant: str = 'rdp', relation: str
             the relation.
     """
     _check(delta, accountant, relation)
+    if accountant == 'pld':
+        _check_count(event)
     return _spent(event, delta, accountant, relation)
 
 
@@ -209,48 +225,109 @@ def calibrate(
     """
     check_budget(epsilon, delta, accountant, relation)
 
+    if accountant == 'pld':
+        return _calibrate_pld(make_event, epsilon, delta, relation)
+
     def spent(sigma: float) -> float:
         return _spent(make_event(sigma), delta, accountant, relation)
 
-    start, factor = 1.0, 2.0
-    if accountant == 'pld':
-        # Distributions take memory in proportion to ε, so the search stays near RDP's answer, where ε is
-        # near the budget (for replace_one, which RDP cannot count, at two to three times the budget). PLD
-        # may meet a budget that RDP cannot: start with much noise.
-        factor = 1.25
-        try:
-            start = calibrate(make_event, epsilon, delta, 'rdp')
-        except BudgetTooSmall:
-            start = _MOST_NOISE
-    lower, upper = _bracket(spent, epsilon, delta, start, factor)
-    sigma = dp_accounting.calibrate_dp_mechanism(
-        lambda: _make_accountant(accountant, relation),
-        make_event,
-        epsilon,
-        delta,
-        dp_accounting.ExplicitBracketInterval(lower, upper),
-        tol=_TOLERANCE / 2 * lower,
-    )
+    lower, upper = _bracket(spent, epsilon, delta, start=1.0, factor=2.0)
+    sigma = _search(make_event, epsilon, delta, lambda: _make_accountant(accountant, relation), lower, upper)
     # dp_accounting returns a σ within the budget; this holds even if a later version does not.
     while spent(sigma) > epsilon:
         sigma *= 1 + _TOLERANCE / 2
     return float(sigma)
 
 
+def _calibrate_pld(
+    make_event: Callable[[float], DpEvent], epsilon: float, delta: float, relation: str
+) -> float:
+    """Do the same by PLD: by RDP first, then by rough distributions. Fine ones take seconds each."""
+    try:
+        start = calibrate(make_event, epsilon, delta, 'rdp')
+    except BudgetTooSmall:  # PLD may meet a budget that RDP cannot: start with much noise
+        start = MOST_NOISE
+    _check_count(make_event(start))
+    fine = _interval(make_event(start), delta)
+    # Rough ones are above fine ones, so their answer is within the budget: it is the right one if with a
+    # little less noise fine ones are not.
+    width, growth = 1.25, 1.0
+    if epsilon >= _LEAST_EPSILON_OF_ROUGH and start < MOST_NOISE:
+        try:
+            start = _pld_search(make_event, epsilon, delta, relation, _ROUGH * fine, start, 1.25, 1.0)
+            width, growth = 1 + _TOLERANCE / 2, 2.0
+        except BudgetTooSmall:
+            pass
+    sigma = _pld_search(make_event, epsilon, delta, relation, fine, start, width, growth)
+    while _spent(make_event(sigma), delta, 'pld', relation) > epsilon:  # by the interval that will be stated
+        sigma *= 1 + _TOLERANCE / 2
+    return float(sigma)
+
+
+def _pld_search(
+    make_event: Callable[[float], DpEvent],
+    epsilon: float,
+    delta: float,
+    relation: str,
+    interval: float,
+    start: float,
+    width: float,
+    growth: float,
+) -> float:
+    """Find the least noise by distributions with one interval, from `start` outwards."""
+
+    def spent(sigma: float) -> float:
+        return _spent(make_event(sigma), delta, 'pld', relation, interval)
+
+    lower, upper = _bracket(spent, epsilon, delta, start, width, growth)
+    if upper <= lower * (1 + _TOLERANCE / 2):
+        return upper
+    fresh = lambda: _make_accountant('pld', relation, interval)
+    return _search(make_event, epsilon, delta, fresh, lower, upper)
+
+
+def _search(
+    make_event: Callable[[float], DpEvent],
+    epsilon: float,
+    delta: float,
+    fresh: Callable[[], dp_accounting.PrivacyAccountant],
+    lower: float,
+    upper: float,
+) -> float:
+    """Find the least noise between two values, by the accountants that `fresh` makes."""
+    with np.errstate(over='ignore'):
+        return dp_accounting.calibrate_dp_mechanism(
+            fresh,
+            make_event,
+            epsilon,
+            delta,
+            dp_accounting.ExplicitBracketInterval(lower, upper),
+            tol=_TOLERANCE / 2 * lower,
+        )
+
+
 def _bracket(
-    spent: Callable[[float], float], budget: float, delta: float, start: float, factor: float
+    spent: Callable[[float], float],
+    budget: float,
+    delta: float,
+    start: float,
+    factor: float,
+    growth: float = 1.0,
 ) -> tuple[float, float]:
-    """Find a σ above the budget and one within it, at most `factor` apart."""
+    """Find a σ above the budget and one within it, at most `factor` apart.
+
+    With each try `factor` is raised to the power `growth`.
+    """
     upper = start
     while (figure := spent(upper)) > budget:
-        if upper >= _MOST_NOISE:
+        if upper >= MOST_NOISE:
             raise BudgetTooSmall(
                 f'the query alone spends ε = {format_epsilon(figure)} at δ = {format_exact(delta)}; the '
                 f'budget dp.epsilon is {format_exact(budget)}. Lower query.queries, raise '
                 'query.noise_multiplier, set query.epsilon_share, or raise the budget',
                 figure,
             )
-        upper = min(upper * factor, _MOST_NOISE)
+        upper, factor = min(upper * factor, MOST_NOISE), factor**growth
     lower = upper / factor
     while spent(lower) <= budget:
         if lower <= _LEAST_NOISE:
@@ -258,24 +335,66 @@ def _bracket(
                 f'epsilon is {format_exact(budget)}; it must be small enough to ask for a noise multiplier '
                 f'above {_LEAST_NOISE:g}'
             )
+        factor **= growth
         lower, upper = lower / factor, lower
     return lower, upper
 
 
-def _make_accountant(name: str, relation: str) -> dp_accounting.PrivacyAccountant:
+def _make_accountant(
+    name: str, relation: str, interval: float = _FINEST_INTERVAL
+) -> dp_accounting.PrivacyAccountant:
     """Make an empty accountant."""
-    return ACCOUNTANTS[name](RELATIONS[relation].definition)
+    return ACCOUNTANTS[name](RELATIONS[relation].definition, interval)
 
 
-def _spent(event: DpEvent, delta: float, accountant: str, relation: str) -> float:
+def _spent(
+    event: DpEvent, delta: float, accountant: str, relation: str, interval: float | None = None
+) -> float:
     """Compute `epsilon` without its checks."""
-    return float(_make_accountant(accountant, relation).compose(event).get_epsilon(delta))
+    if accountant == 'pld' and interval is None:
+        interval = _interval(event, delta)
+    with np.errstate(over='ignore'):  # e^ε, where ε is beyond what is stated
+        return float(_make_accountant(accountant, relation, interval).compose(event).get_epsilon(delta))
+
+
+def _interval(event: DpEvent, delta: float) -> float:
+    """Choose the interval of the distributions by RDP's ε, which is above theirs, or near it."""
+    scale = _spent(event, delta, 'rdp', ZERO_OUT)
+    return _FINEST_INTERVAL * max(1.0, scale / _LARGEST_EPSILON_OF_FINEST)
+
+
+def epsilon_if_stated(event: DpEvent, delta: float, relation: str = ZERO_OUT) -> float | None:
+    """Compute ε by PLD; None where PLD cannot state it: for so small a δ, so many releases, so large an ε."""
+    if delta <= LEAST_DELTA_OF_PLD or _most_releases(event) > MOST_RELEASES_OF_PLD:
+        return None
+    found = epsilon(event, delta, 'pld', relation)
+    return found if found <= MOST_EPSILON_OF_PLD else None
+
+
+def _most_releases(event: DpEvent) -> int:
+    """Return the largest number of equal releases in an event."""
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return max(map(_most_releases, event.events), default=0)
+    return event.count if isinstance(event, dp_accounting.SelfComposedDpEvent) else 1
+
+
+def _check_count(event: DpEvent) -> None:
+    """Raise a ValueError if distributions of so many releases take too long."""
+    count = _most_releases(event)
+    if count > MOST_RELEASES_OF_PLD:
+        raise ValueError(
+            f"config.dp.accountant is 'pld'; it must be 'rdp' for a mechanism with {count:,} releases. "
+            f'Privacy loss distributions are counted for at most {MOST_RELEASES_OF_PLD:,}'
+        )
 
 
 def check_budget(epsilon: float, delta: float, accountant: str, relation: str = ZERO_OUT) -> None:
     """Raise a ValueError unless ε > 0, δ is in (0, 1), and this accountant can count with this relation."""
     checks.require('epsilon', epsilon, checks.is_positive(epsilon), 'finite and > 0')
     _check(delta, accountant, relation)
+    if accountant == 'pld':
+        allowed = f"at most {MOST_EPSILON_OF_PLD:g} with accountant 'pld'; 'rdp' counts any"
+        checks.require('epsilon', epsilon, epsilon <= MOST_EPSILON_OF_PLD, allowed)
 
 
 def _check(delta: float, accountant: str, relation: str) -> None:
@@ -286,3 +405,6 @@ def _check(delta: float, accountant: str, relation: str) -> None:
     able = RELATIONS[relation].accountants
     allowed = f'{" or ".join(map(repr, able))} with relation {relation!r}'
     checks.require('accountant', accountant, accountant in able, allowed)
+    if accountant == 'pld':
+        allowed = f"above {LEAST_DELTA_OF_PLD:g} with accountant 'pld', which cuts off tails of 1e-15"
+        checks.require('delta', delta, delta > LEAST_DELTA_OF_PLD, f"{allowed}; 'rdp' states any")

@@ -8,6 +8,7 @@ within (ε, δ). `Budget` holds the result: numbers alone, no settings, no netwo
 from collections import Counter
 from collections.abc import Callable, Iterable
 import dataclasses
+import functools
 import math
 
 from dp_accounting import DpEvent
@@ -93,7 +94,7 @@ class Budget:
 
     def epsilon_of(self, releases: Iterable[Releases]) -> float:
         """Compute the ε of these releases together, as this budget counts."""
-        return accounting.epsilon(total_event(releases), self.delta, self.accountant, self.relation)
+        return _epsilon(tuple(releases), self.delta, self.accountant, self.relation)
 
     def check_ledger(self, ledger: Ledger, used: dict[str, int]) -> None:
         """Check that the ledger fits this budget and what is known to have been used.
@@ -121,6 +122,12 @@ class Budget:
                     f'{ledger.path} has {ledger.count(mechanism)} entries of {mechanism}, but {count} '
                     'releases were made. Restore the ledger: ε cannot be computed without it'
                 )
+
+
+@functools.lru_cache(maxsize=64)
+def _epsilon(releases: tuple[Releases, ...], delta: float, accountant: str, relation: str) -> float:
+    """Compute ε once: a plan is shown in many places, and PLD takes seconds."""
+    return accounting.epsilon(total_event(releases), delta, accountant, relation)
 
 
 def total_event(releases: Iterable[Releases]) -> DpEvent:
@@ -201,6 +208,12 @@ def calibrate(
         try:
             noise_multiplier = accounting.calibrate(event, epsilon, delta, accountant, relation)
         except accounting.BudgetTooSmall as error:
+            limits = {'delta': delta, 'accountant': accountant, 'relation': relation}
+            fixed = accounting.epsilon(total_event([*before, *known]), **limits)
+            if fixed <= epsilon:
+                raise _below_the_least(
+                    event(accounting.MOST_NOISE), epsilon, error.least, **limits
+                ) from error
             if not before:
                 raise
             raise accounting.BudgetTooSmall(
@@ -216,6 +229,23 @@ def calibrate(
         relation=relation,
         releases=(*known, free(noise_multiplier)),
         before=before,
+    )
+
+
+def _below_the_least(
+    event: DpEvent, epsilon: float, least: float, *, delta: float, accountant: str, relation: str
+) -> accounting.BudgetTooSmall:
+    """Make the error of an ε that nothing exceeds but the floor of the accountant."""
+    advice = 'Raise the budget or dp.delta'
+    if accountant == 'rdp':
+        tight = accounting.epsilon_if_stated(event, delta, relation)
+        if tight is not None and tight <= epsilon:
+            advice += ", or set config.dp.accountant='pld', which can state it"
+    return accounting.BudgetTooSmall(
+        f'config.dp.epsilon is {accounting.format_exact(epsilon)}; it must be above '
+        f'{accounting.format_epsilon(least)}, the least ε that the accountant {accountant!r} can state of '
+        f'these steps at δ = {accounting.format_exact(delta)}, whatever the noise. {advice}',
+        least,
     )
 
 

@@ -63,8 +63,8 @@ def _plan(folder: WorkDir) -> dict[str, Any]:
     if plan['relation'] not in accounting.RELATIONS:
         allowed = ' or '.join(map(repr, accounting.RELATIONS))
         raise ValueError(f'{folder.plan} has relation = {plan["relation"]!r}; it must be {allowed}')
-    if not 0 < plan['delta'] < 1:
-        raise ValueError(f'{folder.plan} has delta = {plan["delta"]}; it must be in (0, 1)')
+    accountant = accounting.RELATIONS[plan['relation']].accountants[0]
+    accounting.check_budget(1.0, plan['delta'], accountant, plan['relation'])
     return plan
 
 
@@ -73,12 +73,11 @@ def _figures(parts: tuple, delta: float) -> str:
     show = accounting.format_epsilon
     event = budget.total_event(parts)
     rdp = accounting.epsilon(event, delta)
-    is_cheap = rdp <= statement.MOST_FOR_PLD
-    pld = show(accounting.epsilon(event, delta, 'pld')) if is_cheap else 'not computed'
-    replaced = statement.replace_one(parts, delta)
+    pld, replaced = accounting.epsilon_if_stated(event, delta), statement.replace_one(parts, delta)
+    or_none = lambda value: 'not available' if value is None else show(value)
     return (
-        f'ε = {show(rdp)} (RDP), {pld} (PLD) by zero-out or add or remove one; '
-        f'ε = {"not computed" if replaced is None else show(replaced)} (PLD) by replace one; '
+        f'ε = {show(rdp)} (RDP), {or_none(pld)} (PLD) by zero-out or add or remove one; '
+        f'ε = {or_none(replaced)} (PLD) by replace one; '
         f'δ = {accounting.format_exact(delta)}'
     )
 

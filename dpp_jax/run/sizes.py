@@ -22,6 +22,7 @@ from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum
+from dpp_jax.run import hours
 from dpp_jax.training import devices, preemption
 from dpp_jax.training.state import FlatParams
 
@@ -35,7 +36,6 @@ _SHARE_OF_MEMORY = 0.4
 # A training of more operations per device than these (about half an hour) is worth minutes of trying.
 _LONG = {'cpu': 1.5e14}
 _LONG_ON_ACCELERATORS = 5e16
-_OPERATIONS = 3.0  # per parameter and pixel, gradient included: 3.46e9 for the 28x28 network
 # What is tried, in units of what the rule says, and how much faster it must be to be taken.
 _FACTORS = (0.25, 0.5, 1, 2)
 _WORTH = 1.03
@@ -86,7 +86,7 @@ def settle(path: Path, model: Model, noised_images: int, **trial: Any) -> int:
     """
     known = _read(path)
     if devices.kind() not in known:
-        operations = _OPERATIONS * model_lib.size(model.shapes()) * np.prod(model.image_shape[:2])
+        operations = hours.OPERATIONS * model_lib.size(model.shapes()) * np.prod(model.image_shape[:2])
         longest = _LONG.get(jax.default_backend(), _LONG_ON_ACCELERATORS)
         is_long = noised_images / devices.count() * operations > longest
         known[devices.kind()] = measured(model, **trial) if is_long else _by_rule(model)
@@ -107,7 +107,8 @@ def measured(model: Model, *, draws: int, microbatch: int | None, label_dropout:
         for images in {int(factor * rule) for factor in _FACTORS}:
             sizes = choose(model, draws=draws, images_at_once=images, microbatch=microbatch)
             tried[images] = _trial(model, sizes, draws=draws, label_dropout=label_dropout)
-        known[name] = fastest({n: call for n, call in tried.items() if call}, rule)
+        calls = {n: call for n, call in tried.items() if call}
+        known[name] = fastest(calls, rule, lambda rate: hours.keep(model, rate))
         try:
             files.write_json(path, known)
         except OSError:
@@ -115,10 +116,13 @@ def measured(model: Model, *, draws: int, microbatch: int | None, label_dropout:
     return known[name]
 
 
-def fastest(calls: dict[int, Callable[[], int]], preferred: int) -> int:
+def fastest(
+    calls: dict[int, Callable[[], int]], preferred: int, note: Callable[[float], None] = lambda rate: None
+) -> int:
     """Return the number whose call, which returns how many images it did, is fastest; all take turns.
 
-    `preferred` stays unless another is clearly faster: rates on a busy machine scatter.
+    `preferred` stays unless another is clearly faster: rates on a busy machine scatter. `note` is given the
+    highest rate, per second.
     """
     rates = dict.fromkeys(calls, 0.0)
     for _ in range(_TURNS):
@@ -130,6 +134,8 @@ def fastest(calls: dict[int, Callable[[], int]], preferred: int) -> int:
     for images, rate in sorted(rates.items()):
         print(f'  {images:5d} at once: {rate:,.1f} noised images/s', flush=True)
     best = max(rates, key=rates.get, default=preferred)
+    if rates:
+        note(rates[best])
     is_better = rates.get(best, 0.0) > _WORTH * rates.get(preferred, 0.0)
     return best if is_better else preferred
 

@@ -55,8 +55,6 @@ ASSUMPTIONS = (
     'deleted release again on other devices or with other versions',
     'the adversary does not see how long a run took, or whether it ended',
 )
-MOST_FOR_PLD = 100.0  # the distributions' memory grows with ε
-_MOST_FOR_REPLACE_ONE = 50.0  # whose ε is more than twice as large
 
 
 def make(
@@ -194,11 +192,23 @@ def check_lost(
             )
 
 
-def markdown(statement: dict[str, Any]) -> str:
-    """Write the statement for people; every ε is rounded up."""
+def markdown(statement: dict[str, Any], draft: str = '') -> str:
+    """Write the statement for people; every ε is rounded up.
+
+    Args:
+        statement: from `make`.
+        draft: why it does not hold yet, where it is that of a plan; '' otherwise.
+    """
     show, exact = accounting.format_epsilon, accounting.format_exact
     epsilon = statement['epsilon_by_accountant']
     lines = ['# Privacy statement', '']
+    if draft:
+        lines = [
+            '# Privacy statement (DRAFT)',
+            '',
+            f'**DRAFT: {draft}.** This is what the statement of a whole run would say.',
+            '',
+        ]
     if not statement['private']:
         lines += [
             '**THIS RUN IS NOT PRIVATE.** Its keys come from `config.seed`: anyone who guesses the seed can '
@@ -220,7 +230,7 @@ def markdown(statement: dict[str, Any]) -> str:
             else 'this relation cannot be counted.'
         ),
         '- By privacy loss distributions: '
-        + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else 'not computed.'),
+        + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else _why_not(statement['delta'])),
         f'- The stated ε is that of the {statement["accountant"].upper()} accountant, with which the run was '
         'planned. Every ε is rounded up.',
         '',
@@ -253,12 +263,24 @@ def markdown(statement: dict[str, Any]) -> str:
     ):
         lines += [f'## {title}', '', *(f'- {text}.' for text in statement[name]), '']
     named = lambda code: ', '.join(f'{name} {version}' for name, version in code.items())
-    lines += ['## Code', '', f'Computed from `ledger.jsonl` by {named(statement["code"])}.', '']
+    lines += [
+        '## Code',
+        '',
+        f'Computed from {"the plan" if draft else "`ledger.jsonl`"} by {named(statement["code"])}.',
+        '',
+    ]
     stages_of = {}  # versions → the stages that they ran
     for stage, codes in statement['code_of_stages'].items():
         stages_of.setdefault('; then '.join(map(named, codes)), []).append(f'`{stage}`')
     lines += [f'- {", ".join(stages)}: ran with {codes}.' for codes, stages in stages_of.items()]
     return '\n'.join([*lines, ''])
+
+
+def _why_not(delta: float) -> str:
+    """Say why there is no figure by privacy loss distributions."""
+    if delta <= accounting.LEAST_DELTA_OF_PLD:
+        return 'not available at this δ.'
+    return 'not computed: ε is too large, or releases are too many.'
 
 
 def _or_dash(value: float | None) -> str:
@@ -278,11 +300,8 @@ def replace_one_line(relation: str, value: float | None) -> str:
 
 @functools.lru_cache(maxsize=16)
 def replace_one(releases: tuple[Releases, ...], delta: float) -> float | None:
-    """Compute ε by privacy loss distributions for replace one; None where it takes too much memory."""
-    event = total_event(releases)
-    if accounting.epsilon(event, delta) > _MOST_FOR_REPLACE_ONE:
-        return None
-    return accounting.epsilon(event, delta, 'pld', accounting.REPLACE_ONE)
+    """Compute ε by privacy loss distributions for replace one; None where they cannot state it."""
+    return accounting.epsilon_if_stated(total_event(releases), delta, accounting.REPLACE_ONE)
 
 
 def record_code(workdir: WorkDir, stage: str) -> None:
@@ -329,11 +348,16 @@ def code_version() -> dict[str, str]:
 def _epsilons(
     releases: Sequence[Releases], delta: float, accountant: str, relation: str
 ) -> dict[str, float | None]:
-    """Compute ε by the accountants that can, and RDP's order; by PLD only where it is cheap or asked for."""
+    """Compute ε by the accountants that can, and RDP's order."""
     event = total_event(releases)
     rdp, order = None, None
     if 'rdp' in accounting.RELATIONS[relation].accountants:
         rdp, order = accounting.epsilon_and_order(event, delta, relation)
-    computed = accountant == 'pld' or rdp <= MOST_FOR_PLD
-    pld = accounting.epsilon(event, delta, 'pld', relation) if computed else None
+    pld = _pld(tuple(releases), delta, relation)
     return {'rdp': rdp, 'rdp_order': order, 'pld': pld}
+
+
+@functools.lru_cache(maxsize=64)
+def _pld(releases: tuple[Releases, ...], delta: float, relation: str) -> float | None:
+    """Compute ε by privacy loss distributions, which takes seconds; None where they cannot state it."""
+    return accounting.epsilon_if_stated(total_event(releases), delta, relation)

@@ -1,4 +1,4 @@
-"""Stage `plan`: what a run spends and needs, from the config alone. It touches no image."""
+"""Stage `plan`: what a run spends and needs, and what cannot work. It touches no image."""
 
 from collections.abc import Iterable
 import math
@@ -14,8 +14,8 @@ from dpp_jax import files
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
-from dpp_jax.run import statement
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget
+from dpp_jax.run import hours, statement, warnings
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.plan import Plan
 from dpp_jax.run.sizes import Sizes
@@ -29,27 +29,42 @@ def run(
     todo: Iterable[str],
     model: Model,
     sizes: Sizes,
+    made: int = 0,
+    source: str = '',
 ) -> None:
     """Print what would be run and spent, and draw what another budget for the query would do.
 
     Args:
         config: the settings.
-        workdir: gets the picture.
+        workdir: gets the picture, if it is there.
         plan: of the run.
         todo: stages that are not done yet.
         model: whose memory is estimated.
         sizes: what is in work at once.
+        made: releases in the ledger.
+        source: what is known of the private images.
     """
+    draft = _draft(plan.budget, made)
     memory = _memory(config, model, sizes) / 2**20
     todo = ', '.join(todo) or 'nothing: everything is done'
+    if draft:
+        print(f'DRAFT: {draft}.\n')
     print(text(config, plan))
+    if source:
+        print(f'source         {source}')
     print(
         f'memory         about {memory:,.0f} MiB per device ({sizes.microbatch} images x {sizes.draws} draws '
-        f'at once, estimate), {jax.device_count()} {jax.devices()[0].platform} device(s)\n\n'
-        f'would run      {todo}\n'
+        f'at once, estimate), {jax.device_count()} {jax.devices()[0].platform} device(s)'
     )
-    print(f'Privacy statement of this plan:\n\n{statement.markdown(_statement(config, plan))}')
-    if plan.budget.of(CENTRAL_QUERY):
+    time, weeks = _time(config, plan, model)
+    print(f'{time}\n\nwould run      {todo}\n')
+    for warning in [*_warnings(config, plan), *weeks]:
+        print(f'WARNING: {warning}.\n')
+    shown = statement.markdown(_statement(config, plan), draft)
+    print(f'Privacy statement of this plan{" (DRAFT)" if draft else ""}:\n\n{shown}')
+    if plan.budget.of(CENTRAL_QUERY) and not workdir.root.is_dir():
+        print(f'No picture of other shares of ε: {workdir.root} is not there yet, and plan makes nothing.')
+    elif plan.budget.of(CENTRAL_QUERY):
         from dpp_jax.run import plan_curve  # imports matplotlib, which nothing else needs
 
         picture = plan_curve.draw(plan.budget, config.name)
@@ -73,24 +88,28 @@ def text(config: ConfigDict, plan: Plan) -> str:
         CENTRAL_QUERY: f'central images ({config.query.kind} query)',
         DP_SGD: 'fine-tuning (DP-SGD)',
     }
+    rows = [(f'spent before: {part.mechanism.name}', part) for part in budget.before]
+    rows += [(titles[part.mechanism.name], part) for part in budget.releases]
+    columns = [('mechanism (Poisson-sampled Gaussian)', 'σ', 'q', 'count', 'ε alone')]
+    for title, part in rows:
+        mechanism = part.mechanism
+        columns.append(
+            (
+                title,
+                accounting.format_noise(mechanism.noise_multiplier),
+                f'{mechanism.sampling_probability:.6f}',
+                str(part.count),
+                accounting.format_epsilon(budget.epsilon_of([part])),
+            )
+        )
+    columns.append(('together', '', '', '', accounting.format_epsilon(budget.spent())))
     lines = [
         f'Plan for {config.name}: {number}{plan.private_images:,} private images, '
         f'ε = {exact(budget.epsilon)}, δ = {exact(budget.delta)} ({budget.accountant.upper()} accountant)',
         f'Unit of privacy: one image. Neighboring relation: {relation.sentence}.',
         f'The budget is for this relation.{_replace_one(plan)}',
         '',
-        f'{"mechanism (Poisson-sampled Gaussian)":38}{"σ":>9}{"q":>10}{"count":>8}{"ε alone":>9}',
-    ]
-    rows = [(f'spent before: {part.mechanism.name}', part) for part in budget.before]
-    for title, part in [*rows, *((titles[part.mechanism.name], part) for part in budget.releases)]:
-        mechanism = part.mechanism
-        lines.append(
-            f'{title:38}{accounting.format_noise(mechanism.noise_multiplier):>9}'
-            f'{mechanism.sampling_probability:10.6f}{part.count:8d}'
-            f'{accounting.format_epsilon(budget.epsilon_of([part])):>9}'
-        )
-    lines += [
-        f'{"together":38}{"":27}{accounting.format_epsilon(budget.spent()):>9}',
+        *_table(columns),
         '',
         f'network        {plan.parameters:,} parameters, denoiser {config.model.denoiser}',
         f'pre-training   {plan.pretrain_steps:,} steps, {plan.pretrain_noised_images:,} noised images',
@@ -100,6 +119,77 @@ def text(config: ConfigDict, plan: Plan) -> str:
         f'with {config.generate.sampler.steps} steps',
     ]
     return '\n'.join(lines)
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Align the first column to the left, the others, which are numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        '  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def _draft(budget: Budget, made: int) -> str:
+    """Say why the plan is one; nothing if all of it was done."""
+    total = sum(part.count for part in budget.releases)
+    if not made:
+        return 'nothing has run'
+    return f'{made:,} of {total:,} releases were made' if made < total else ''
+
+
+def _warnings(config: ConfigDict, plan: Plan) -> list[str]:
+    """Return what cannot work, see `run.warnings`."""
+    asked = plan.budget.of(CENTRAL_QUERY)
+    return warnings.find(
+        plan.budget,
+        images=plan.private_images,
+        classes=config.data.classes,
+        parameters=plan.parameters,
+        batch_size=plan.expected_batch_size,
+        question=warnings.Question(
+            kind=config.query.kind,
+            sensitivity=asked.mechanism.sensitivity if asked else 0.0,
+            downsample=config.query.downsample,
+            most_downsample=max(1, config.data.image_size // 2),
+        ),
+    )
+
+
+def _time(config: ConfigDict, plan: Plan, model: Model) -> tuple[str, list[str]]:
+    """Say how long the run takes on this machine, and warn where that is weeks."""
+    settings = config.generate
+    chosen = [settings.sampler]
+    if settings.separate_classifier_images:
+        chosen.append(settings.classifier_sampler)
+    evaluations = sum(
+        hours.evaluations(settings.images, steps=s.steps, name=s.name, guidance=s.guidance) for s in chosen
+    )
+    rate, is_measured = hours.rate(model)
+    parts = {
+        'pre-training': hours.of_trainings(plan.pretrain_noised_images, rate),
+        'fine-tuning': hours.of_trainings(plan.finetune_noised_images, rate),
+        'generation': hours.of_generation(evaluations, rate),
+    }
+    total = sum(parts.values())
+    how = (
+        'measured on this machine'
+        if is_measured
+        else 'from a convolution timed just now, right to a factor of three; a long run first measures'
+    )
+    words = ', '.join(f'{name} {hours.words(seconds)}' for name, seconds in parts.items())
+    line = (
+        f'time           {hours.words(total)} on this machine, without evaluation: {words}\n'
+        f'               ({rate:,.3g} noised images/s, {how})'
+    )
+    if total < hours.WEEK:
+        return line, []
+    longest = max(parts, key=parts.get)
+    return line, [
+        f'this run takes weeks here: {hours.words(total)}, of which {longest} {hours.words(parts[longest])}. '
+        'A GPU or a TPU is faster by a factor of 10 to 1,000; smaller values of finetune.epochs, '
+        'finetune.draws, generate.sampler.steps, generate.images or model.width help too'
+    ]
 
 
 def _replace_one(plan: Plan) -> str:

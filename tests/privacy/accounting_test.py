@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,13 +214,82 @@ def test_pld_may_fit_a_budget_that_rdp_cannot():
     assert accounting.epsilon(everything(row)(sigma), row['delta'], 'pld') <= budget
 
 
-@pytest.mark.parametrize('accountant', ['rdp', 'pld'])
-def test_a_budget_that_needs_no_noise_is_refused(accountant):
+def test_a_budget_that_needs_no_noise_is_refused():
     def make_event(sigma):
         return accounting.subsampled_gaussian(sigma, 0.5, 1)
 
     with pytest.raises(ValueError, match=r'epsilon is 1000000; it must be small enough'):
-        accounting.calibrate(make_event, 1e6, 1e-5, accountant)
+        accounting.calibrate(make_event, 1e6, 1e-5)
+
+
+# --- How far distributions of privacy losses reach
+
+
+@pytest.mark.parametrize('relation', ['zero_out', 'replace_one'])
+@pytest.mark.parametrize('epsilon', [100.0, 300.0, 700.0])
+def test_pld_calibrates_large_budgets_in_seconds(epsilon, relation):
+    def make_event(sigma):
+        return accounting.compose(
+            [accounting.subsampled_gaussian(4.0, 1, 2), accounting.subsampled_gaussian(sigma, 1 / 6, 120)]
+        )
+
+    start = time.process_time()
+    sigma = accounting.calibrate(make_event, epsilon, 1e-4, 'pld', relation)
+    assert time.process_time() - start < 60  # before: minutes and gigabytes, or no end
+    assert accounting.epsilon(make_event(sigma), 1e-4, 'pld', relation) <= epsilon
+    assert accounting.epsilon(make_event(sigma * (1 - 2e-4)), 1e-4, 'pld', relation) > epsilon
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(sigma=st.floats(0.03, 0.4), times=st.sampled_from([1, 4, 30]))
+def test_coarse_distributions_stay_above_the_exact_epsilon_and_near_it(sigma, times):
+    """Plain Gaussian releases have a closed form."""
+    event = accounting.subsampled_gaussian(sigma * times**0.5, 1, times)
+    found = accounting.epsilon(event, 1e-5, 'pld')
+    assert exact_gaussian_delta(sigma, min(found, 700.0)) <= 1e-5 or found > 700
+    if found <= 700:
+        assert exact_gaussian_delta(sigma, found * 0.999) > 1e-5
+
+
+@pytest.mark.parametrize('interval', [3e-4, 1e-3, 1e-2, 0.1])
+def test_a_coarser_interval_never_gives_less(interval):
+    event = accounting.compose(
+        [accounting.subsampled_gaussian(4.0, 1, 2), accounting.subsampled_gaussian(0.9, 1 / 6, 120)]
+    )
+    fine = accounting.epsilon(event, 1e-4, 'pld')
+    for relation in accounting.RELATIONS:
+        assert accounting._spent(event, 1e-4, 'pld', relation, interval) >= fine
+
+
+@pytest.mark.parametrize(
+    'arguments, text',
+    [
+        ((1.0, 1e-14), "delta is 1e-14; it must be above 1e-14 with accountant 'pld'.*'rdp' states any"),
+        ((1.0, 1e-30), "delta is 1e-30; it must be above 1e-14 with accountant 'pld'.*'rdp' states any"),
+        ((701.0, 1e-5), "epsilon is 701.0; it must be at most 700 with accountant 'pld'.*'rdp' counts any"),
+        ((1e4, 1e-5), "epsilon is 10000.0; it must be at most 700 with accountant 'pld'"),
+    ],
+)
+def test_what_pld_cannot_state_is_refused_with_the_accountant_that_can(arguments, text):
+    def make_event(sigma):
+        return accounting.subsampled_gaussian(sigma, 0.1, 9)
+
+    with pytest.raises(ValueError, match=text):
+        accounting.calibrate(make_event, *arguments, 'pld')
+    assert accounting.calibrate(make_event, *arguments, 'rdp') > 0
+
+
+def test_a_plan_of_any_length_is_counted_at_once_or_refused():
+    def make_event(sigma):
+        return accounting.subsampled_gaussian(sigma, 1 / 6, 6 * 10**9)
+
+    start = time.process_time()
+    sigma = accounting.calibrate(make_event, 10.0, 1e-5)
+    assert accounting.epsilon(make_event(sigma), 1e-5) <= 10
+    with pytest.raises(ValueError, match='it must be .rdp. for a mechanism with 6,000,000,000 releases'):
+        accounting.calibrate(make_event, 10.0, 1e-5, 'pld')
+    assert accounting.epsilon_if_stated(make_event(sigma), 1e-5) is None
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

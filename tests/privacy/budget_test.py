@@ -39,6 +39,23 @@ def make_budget(**changes):
     return Budget(**{**fields, **changes})
 
 
+@pytest.mark.parametrize('accountant, epsilon', [('rdp', 1e-3), ('rdp', 1e-5), ('pld', 1e-7)])
+@pytest.mark.parametrize('known', [(), (releases(CENTRAL_QUERY, 1e6, 0.1, 1),)], ids=['alone', 'query'])
+def test_an_epsilon_that_no_noise_reaches_is_refused_with_the_least_that_can_be_stated(
+    accountant, epsilon, known
+):
+    """It is not the query that spends too much."""
+    limits = dict(delta=1e-5, accountant=accountant)
+    with pytest.raises(accounting.BudgetTooSmall, match='least ε that the accountant') as refused:
+        budget.calibrate(known, lambda s: releases(DP_SGD, s, 1 / 6, 12), epsilon=epsilon, **limits)
+    text, least = str(refused.value), refused.value.least
+    assert 'query' not in text and '\n' not in text and least > epsilon
+    assert f'must be above {accounting.format_epsilon(least)}, ' in text
+    # Another accountant is named only if it can.
+    assert ("accountant='pld'" in text) == (accountant == 'rdp' and epsilon == 1e-3)
+    budget.calibrate(known, lambda s: releases(DP_SGD, s, 1 / 6, 12), epsilon=least * 1.001, **limits)
+
+
 # --- What a budget knows
 
 

@@ -58,13 +58,27 @@ def test_figures_are_rounded_to_the_safe_side():
     assert '| 2.0000 |' in text and 'ε = 1.0000004' in text and '1.23456789e-05' in text
 
 
-def test_a_statement_by_pld_is_made_also_where_rdp_is_very_large(monkeypatch):
-    monkeypatch.setattr(statement, 'MOST_FOR_PLD', 1.0)  # the real bound takes long to exceed
-    assert make()['epsilon_by_accountant']['pld'] is None
-    made = make(accountant='pld')
-    assert made['epsilon_by_accountant']['rdp'] > 1
+@pytest.mark.parametrize('sigma', [0.5, 0.2, 0.07])
+def test_a_statement_by_pld_is_made_also_where_rdp_is_very_large(sigma):
+    made = make(releases(3, sigma=sigma), accountant='pld')
+    assert made['epsilon_by_accountant']['rdp'] > 20
     assert 0 < made['epsilon'] == made['epsilon_by_accountant']['pld']
     assert 'differentially private' in statement.markdown(made)
+
+
+@pytest.mark.parametrize('delta', [1e-14, 1e-15, 1e-30])
+def test_what_pld_cannot_state_is_said_and_is_no_infinite_figure(delta):
+    made = make(delta=delta)
+    assert made['epsilon_by_accountant']['pld'] is made['epsilon_of_replace_one'] is None
+    text = statement.markdown(made)
+    assert 'By privacy loss distributions: not available at this δ.' in text and 'inf' not in text
+
+
+@pytest.mark.parametrize('fields', [{'sigma': 0.01}, {'count': 10**9, 'sigma': 1e4}], ids=str)
+def test_a_statement_of_too_much_for_pld_says_so(fields):
+    made = make(releases(fields.pop('count', 3), **fields))
+    assert made['epsilon_by_accountant']['pld'] is None
+    assert 'By privacy loss distributions: not computed: ε is too large, or' in statement.markdown(made)
 
 
 def test_every_version_of_the_code_is_named(tmp_path, monkeypatch):

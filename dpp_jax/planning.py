@@ -1,0 +1,90 @@
+"""`--stage=plan`: the place where a user hears everything at once. It writes nothing but a picture.
+
+Settings, source and folder are looked at, each as far as it goes. What can be planned is printed; then all
+problems are told together.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+import threading
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dpp_jax import build, gate, settings
+from dpp_jax.data.sources import SourceInfo
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import WorkDir, flatten
+from dpp_jax.stages import plan
+from dpp_jax.training import devices
+
+_PATIENCE = 10.0  # seconds, for a source: a network or a disk may not answer
+
+
+def run(config: ConfigDict, root: str | Path) -> None:
+    """Print the plan, then all problems.
+
+    Raises:
+        ValueError: there are problems, one line each.
+    """
+    problems, workdir = [], WorkDir(root)
+    _try(problems, lambda: settings.check(config))
+    are_settings_good = not problems
+    info = None
+    if not any(line.startswith(('config.data.', 'config.dp.relation')) for line in _lines(problems)):
+        info, found = _ask_source(config)
+        problems += found
+    _try(problems, lambda: workdir.check(flatten(config.to_dict())))
+    if are_settings_good:
+        _try(problems, devices.check)
+        model, images = build.model(config), artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
+        _try(problems, images.check)
+        found = _try(problems, lambda: gate.read(config, workdir, model, images, read_only=True))
+        if found is not None:
+            plan.run(
+                config,
+                workdir,
+                plan=found.plan,
+                todo=[name for name in gate.STAGES if not found.done[name]],
+                model=model,
+                sizes=build.sizes(config, model),
+                made=len(found.ledger.entries),
+                source=_words(info),
+            )
+    if problems:
+        raise ValueError('\n'.join(problems))
+
+
+def _try(problems: list[str], look: Callable[[], Any]) -> Any:
+    """Return what `look` finds, or None with one more problem."""
+    try:
+        return look()
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+        return None
+
+
+def _lines(problems: list[str]) -> list[str]:
+    return '\n'.join(problems).splitlines()
+
+
+def _ask_source(config: ConfigDict) -> tuple[SourceInfo | None, list[str]]:
+    """Describe the source, as `build.source_problems`, but not for longer than `_PATIENCE`."""
+    answers = []
+    # A daemon: a thread that waits for a network keeps no process alive.
+    asking = threading.Thread(target=lambda: answers.append(build.source_problems(config)), daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    late = f'config.data.source is {config.data.source!r}, which did not answer within {_PATIENCE:g} s'
+    return answers[0] if answers else (None, [late])
+
+
+def _words(info: SourceInfo | None) -> str:
+    """Describe the source for people."""
+    if info is None:
+        return 'NOT FOUND: see the last lines. The figures are those of the config'
+    height, width, channels = info.image_shape
+    return (
+        f'{info.name}: {info.train_images:,} private and {info.test_images:,} test images of '
+        f'{height}x{width}x{channels}, {info.classes} classes'
+    )

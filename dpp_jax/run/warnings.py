@@ -1,0 +1,183 @@
+"""What cannot work, told before it is spent: noise against signal, by numbers of the plan alone.
+
+Every warning gives its figure and what would help. None refuses a run: a threshold is a judgment.
+"""
+
+import dataclasses
+import math
+
+from dpp_jax.privacy import accounting
+from dpp_jax.privacy import budget as budget_lib
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
+
+# A central image with half of the gray range as noise shows nothing; the shipped configs have 0.02 to 0.24.
+_MOST_IMAGE_NOISE = 0.5
+# Noise of a DP-SGD step over the largest sum of clipped gradients: the paper's settings have 1 to 4.
+_MOST_STEP_NOISE = 10.0
+_FEWEST_IMAGES_PER_CLASS = 100
+_QUERIES_OF_ALL = 2  # that are given as advice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a warning about central images needs to know.
+
+    Attributes:
+        kind: of the query.
+        sensitivity: Δ of one query.
+        downsample: factor by which images are reduced for it.
+        most_downsample: the largest that is allowed.
+    """
+
+    kind: str
+    sensitivity: float
+    downsample: int
+    most_downsample: int
+
+
+def find(
+    budget: Budget, *, images: int, classes: int, parameters: int, batch_size: float, question: Question
+) -> list[str]:
+    """Return one text for each thing that cannot work.
+
+    Args:
+        budget: of the plan.
+        images: N, as the plan has it.
+        classes: among which they are divided.
+        parameters: d of the network.
+        batch_size: B, expected images of a DP-SGD step.
+        question: what the query asks.
+    """
+    found = [
+        _class_size(images, classes),
+        _central_images(budget, images / classes, question),
+        _steps(budget, images, parameters, batch_size),
+    ]
+    return [text for text in found if text]
+
+
+def image_noise(sigma: float, sensitivity: float, sampling_probability: float, per_class: float) -> float:
+    """Compute the standard deviation of a pixel's noise, where the gray range is 1.
+
+    For the mode query: of a count of votes, where 1 is the votes of a whole class.
+    """
+    return sigma * sensitivity / (sampling_probability * per_class)
+
+
+def step_noise(sigma: float, parameters: int, batch_size: float) -> float:
+    """Compute the norm of a step's noise, σ C √d, over the largest norm of the sum without it, B C."""
+    return sigma * math.sqrt(parameters) / batch_size
+
+
+def _class_size(images: int, classes: int) -> str | None:
+    if images >= _FEWEST_IMAGES_PER_CLASS * classes:
+        return None
+    return (
+        f'{images:,} private images in {classes} classes are {images / classes:,.1f} per class, which is few: '
+        f'only what many images have in common can be learned. {_FEWEST_IMAGES_PER_CLASS} per class, or fewer '
+        'classes (data.classes), help'
+    )
+
+
+def _central_images(budget: Budget, per_class: float, question: Question) -> str | None:
+    asked = budget.of(CENTRAL_QUERY)
+    if asked is None:
+        return None
+    sigma, q = asked.mechanism.noise_multiplier, asked.mechanism.sampling_probability
+    noise = image_noise(sigma, question.sensitivity, q, per_class)
+    if noise <= _MOST_IMAGE_NOISE:
+        return None
+    if question.kind == 'mode':
+        figure = f'{noise:,.2g} times the votes of a whole class'
+    else:
+        figure = f'{255 * noise:,.0f} gray levels, {noise:,.2g} times the gray range of 0 to 255'
+    help_texts = [f'{math.ceil(per_class * noise / _MOST_IMAGE_NOISE):,} images per class']
+    advice = _all_images(budget, per_class, question)
+    if advice is not None:
+        help_texts.append(advice)
+    if question.downsample < question.most_downsample:
+        factor = question.most_downsample / question.downsample
+        help_texts.append(
+            f'query.downsample up to {question.most_downsample} (noise {noise / factor:,.2g}, for that alone)'
+        )
+    if question.kind == 'mean':
+        help_texts.append('query.clip_norm with query.pixel_center, as in digits_8')
+    return (
+        f'the noise of each pixel of a central image has a standard deviation of {figure}: it shows '
+        f'nothing. σ Δ / (q N / classes) = {sigma:.4g} x {question.sensitivity:.4g} / {q * per_class:,.4g}. '
+        f'What helps: {"; ".join(help_texts)}'
+    )
+
+
+def _all_images(budget: Budget, per_class: float, question: Question) -> str | None:
+    """Say what noise fewer queries of all images have, that spend as much alone; None if none is better."""
+    asked = budget.of(CENTRAL_QUERY)
+    epsilon = budget.spent(CENTRAL_QUERY)
+    if asked.mechanism.sampling_probability == 1:
+        return None
+    count = min(_QUERIES_OF_ALL, asked.count)
+    try:
+        sigma = accounting.calibrate(
+            lambda sigma: accounting.subsampled_gaussian(sigma, 1.0, count), epsilon, budget.delta, 'rdp'
+        )
+    except ValueError:
+        return None
+    noise = image_noise(sigma, question.sensitivity, 1.0, per_class)
+    return (
+        f'query.sampling_probability=1, query.queries={count}, query.noise_multiplier={_up(sigma)} '
+        f'(same ε; noise {noise:,.2g})'
+    )
+
+
+def _up(sigma: float) -> str:
+    """Write σ with two decimals, rounded up."""
+    return f'{math.ceil(100 * sigma) / 100:g}'
+
+
+def _steps(budget: Budget, images: int, parameters: int, batch_size: float) -> str | None:
+    releases = budget.of(DP_SGD)
+    sigma = releases.mechanism.noise_multiplier
+    noise = step_noise(sigma, parameters, batch_size)
+    if noise <= _MOST_STEP_NOISE:
+        return None
+    epochs = releases.count * releases.mechanism.sampling_probability
+    tries = [
+        (f'finetune.batch_size={images}', epochs, parameters),
+        (f'finetune.epochs={max(1, round(epochs / 4))}', max(1, round(epochs / 4)), parameters),
+        ('half of model.width', max(1, round(epochs / 4)), parameters / 4),
+    ]
+    helping = []
+    for change, passes, size in tries:
+        noise_then = _step_noise_of_all(budget, images, passes, size)
+        if noise_then is not None:
+            helping.append(f'{change} ({_times(noise_then)} times)')
+    return (
+        f'the noise of each fine-tuning step is {_times(noise)} times as long as the sum of clipped gradients '
+        f'can be: σ C √d = {sigma:.4g} x C x {math.sqrt(parameters):,.0f}, against B C = {batch_size:,.1f} x C '
+        "(the paper's settings: 1 to 4 times). What helps, one change after the other: "
+        f'{"; ".join([*helping, "a larger ε", "more images"])}'
+    )
+
+
+def _times(number: float) -> str:
+    return f'{number:,.0f}' if number >= 9.5 else f'{number:.2g}'
+
+
+def _step_noise_of_all(budget: Budget, images: int, epochs: float, parameters: float) -> float | None:
+    """Compute the noise of a step on all images, as often as `epochs` says; None if no noise is enough."""
+    free = lambda sigma: Releases(
+        mechanism=dataclasses.replace(
+            budget.of(DP_SGD).mechanism, noise_multiplier=sigma, sampling_probability=1.0
+        ),
+        count=max(1, round(epochs)),
+    )
+    known = [part for part in budget.releases if part.mechanism.name != DP_SGD]
+    try:
+        sigma = accounting.calibrate(
+            lambda sigma: budget_lib.total_event([*budget.before, *known, free(sigma)]),
+            budget.epsilon,
+            budget.delta,
+        )
+    except ValueError:
+        return None
+    return step_noise(sigma, parameters, images)

@@ -1,5 +1,6 @@
 """What a command may rely on: settings, plan, ledger and what was released fit each other."""
 
+from collections.abc import Sequence
 import functools
 from typing import NamedTuple
 
@@ -19,11 +20,24 @@ from dpp_jax.training import checkpoint
 STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
 
 
-def check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, stage: str) -> None:
-    """Compare the settings with those that the folder and its images were made with."""
-    workdir.check(flatten(config.to_dict()))
+def check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, stage: str) -> list[str]:
+    """Compare the settings with those that the folder and its images were made with.
+
+    Returns:
+        The settings of pre-training that changed and may, see `WorkDir.check`.
+    """
+    changed = workdir.check(flatten(config.to_dict()), lambda: not has_finetuned(workdir))
     if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
         images.check()
+    return changed
+
+
+def has_finetuned(workdir: WorkDir) -> bool:
+    """Whether a step of DP-SGD was taken: then what it started from cannot change any more."""
+    is_there = workdir.model('finetune').exists() or checkpoint.latest_training(
+        workdir.checkpoints('finetune')
+    )
+    return bool(is_there) or Ledger(workdir.ledger, read_only=True).count(DP_SGD) > 0
 
 
 class Gate(NamedTuple):
@@ -35,16 +49,24 @@ class Gate(NamedTuple):
 
 
 def read(
-    config: ConfigDict, workdir: WorkDir, model: Model, images: artefacts.SyntheticImages, read_only=False
+    config: ConfigDict,
+    workdir: WorkDir,
+    model: Model,
+    images: artefacts.SyntheticImages,
+    read_only: bool = False,
+    changed: Sequence[str] = (),
 ) -> Gate:
-    """Read plan, ledger and what is done; a ValueError says what does not fit."""
+    """Read plan, ledger and what is done; a ValueError says what does not fit.
+
+    Of settings of pre-training in `changed` there is no model yet.
+    """
     make_plan = functools.partial(build.plan, config, model)
     run_plan = plan_lib.load(workdir.plan, make_plan, query_share=config.query.epsilon_share)
     evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
     has_query = config.pretrain.enabled
     done = {
         'central': not has_query or workdir.central_images.exists(),
-        'pretrain': not has_query or workdir.model('pretrain').exists(),
+        'pretrain': not has_query or (workdir.model('pretrain').exists() and not changed),
         'finetune': workdir.model('finetune').exists(),
         'generate': images.is_complete,
         'evaluate': evaluation.is_complete,

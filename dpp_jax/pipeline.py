@@ -57,7 +57,10 @@ def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
     images = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
     gate.check_folder(config, workdir, images, stage)
     with workdir.opened():
-        gate.check_folder(config, workdir, images, stage)  # again: another process may have worked here
+        # Again: another process may have worked here.
+        changed = gate.check_folder(config, workdir, images, stage)
+        if changed and stage != 'clean':
+            workdir.pretrain_again(flatten(config.to_dict()), changed)
         this_run = Run(config, workdir, model, images, gate.read(config, workdir, model, images))
         this_run.clean() if stage == 'clean' else this_run.run(STAGES if stage == 'all' else (stage,))
 

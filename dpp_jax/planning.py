@@ -34,12 +34,15 @@ def run(config: ConfigDict, root: str | Path) -> None:
     if not any(line.startswith(('config.data.', 'config.dp.relation')) for line in _lines(problems)):
         info, found = _ask_source(config)
         problems += found
-    _try(problems, lambda: workdir.check(flatten(config.to_dict())))
+    images = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
+    changed = _try(problems, lambda: gate.check_folder(config, workdir, images, 'plan'))
     if are_settings_good:
         _try(problems, devices.check)
-        model, images = build.model(config), artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
-        _try(problems, images.check)
-        found = _try(problems, lambda: gate.read(config, workdir, model, images, read_only=True))
+        model = build.model(config)
+        found = _try(
+            problems,
+            lambda: gate.read(config, workdir, model, images, read_only=True, changed=changed or ()),
+        )
         if found is not None:
             plan.run(
                 config,

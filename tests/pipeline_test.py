@@ -1,5 +1,6 @@
 """The pipeline from beginning to end."""
 
+import copy
 import errno
 import json
 import shutil
@@ -17,7 +18,7 @@ from dpp_jax.privacy import ledger as ledger_lib
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.stages import generate
-from dpp_jax.training import checkpoint, preemption, progress
+from dpp_jax.training import checkpoint, loop, preemption, progress
 
 STEPS = 23  # of the tiny config's fine-tuning
 
@@ -338,6 +339,62 @@ def test_statement_says_what_was_spent_and_that_a_seeded_run_is_not_private(run)
     assert set(statement['code_of_stages']) == {'central', 'pretrain', 'finetune', 'generate'}
     text = workdir.statement_text.read_text()
     assert 'THIS RUN IS NOT PRIVATE' in text and 'zero-out' in text and 'By replace one' in text
+
+
+# --- Pre-training again with other settings
+
+
+def test_pretraining_may_change_until_dp_sgd_begins(tiny_config, tmp_path, capsys, gate):
+    """Post-processing: the same central images, nothing of the old one in the new one, nothing spent."""
+    first, second = tiny_config(), tiny_config(pretrain__epochs=6, pretrain__learning_rate=0.5)
+    for stage in ('central', 'pretrain'):
+        pipeline.run(first, tmp_path, stage)
+    workdir = WorkDir(tmp_path)
+    before = {path: path.read_bytes() for path in (workdir.central_images, workdir.ledger, workdir.keys)}
+    old_metrics = [path.name for path in workdir.metrics('pretrain').iterdir()]
+    capsys.readouterr()
+    pipeline.run(second, tmp_path, 'plan')
+    assert 'would run      pretrain, finetune' in capsys.readouterr().out
+    assert workdir.model('pretrain').exists(), 'plan moves nothing'
+    pipeline.run(second, tmp_path, 'pretrain')
+    told = capsys.readouterr().out
+    assert 'Pre-training begins again' in told and 'config.pretrain.epochs: 4 there, 6 now' in told
+    assert {path: path.read_bytes() for path in before} == before
+    aside = workdir.private / 'earlier' / 'pretrain_1'
+    assert [path.name for path in (aside / 'metrics').iterdir()] == old_metrics
+    assert (aside / 'model').exists() and (aside / 'resume').exists()
+    plan, steps = json.loads(workdir.plan.read_text()), 12
+    assert plan['pretrain_steps'] == checkpoint.latest_training(workdir.checkpoints('pretrain'))[0] == steps
+    assert json.loads(workdir.config.read_text())['pretrain.epochs'] == 6
+    with pytest.raises(ValueError, match='belongs to another config'):
+        pipeline.run(tiny_config(pretrain__enabled=False), tmp_path, 'all')
+    assert gate(second, workdir).done['pretrain']
+
+
+def test_where_dp_sgd_began_pretraining_is_fixed(run, tmp_path):
+    """By whatever tells it: the ledger, a checkpoint, or the model."""
+    config, reference = run
+    workdir = copy_of(reference, tmp_path)
+    changed = copy.deepcopy(config)
+    changed.pretrain.epochs = 6
+
+    def refused():
+        with pytest.raises(ValueError, match='config.pretrain.epochs: 4 there, 6 now'):
+            pipeline.run(changed, tmp_path, 'pretrain')
+
+    refused()
+    shutil.rmtree(workdir.model('finetune'))
+    refused()
+    shutil.rmtree(workdir.private / 'resume')
+    refused()
+
+
+def test_a_pretraining_that_diverges_says_that_the_same_folder_goes_on(tiny_config, tmp_path, monkeypatch):
+    pipeline.run(tiny_config(), tmp_path, 'central')
+    monkeypatch.setattr(np, 'isfinite', lambda leaf: np.zeros(1, bool))
+    with pytest.raises(loop.Diverged, match='give the same command, with the same --workdir') as told:
+        pipeline.run(tiny_config(pretrain__epochs=1), tmp_path, 'pretrain')
+    assert 'config.pretrain.learning_rate' in str(told.value) and 'another --workdir' not in str(told.value)
 
 
 def test_other_private_images_are_refused_when_a_run_goes_on(tiny_config, tmp_path):

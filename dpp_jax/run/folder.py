@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import os
 from pathlib import Path
+import shutil
 import tempfile
 from typing import Any
 
@@ -25,6 +26,9 @@ FREE_SETTINGS = (
 # Settings of what is made from the released model. They bind the images and the scores that they made
 # (`artefacts.check_images`, `artefacts.evaluation`), not the folder.
 _LATER_SETTINGS = ('generate.', 'evaluate.')
+# Settings of pre-training, which costs no privacy: as long as no step of DP-SGD was taken, it may begin again
+# with others. Whether there is any decides what is asked, and may not change.
+_PRETRAIN, _HAS_PRETRAINING = 'pretrain.', 'pretrain.enabled'
 # Settings that earlier versions did not have, with the value that they stood for.
 _NEW_SETTINGS = {'model.network': 'unet', 'dp.relation': 'zero_out', 'dp.already_spent': ''}
 _PATH = '<path>'
@@ -128,17 +132,26 @@ class WorkDir:
             stack.enter_context(files.timeless(self.release, like=self.config))
             yield
 
-    def check(self, settings: Mapping[str, Any]) -> None:
+    def check(
+        self, settings: Mapping[str, Any], may_pretrain_again: Callable[[], bool] = lambda: False
+    ) -> list[str]:
         """Check that the folder was made with these settings, by their full names.
 
         The keys in private/ belong to the settings in `own_config`, also if release/ is moved away.
+
+        Args:
+            settings: of this run.
+            may_pretrain_again: asked if nothing but settings of pre-training differs, which are allowed then.
+
+        Returns:
+            The settings of pre-training that differ, a line each: `pretrain_again` puts the old one aside.
 
         Raises:
             ValueError: other settings are recorded; the message lists the differences.
         """
         path = self.config if self.config.exists() else self.own_config
         if not path.exists():
-            return
+            return []
         recorded = _NEW_SETTINGS | files.read_json(
             path,
             'Restore the file. Or delete it and run with the settings of this run: it is written again',
@@ -146,6 +159,12 @@ class WorkDir:
         recorded.pop('_note', None)
         recorded |= self._paths(settings, recorded)
         found = differences(recorded, settings, FREE_SETTINGS + _LATER_SETTINGS)
+        is_pretraining = all(
+            line.startswith(f'config.{_PRETRAIN}') and not line.startswith(f'config.{_HAS_PRETRAINING}:')
+            for line in found
+        )
+        if found and is_pretraining and may_pretrain_again():
+            return found
         if found:
             raise ValueError(
                 f'--workdir={self.root} belongs to another config ({path}):\n  '
@@ -153,6 +172,34 @@ class WorkDir:
                 + '\nUse those settings, or another --workdir. What this folder spent adds up with what '
                 f'another one spends: --config.dp.already_spent={self.root} counts it there.'
             )
+        return []
+
+    def pretrain_again(self, settings: Mapping[str, Any], changed: list[str]) -> None:
+        """Put a pre-training aside that other settings made, and bind the folder to the new ones.
+
+        Nothing of it is mixed into the new one, and nothing of it stays in release/.
+
+        Args:
+            settings: of this run.
+            changed: what `check` returned, not empty.
+        """
+        old = [self.model('pretrain'), self.checkpoints('pretrain'), self.metrics('pretrain')]
+        number = 1
+        while (aside := self.private / 'earlier' / f'pretrain_{number}').exists():
+            number += 1
+        for folder, name in zip(old, ('model', 'resume', 'metrics')):
+            if folder.exists():
+                aside.mkdir(parents=True, exist_ok=True)
+                shutil.move(folder, aside / name)
+        # Last: if this is interrupted, the next command does the rest.
+        files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
+        files.write_json(self.config, settings)
+        kept = f' What the old ones made is kept in {aside}.' if aside.exists() else ''
+        print(
+            'Pre-training begins again with other settings, from the same central images. It costs no '
+            f'privacy.{kept}\n  ' + '\n  '.join(changed),
+            flush=True,
+        )
 
     def _paths(self, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
         """Return the paths that release/config.json does not tell: those in private/, or, without it, any."""

@@ -26,6 +26,8 @@ _BINDING = (
     'steps',
     'expected_batch_size',
 )
+# What settings of pre-training decide, which may change before DP-SGD begins.
+_PRETRAINING = ('pretrain_steps', 'pretrain_noised_images')
 # What plans of earlier versions did not say, with the value that they stood for.
 _NEW_FIELDS = {'relation': accounting.ZERO_OUT, 'spent_before': []}
 
@@ -155,6 +157,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, plan: Plan) -> None:
-    """Fix the plan of a work directory that has none."""
-    if not path.exists():
-        files.write_json(path, plan.figures())
+    """Fix the plan of a work directory that has none, or one of another pre-training."""
+    figures = plan.figures()
+    known = files.read_json(path, 'Restore the file') if path.exists() else {}
+    if any(known.get(name) != figures[name] for name in _PRETRAINING):
+        files.write_json(path, figures)

@@ -105,7 +105,7 @@ def draw(budget: Budget, title: str) -> bytes:
         )
     axes.set_xscale('log')
     axes.set_xlim(min(shares) / 1.6, max(1.0, 1.6 * max(shares)))
-    axes.margins(y=0.25)
+    axes.set_ylim(0, 1.3 * max(sigmas))  # from 0: a change of 1 % looks like one
     axes.minorticks_off()
     axes.set_xlabel('share of ε that the query spends alone')
     axes.set_ylabel('noise multiplier σ of fine-tuning')

@@ -73,9 +73,9 @@ def _class_size(images: int, classes: int) -> str | None:
     if images >= _FEWEST_IMAGES_PER_CLASS * classes:
         return None
     return (
-        f'{images:,} private images in {classes} classes are {images / classes:,.1f} per class, which is few: '
-        f'only what many images have in common can be learned. {_FEWEST_IMAGES_PER_CLASS} per class, or fewer '
-        'classes (data.classes), help'
+        f'{images:,} private images in {classes} classes are {images / classes:,.1f} per class, which is '
+        'few: only what many images have in common can be learned. What helps: '
+        f'{_FEWEST_IMAGES_PER_CLASS} per class, or fewer classes (data.classes)'
     )
 
 
@@ -151,11 +151,12 @@ def _steps(budget: Budget, images: int, parameters: int, batch_size: float) -> s
         noise_then = _step_noise_of_all(budget, images, passes, size)
         if noise_then is not None:
             helping.append(f'{change} ({_times(noise_then)} times)')
+    helping = '; '.join([*helping, 'a larger ε', 'more images'])
+    root = math.sqrt(parameters)
     return (
-        f'the noise of each fine-tuning step is {_times(noise)} times as long as the sum of clipped gradients '
-        f'can be: σ C √d = {sigma:.4g} x C x {math.sqrt(parameters):,.0f}, against B C = {batch_size:,.1f} x C '
-        "(the paper's settings: 1 to 4 times). What helps, one change after the other: "
-        f'{"; ".join([*helping, "a larger ε", "more images"])}'
+        f'the noise of each fine-tuning step is {_times(noise)} times as long as the sum of clipped '
+        f'gradients can be: σ C √d = {sigma:.4g} x C x {root:,.0f}, against B C = {batch_size:,.1f} x C '
+        f"(1 to 4 times in the paper's settings). What helps, one change after the other: {helping}"
     )
 
 

@@ -18,6 +18,12 @@ from dpp_jax.run.sizes import Sizes
 from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
 
+_ADVICE = (
+    ' and use another --workdir. What this run spent on the private images adds up with the ε of the next '
+    'one: --stage=compose --with=OLD,NEW states both together, and --config.dp.already_spent=OLD puts both '
+    'into one budget (OLD and NEW: the two work directories)'
+)
+
 
 def run(
     config: ConfigDict,
@@ -88,6 +94,7 @@ def run(
             write=write,
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
+            advice=_ADVICE,
         )
     released = final.weights()
     keys.bind_release(DP_SGD, jax.tree.leaves(released))

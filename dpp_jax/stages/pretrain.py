@@ -15,6 +15,12 @@ from dpp_jax.run.sizes import Sizes
 from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
 from dpp_jax.training import state as state_lib
 
+_ADVICE = (
+    ' and give the same command, with the same --workdir: before fine-tuning begins, all settings of '
+    'config.pretrain but enabled may change. Pre-training begins again from the same central images, and '
+    'spends nothing'
+)
+
 
 def run(
     config: ConfigDict,
@@ -63,6 +69,7 @@ def run(
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
             is_loss_public=True,  # central images are released
+            advice=_ADVICE,
         )
     trained = final.weights()
     digests.note(workdir, 'model/pretrain', jax.tree.leaves(trained))

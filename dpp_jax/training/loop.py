@@ -32,6 +32,7 @@ def train(
     log_every_steps: int,
     checkpoint_every_seconds: float,
     is_loss_public: bool = False,
+    advice: str = '',
 ) -> TrainState:
     """Run `step` until `total_steps`, from the newest checkpoint in `store` if there is one.
 
@@ -47,6 +48,7 @@ def train(
         checkpoint_every_seconds: how often the state is saved.
         is_loss_public: whether a loss that is not finite ends the training. The loss of private images must
             not: it carries no noise, and whether something is released is a release.
+        advice: what to do besides lowering the learning rate if the training diverges.
 
     Returns:
         the final state, on the host.
@@ -60,7 +62,9 @@ def train(
     start = int(state.step)
     state = devices.replicate(state)
     saved_at = time.monotonic()
-    record = _Record(write, log_every_steps, store, name, is_loss_public)
+    record = _Record(
+        write, log_every_steps, is_loss_public, lambda *told: _diverged(name, *told, store, advice)
+    )
     previous = None
     with preemption.deferred() as stop, progress.bar(total_steps, name, 'step', start) as bar:
         for number in range(start, total_steps):
@@ -71,14 +75,14 @@ def train(
             record.add(number + 1, metrics)
             bar.update()
             if stop:
-                _save(store, state, record, name)
+                _save(store, state, record)
                 raise preemption.Interrupted(
                     stop[0], f'{name} stopped after step {number + 1}; its state is saved'
                 )
             if time.monotonic() - saved_at > checkpoint_every_seconds:
-                _save(store, state, record, name)
+                _save(store, state, record)
                 saved_at = time.monotonic()
-        _save(store, state, record, name)
+        _save(store, state, record)
     return devices.first(state)
 
 
@@ -86,10 +90,11 @@ class _Record:
     """Metrics on their way from the device to the disk: every step's is looked at."""
 
     def __init__(
-        self, write: Callable, every: int, store: checkpoint.TrainingStore, name: str, is_loss_public: bool
+        self, write: Callable, every: int, is_loss_public: bool, diverged: Callable[[str, int], Exception]
     ):
-        self._write, self._every, self._store, self._name = write, every, store, name
-        self._is_loss_public = is_loss_public
+        """`diverged` makes the error of what is not finite ('loss is') at a step."""
+        self._write, self._every, self._is_loss_public = write, every, is_loss_public
+        self.diverged = diverged
         self._waiting = {}  # number of a step → its metrics, on the devices
 
     def add(self, number: int, metrics: dict) -> None:
@@ -121,20 +126,20 @@ class _Record:
         self._write(numbers[-1], values)
         for number, metrics in fetched.items():
             if self._is_loss_public and not math.isfinite(metrics['loss']):
-                raise _diverged(self._name, 'loss is', number, self._store)
+                raise self.diverged('loss is', number)
 
 
-def _save(store: checkpoint.TrainingStore, state: PyTree, record: _Record, name: str) -> None:
+def _save(store: checkpoint.TrainingStore, state: PyTree, record: _Record) -> None:
     """Checkpoint a replicated state, if it is worth going on from."""
     record.flush()
     host_state = devices.first(state)
     step = int(host_state.step)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host_state.params)):
-        raise _diverged(name, 'weights are', step, store)
+        raise record.diverged('weights are', step)
     store.save(step, host_state)
 
 
-def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore) -> Diverged:
+def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore, advice: str) -> Diverged:
     """Make the error that says where things went wrong and what is left."""
     good = store.latest_step()
     kept = (
@@ -144,7 +149,5 @@ def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore) 
     )
     return Diverged(
         f'{name} failed: the {what} not finite at step {step}. {kept}. Lower '
-        f'config.{name}.learning_rate and use another --workdir. What this run spent on the private images '
-        'adds up with the ε of the next one: --stage=compose --with=OLD,NEW states both together, and '
-        '--config.dp.already_spent=OLD puts both into one budget (OLD and NEW: the two work directories)'
+        f'config.{name}.learning_rate{advice}'
     )

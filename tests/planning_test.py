@@ -1,0 +1,108 @@
+"""`--stage=plan` is where a user hears everything at once, before anything is spent or written."""
+
+import time
+
+import numpy as np
+import pytest
+
+from dpp_jax import build, pipeline, planning
+from dpp_jax.data import sources
+
+
+@pytest.fixture
+def refused(tiny_config, tmp_path, capsys):
+    """A function (settings) → what a plan with problems prints, and the lines of its error."""
+
+    def plan(**changes):
+        with pytest.raises(ValueError) as error:
+            pipeline.run(tiny_config(**changes), tmp_path / 'run', 'plan')
+        assert not (tmp_path / 'run').exists()
+        return capsys.readouterr().out, str(error.value).splitlines()
+
+    return plan
+
+
+def save(folder, *, size=8, train=60, test=20, classes=10):
+    folder.mkdir()
+    for split, count in (('train', train), ('test', test)):
+        images = np.zeros((count, size, size, 1), np.uint8)
+        np.savez(folder / f'{split}.npz', images=images, labels=np.arange(count) % classes)
+    return f'npz:{folder}'
+
+
+@pytest.mark.parametrize('source', ['npz:{}/nothing', 'idx:{}/nothing', 'npz:{}', 'tfds:no_such_set'])
+def test_without_its_images_a_plan_is_a_draft_that_says_what_is_missing(refused, tmp_path, source):
+    (tmp_path / 'picture.png').write_bytes(b'')
+    told, (problem,) = refused(data__source=source.format(tmp_path))
+    assert told.startswith('DRAFT: nothing has run') and 'NOT FOUND' in told
+    assert 'Privacy statement of this plan (DRAFT)' in told and 'Computed from the plan' in told
+    assert problem.startswith('config.data.source') and source.format(tmp_path).partition(':')[2] in problem
+
+
+@pytest.mark.parametrize(
+    'kept, settings, text',
+    [
+        ({'size': 16}, {}, 'image_size, channels and average_down are 8, 1 and 1'),
+        ({'train': 70}, {}, 'config.data.train_images is 60; it must be 70'),
+        ({'classes': 12}, {}, 'config.data.classes is 10; it must be at least 12'),
+        ({}, {'data__average_down': 2}, 'they must fit images of shape .8, 8, 1. '),
+    ],
+)
+def test_a_source_that_the_config_does_not_fit_is_told_from_its_headers(
+    refused, tmp_path, monkeypatch, kept, settings, text
+):
+    source = save(tmp_path / 'data', **kept)
+    monkeypatch.setattr(sources, 'load', None)
+    changes = {'data__source': source, 'data__train_images': 60, 'finetune__batch_size': 20} | settings
+    told, problems = refused(**changes)
+    assert np.count_nonzero([text.replace('.8, 8, 1.', '(8, 8, 1)') in line for line in problems]) == 1
+    assert 'NOT FOUND' not in told
+
+
+def test_settings_source_and_folder_are_told_together(refused, tmp_path):
+    _, problems = refused(dp__delta=2.0, finetune__batch_size=0, data__source=f'npz:{tmp_path}/nothing')
+    assert [line.split()[0] for line in problems] == [
+        'config.dp.delta',
+        'config.finetune.batch_size',
+        'config.data.source:',
+    ]
+
+
+def test_another_config_and_missing_images_are_told_together(copied_run, tiny_config):
+    _, workdir = copied_run
+    with pytest.raises(ValueError, match=r'(?s)nothing/train.npz.*belongs to another config'):
+        pipeline.run(tiny_config(data__source='npz:nothing'), workdir.root, 'plan')
+
+
+def test_what_would_be_spent_is_planned_also_where_it_is_too_much(refused):
+    _, (problem,) = refused(dp__epsilon=0.01)
+    assert 'the query alone spends' in problem
+
+
+def test_a_source_that_does_not_answer_is_not_waited_for(tiny_config, refused, monkeypatch):
+    monkeypatch.setattr(planning, '_PATIENCE', 0.2)
+    monkeypatch.setattr(build, 'source_problems', lambda config: time.sleep(20))
+    start = time.monotonic()
+    _, (problem,) = refused()
+    assert "config.data.source is 'digits', which did not answer within 0.2 s" in problem
+    assert time.monotonic() - start < 15
+
+
+def test_a_plan_makes_nothing_and_draws_where_the_folder_is_there(tiny_config, tmp_path, capsys):
+    pipeline.run(tiny_config(), tmp_path / 'new', 'plan')
+    assert not (tmp_path / 'new').exists() and 'plan makes nothing' in capsys.readouterr().out
+    pipeline.run(tiny_config(), tmp_path, 'plan')
+    assert str(tmp_path / 'plan.png') in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ['plan.png']
+
+
+def test_a_plan_is_a_draft_until_all_has_run(copied_run, capsys):
+    config, workdir = copied_run
+    pipeline.run(config, workdir.root, 'plan')
+    assert 'DRAFT' not in capsys.readouterr().out
+    first = workdir.ledger.read_text().splitlines(True)[:3]
+    for path in (workdir.model('finetune'), workdir.private / 'resume', workdir.statement):
+        path.rename(path.with_name('aside_' + path.name))
+    workdir.ledger.write_text(''.join(first))
+    pipeline.run(config, workdir.root, 'plan')
+    assert capsys.readouterr().out.startswith('DRAFT: 3 of 25 releases were made.')

@@ -26,7 +26,15 @@ FREE_SETTINGS = (
 # (`artefacts.check_images`, `artefacts.evaluation`), not the folder.
 _LATER_SETTINGS = ('generate.', 'evaluate.')
 # Settings that earlier versions did not have, with the value that they stood for.
-_NEW_SETTINGS = {'model.network': 'unet', 'dp.relation': 'zero_out', 'dp.already_spent': ''}
+_NEW_SETTINGS = {
+    'model.network': 'unet',
+    'dp.relation': 'zero_out',
+    'dp.already_spent': '',
+    'dp.unit': 'image',
+    'dp.images_per_group': None,
+    'data.groups': '',
+    'data.train_groups': None,
+}
 _RELEASE_NOTE = (
     'The (ε, δ) in privacy_statement.md covers every file in this folder. It is computed from '
     'ledger.jsonl. If config.json has a seed, nothing here is private.\n'
@@ -142,7 +150,9 @@ class WorkDir:
         if not self.own_config.exists():
             files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
 
-    def check_fingerprint(self, name: str, images: np.ndarray, labels: np.ndarray) -> None:
+    def check_fingerprint(
+        self, name: str, images: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+    ) -> None:
         """Check that `name` ('train') names the images with which it was first seen in this folder.
 
         Half a run on one set and half on another would not be the mechanism that was accounted for.
@@ -150,7 +160,8 @@ class WorkDir:
         Raises:
             ValueError: they are other images.
         """
-        found = {'count': len(images), 'sha256': files.digest([images, labels])}
+        arrays = [images, labels] if groups is None else [images, labels, groups]
+        found = {'count': len(images), 'sha256': files.digest(arrays)}
         known = {'_note': PRIVATE_NOTE}
         if self.fingerprints.exists():
             known = files.read_json(

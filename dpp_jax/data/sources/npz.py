@@ -15,6 +15,7 @@ class Npz(Source):
     """A folder with train.npz and test.npz, each with the arrays `images` and `labels`."""
 
     form = 'npz:<folder>'
+    has_groups = True
 
     def describe(self) -> SourceInfo:
         shapes = [_image_shape(self._path(split)) for split in ('train', 'test')]
@@ -23,6 +24,17 @@ class Npz(Source):
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         path = self._path(split)
         return _array(path, 'images'), _array(path, 'labels')
+
+    def groups(self, split: str, name: str) -> np.ndarray:
+        path = self._path(split)
+        with folder.reading(path), np.load(path, allow_pickle=False) as arrays:
+            found = list(arrays)
+        if name not in found:
+            raise ValueError(
+                f'config.data.groups is {name!r}; it must be an array of integers in {path}, which has '
+                f'{", ".join(found)}'
+            )
+        return _array(path, name)
 
     def _path(self, split: str) -> Path:
         """Return the path of one split's file."""

@@ -25,6 +25,10 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     # (one image more; data.train_images is then a public guess, any number is taken) | replace_one (another
     # image in the place of one; takes twice the noise, and accountant pld).
     dp.relation = 'zero_out'
+    # What neighbors differ in: image | group (all images of a person: data.groups, data.train_groups). With
+    # image, a person with k images has k ε.
+    dp.unit = 'image'
+    dp.images_per_group = placeholder(int)  # group: so many images of each are used at most, >= 1; public
     # Earlier runs on the same private images, whose ε this budget includes: work directories, paths of a
     # ledger.jsonl or of a privacy_statement.json, separated by commas. '' = none.
     dp.already_spent = ''
@@ -33,6 +37,12 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     data.source = 'tfds:mnist'  # digits | tfds:<name> | idx:<folder> | npz:<folder>
     data.dir = ''  # where tensorflow-datasets keeps its data; '' = its own default
     data.train_images = 60000  # number of private images; public (add_remove: any public number near it)
+    # With dp.unit = 'group': the integers that say whose an image is. npz: name of an array in train.npz;
+    # tfds: name of a feature (parts separated by '/'). '' = images are the unit.
+    data.groups = ''
+    # And the number of groups; public (add_remove: any public number near it). data.train_images is then any
+    # public number near that of the images.
+    data.train_groups = placeholder(int)
     data.image_size = 28  # pixels, after average_down
     data.channels = 1  # 1 or 3
     data.classes = 10  # labels are 0 .. classes - 1
@@ -83,10 +93,10 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     pretrain.affine.zoom = 0.1  # largest relative change of size
 
     config.finetune = finetune = ConfigDict()  # DP-SGD on the private images
-    finetune.batch_size = 4096  # expected images per step; q = 1 / ceil(N / batch_size)
+    finetune.batch_size = 4096  # expected images per step, of all groups; q = 1 / ceil(N / batch_size)
     finetune.epochs = 150.0  # expected uses of each image: steps = epochs / q; may be a fraction
     finetune.draws = 32  # K, noise draws per image and step
-    finetune.clip_norm = 1.0  # C, of the gradient of one image
+    finetune.clip_norm = 1.0  # C, of the gradient of one image (or of all images of a group together)
     finetune.learning_rate = 3e-4  # of Adam
     finetune.ema_decay = 0.999
     finetune.label_dropout = 0.1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 
 from dpp_jax.data import augment, sources
 from dpp_jax.data.images import Images
@@ -16,6 +17,7 @@ from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting, queries
 from dpp_jax.privacy import budget as budget_lib
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Releases
+from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import already_spent
 from dpp_jax.run import plan as plan_lib
@@ -42,6 +44,15 @@ def model(config: ConfigDict) -> Model:
     )
 
 
+def unit(config: ConfigDict) -> Unit:
+    """Make the unit of privacy: one image, or a group of images."""
+    return Unit(
+        images=config.data.train_images,
+        groups=config.data.train_groups,
+        images_per_group=config.dp.images_per_group,
+    )
+
+
 def query(config: ConfigDict) -> queries.Query:
     """Make the query for central images.
 
@@ -55,6 +66,7 @@ def query(config: ConfigDict) -> queries.Query:
         classes=data.classes,
         dimensions=data.channels * side * side,
         settings=settings.to_dict(),
+        images_per_group=config.dp.images_per_group,
     )
 
 
@@ -78,7 +90,7 @@ def plan(
         ValueError: the query, with what was spent before, exceeds the budget, or no noise keeps it within
             its share, or what was spent before cannot be read.
     """
-    dp, finetune, pretrain, images = config.dp, config.finetune, config.pretrain, config.data.train_images
+    dp, finetune, pretrain, counted = config.dp, config.finetune, config.pretrain, unit(config)
     limits = {
         'epsilon': dp.epsilon,
         'delta': dp.delta,
@@ -93,7 +105,13 @@ def plan(
             'releases that were spent before. Someone changed the plan: restore the file, or use another '
             '--workdir'
         )
-    q, steps = budget_lib.schedule(images, finetune.batch_size, finetune.epochs)
+    if other := {part.mechanism.unit for part in spent_before} - {counted.name}:
+        raise ValueError(
+            f'config.dp.already_spent is {dp.already_spent!r}, with releases whose unit of privacy is a(n) '
+            f'{other.pop()}; it must be a(n) {counted.name}, as config.dp.unit: ε of different units do not '
+            'add up'
+        )
+    q, steps = budget_lib.schedule(counted.used_images, finetune.batch_size, finetune.epochs)
     asked = []
     if pretrain.enabled:
         make_query = functools.partial(_query_releases, config)
@@ -106,7 +124,11 @@ def plan(
 
     def dp_sgd(sigma: float) -> Releases:
         mechanism = GaussianMechanism(
-            name=DP_SGD, noise_multiplier=sigma, sampling_probability=q, sensitivity=finetune.clip_norm
+            name=DP_SGD,
+            noise_multiplier=sigma,
+            sampling_probability=q,
+            sensitivity=finetune.clip_norm,
+            unit=counted.name,
         )
         return Releases(mechanism=mechanism, count=steps)
 
@@ -118,11 +140,13 @@ def plan(
     pretrain_steps = pretrain.epochs * math.ceil(central / batch)
     return plan_lib.Plan(
         budget=budget,
-        private_images=images,
+        private_images=counted.images,
+        groups=counted.groups,
+        images_per_group=counted.images_per_group,
         parameters=model_lib.size(run_model.shapes()),
         pretrain_steps=pretrain_steps,
         pretrain_noised_images=pretrain_steps * batch * pretrain.draws,
-        finetune_noised_images=round(steps * images / round(1 / q) * finetune.draws),
+        finetune_noised_images=round(steps * counted.places / round(1 / q) * finetune.draws),
     )
 
 
@@ -133,6 +157,7 @@ def _query_releases(config: ConfigDict, sigma: float) -> Releases:
         noise_multiplier=sigma,
         sampling_probability=config.query.sampling_probability,
         sensitivity=query(config).sensitivity,
+        unit=config.dp.unit,
     )
     return Releases(mechanism=mechanism, count=config.query.queries)
 
@@ -224,12 +249,30 @@ def images(config: ConfigDict, split: str) -> Images:
     # From the headers: before anything is read, of whatever size.
     _refuse(data_problems(config, split, sources.shape(data.source, split, data_dir=data.dir)))
     found = sources.load(
-        data.source, split, data_dir=data.dir, average_down=data.average_down, classes=data.classes
+        data.source,
+        split,
+        data_dir=data.dir,
+        average_down=data.average_down,
+        classes=data.classes,
+        groups=data.groups,
     )
     count, height, width, channels = found.images.shape
     before_pooling = (count, height * data.average_down, width * data.average_down, channels)
     _refuse(data_problems(config, split, before_pooling))  # what no header told
+    if split == 'train' and found.groups is not None:
+        _check_groups(config, found.groups)
     return found
+
+
+def _check_groups(config: ConfigDict, groups: np.ndarray) -> None:
+    """Compare the number of groups with the config, where it is public."""
+    data, number = config.data, len(np.unique(groups))
+    if accounting.RELATIONS[config.dp.relation].size_is_public and number != data.train_groups:
+        raise ValueError(
+            f'config.data.train_groups is {data.train_groups}; it must be {number}, the number of groups '
+            f'in {data.source}. If their number is not public, set config.dp.relation to '
+            "'add_remove' and train_groups to a public guess of it"
+        )
 
 
 def _refuse(problems: list[str]) -> None:
@@ -256,7 +299,7 @@ def data_problems(config: ConfigDict, split: str, shape: Sequence[int | None]) -
             f'{data.source} have the shape {tuple(image_shape)}'
         )
     is_public = accounting.RELATIONS[config.dp.relation].size_is_public
-    if split == 'train' and is_public and count != data.train_images:
+    if split == 'train' and is_public and not data.groups and count != data.train_images:
         problems.append(
             f'config.data.train_images is {data.train_images}; it must be {count}, the number of '
             f'private images in {data.source}. ε is computed from it. If their number is not public, set '

@@ -77,7 +77,7 @@ class Run:
     @functools.cached_property
     def train(self) -> Images:
         found = build.images(self.config, 'train')
-        self.workdir.check_fingerprint('train', found.images, found.labels)
+        self.workdir.check_fingerprint('train', found.images, found.labels, found.groups)
         return found
 
     @functools.cached_property
@@ -126,7 +126,8 @@ class Run:
 
     def central(self) -> None:
         releases = self.plan.budget.of(CENTRAL_QUERY)
-        central.run(*self._private_stage, query=build.query(self.config), releases=releases)
+        query, unit = build.query(self.config), self.plan.unit
+        central.run(*self._private_stage, query=query, releases=releases, unit=unit)
 
     def pretrain(self) -> None:
         augment, steps = build.augmentation(self.config), self.plan.pretrain_steps
@@ -134,7 +135,8 @@ class Run:
 
     def finetune(self) -> None:
         releases = self.plan.budget.of(DP_SGD)
-        finetune.run(*self._private_stage, releases=releases, model=self.model, sizes=self._sizes)
+        unit, sizes = self.plan.unit, self._sizes
+        finetune.run(*self._private_stage, releases=releases, unit=unit, model=self.model, sizes=sizes)
 
     def generate(self) -> None:
         samplers = build.samplers(self.config)

@@ -17,7 +17,7 @@ from dpp_jax import build
 from dpp_jax.data import augment, sources
 from dpp_jax.diffusion import denoiser, model, sampler
 from dpp_jax.evaluation import classifiers
-from dpp_jax.privacy import accounting, queries
+from dpp_jax.privacy import accounting, groups, queries
 
 
 def _registries() -> dict[str, Collection[str]]:
@@ -63,7 +63,7 @@ def check(config: ConfigDict) -> None:
                 refuse(relation.name, value, relation.words(*others))
     lines = list(problems.values())
     # What is built from several settings is built only where each of them is allowed.
-    if not any(name.startswith(('data.', 'query.')) for name in problems):
+    if not any(name.startswith(('data.', 'query.', 'dp.images_per_group')) for name in problems):
         lines += _query(config)
     if 'pretrain.augmentation' not in problems:
         lines += _augmentation(config)
@@ -174,11 +174,15 @@ def _table() -> dict[str, _Rule]:
         'dp.delta': _INSIDE,
         'dp.accountant': _name_in(known['accountant']),
         'dp.relation': _name_in(known['relation']),
+        'dp.unit': _name_in(groups.UNITS),
+        'dp.images_per_group': _unset_or(_whole(lambda m: 1 <= m <= 1000, 'a whole number in [1, 1000]')),
         'dp.already_spent': _TEXT,
         # data
         'data.source': _source_in(known['source']),
         'data.dir': _TEXT,
         'data.train_images': _COUNT,
+        'data.groups': _TEXT,
+        'data.train_groups': _unset_or(_COUNT),
         'data.image_size': _COUNT,
         'data.channels': _whole(lambda n: n in (1, 3), '1 or 3'),
         'data.classes': _COUNT,
@@ -294,6 +298,40 @@ _RELATIONS = (
         ('data.train_images',),
         lambda delta, images: delta < 1 / images,
         lambda images: f'below 1 / data.train_images = {1 / images:.3g}',
+    ),
+    *(
+        _Relation(
+            name,
+            ('dp.unit',),
+            # Written out: not only "set with groups" but "not set without", lest a wish be dropped silently.
+            lambda value, unit: (value not in (None, '')) == (unit == groups.GROUP),
+            lambda unit: (
+                f'{"set" if unit == groups.GROUP else "left out"}, because dp.unit is {unit!r} '
+                "(dp.unit='group' goes with data.groups, data.train_groups and dp.images_per_group)"
+            ),
+        )
+        for name in ('dp.images_per_group', 'data.groups', 'data.train_groups')
+    ),
+    _Relation(
+        'data.groups',
+        ('data.source',),
+        lambda name, source: not name or sources.SOURCES[source.partition(':')[0]].has_groups,
+        lambda source: (
+            f"'': {source!r} says of no image whose it is. Sources with groups are "
+            + ' and '.join(kind.form for kind in sources.SOURCES.values() if kind.has_groups)
+        ),
+    ),
+    _Relation(
+        'data.train_groups',
+        ('data.train_images',),
+        lambda number, images: number is None or number <= images,
+        lambda images: f'at most data.train_images = {images}',
+    ),
+    _Relation(
+        'dp.delta',
+        ('data.train_groups',),
+        lambda delta, number: number is None or delta < 1 / number,
+        lambda number: f'below 1 / data.train_groups = {1 / number:.3g}',
     ),
     _Relation(
         'data.image_size',

@@ -16,7 +16,7 @@ QUERY_SETTINGS = {
     (kind, field.name): field.default
     for kind, query in queries.QUERIES.items()
     for field in dataclasses.fields(query)
-    if field.name not in ('classes', 'dimensions')
+    if field.name not in ('classes', 'dimensions', 'images_per_group')
 }
 # Names of what a query or an augmentation checks begin with these.
 OWN = ('pretrain.rand_augment.', 'pretrain.affine.', *(f'query.{name}' for _, name in QUERY_SETTINGS))

@@ -12,10 +12,12 @@ class Images:
     Attributes:
         images: uint8 (N, H, W, C), 0..255.
         labels: int32 (N,), in 0..classes - 1.
+        groups: integers (N,): images with the same number are of one person; None: not asked for.
     """
 
     images: np.ndarray
     labels: np.ndarray
+    groups: np.ndarray | None = None
 
 
 def check_images(
@@ -81,3 +83,23 @@ def check_labels(
             f'each of the {classes} classes must have an image'
         )
     return labels
+
+
+def check_groups(groups: np.ndarray, *, count: int, name: str) -> np.ndarray:
+    """Return the groups of images as a NumPy array, after a check of dtype and shape.
+
+    Args:
+        groups: must be integers (count,).
+        count: number of images.
+        name: what the message calls the set.
+
+    Raises:
+        ValueError: the groups are not as above.
+    """
+    groups = np.asarray(groups)
+    if groups.shape != (count,) or not np.issubdtype(groups.dtype, np.integer):
+        raise ValueError(
+            f'{name}: the groups are {groups.dtype} of shape {groups.shape}; '
+            f'they must be integers of shape ({count},), one per image'
+        )
+    return groups

@@ -56,9 +56,9 @@ class Relation:
     """Which sets of private images are neighbors.
 
     Attributes:
-        sentence: for people; continues "Neighboring relation: ".
+        sentence: for people, with {unit} for 'image' or 'group'; continues "Neighboring relation: ".
         definition: as dp_accounting names it.
-        size_is_public: whether the exact number of private images may be known. If not, what is released
+        size_is_public: whether the exact number of units may be known. If not, what is released
             must not depend on it.
         accountants: names in `ACCOUNTANTS` that can count with it.
     """
@@ -73,21 +73,21 @@ class Relation:
 # up to twice as much if an image is replaced, which dp_accounting's relation counts.
 RELATIONS = {
     'zero_out': Relation(
-        'two sets are neighbors if they differ in one image that counts as nothing in one of them '
-        '(zero-out); the number of images is public and the same',
+        'two sets are neighbors if they differ in one {unit} that counts as nothing in one of them '
+        '(zero-out); the number of {unit}s is public and the same',
         NeighboringRelation.REPLACE_SPECIAL,
         True,
         ('rdp', 'pld'),
     ),
     'add_remove': Relation(
-        'two sets are neighbors if one has exactly one image more (add or remove one); the number of images '
-        'is not public',
+        'two sets are neighbors if one has exactly one {unit} more (add or remove one); the number of '
+        '{unit}s is not public',
         NeighboringRelation.ADD_OR_REMOVE_ONE,
         False,
         ('rdp', 'pld'),
     ),
     'replace_one': Relation(
-        'two sets are neighbors if one image is another one (replace one); the number of images is public '
+        'two sets are neighbors if one {unit} is another one (replace one); the number of {unit}s is public '
         'and the same',
         NeighboringRelation.REPLACE_ONE,
         True,

@@ -136,18 +136,22 @@ def total_event(releases: Iterable[Releases]) -> DpEvent:
 
 
 def group(entries: Iterable[Entry]) -> list[Releases]:
-    """Count equal ledger entries: one item for each mechanism, σ, q and Δ, in order of appearance."""
+    """Count equal ledger entries: one item for each mechanism, σ, q, Δ and unit, in order of appearance."""
     counts = Counter(
-        (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity) for e in entries
+        (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity, e.unit) for e in entries
     )
     return [
         Releases(
             mechanism=GaussianMechanism(
-                name=name, noise_multiplier=sigma, sampling_probability=q, sensitivity=sensitivity
+                name=name,
+                noise_multiplier=sigma,
+                sampling_probability=q,
+                sensitivity=sensitivity,
+                unit=unit,
             ),
             count=count,
         )
-        for (name, sigma, q, sensitivity), count in counts.items()
+        for (name, sigma, q, sensitivity, unit), count in counts.items()
     ]
 
 

@@ -26,7 +26,7 @@ import numbers
 from pathlib import Path
 
 from dpp_jax import files
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import accounting, groups
 
 _logger = logging.getLogger(__name__)
 # What the fields of an entry may be given as, by the type they are stored as.
@@ -46,9 +46,11 @@ class Entry:
         index: which query or step, from 0.
         noise_multiplier: σ = noise standard deviation / sensitivity, > 0.
         sampling_probability: q of the Poisson sample, in (0, 1].
-        sensitivity: Δ > 0, the L2 bound on what one image adds to the sum that is released, before
+        sensitivity: Δ > 0, the L2 bound on what one unit adds to the sum that is released, before
             any division. ε depends on σ alone; Δ says what the noise was measured against.
         randomness: public, random name of the secret keys of sampling and noise.
+        unit: 'image' or 'group': whose contribution Δ bounds, and of what the sample consists. Lines
+            without it are of images.
     """
 
     mechanism: str
@@ -57,6 +59,7 @@ class Entry:
     sampling_probability: float
     sensitivity: float
     randomness: str
+    unit: str = groups.IMAGE
 
     def __post_init__(self):
         """Check every field, and make numbers plain ones, so that equal entries are equal lines."""
@@ -70,6 +73,8 @@ class Entry:
             raise ValueError(f'index is {self.index}; it must be at least 0')
         if not 0 < self.sensitivity < float('inf'):
             raise ValueError(f'sensitivity is {self.sensitivity}; it must be finite and > 0')
+        if self.unit not in groups.UNITS:
+            raise ValueError(f'unit is {self.unit!r}; it must be {" or ".join(map(repr, groups.UNITS))}')
         # Its own checks of σ and q.
         accounting.subsampled_gaussian(self.noise_multiplier, self.sampling_probability, 1)
 
@@ -130,7 +135,7 @@ class Ledger:
         if not self._is_new(entry):
             return False
         digest = _hash(self._hash, entry)
-        line = json.dumps({**dataclasses.asdict(entry), 'hash': digest}, ensure_ascii=False)
+        line = json.dumps({**_fields(entry), 'hash': digest}, ensure_ascii=False)
         self._write(line.encode() + b'\n')
         self._entries[entry.key], self._hash = entry, digest
         return True
@@ -200,8 +205,16 @@ class Ledger:
 
 def _hash(previous: str, entry: Entry) -> str:
     """SHA-256 of the previous line's hash and this entry's fields, in hexadecimal."""
-    fields = json.dumps(dataclasses.asdict(entry), sort_keys=True, allow_nan=False)
+    fields = json.dumps(_fields(entry), sort_keys=True, allow_nan=False)
     return hashlib.sha256(f'{previous}\n{fields}'.encode()).hexdigest()
+
+
+def _fields(entry: Entry) -> dict:
+    """Name what a line says of an entry; of images, it is the line of earlier versions."""
+    fields = dataclasses.asdict(entry)
+    if entry.unit == groups.IMAGE:
+        del fields['unit']
+    return fields
 
 
 def _is_object(text: bytes) -> bool:

@@ -29,7 +29,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
-from dpp_jax.privacy import checks, ledger
+from dpp_jax.privacy import checks, groups, ledger
 
 PyTree = Any
 NOISE_KEYS = 4  # and draws, of which a noise value is made
@@ -63,6 +63,7 @@ class GaussianMechanism:
         noise_multiplier: σ = noise std / sensitivity, finite and > 0.
         sampling_probability: q in (0, 1] of the Poisson sample that the sum is taken over.
         sensitivity: Δ, finite and > 0, the bound on the L2 norm of one example's contribution.
+        unit: what an example is: 'image' or 'group', see `groups`.
 
     Raises:
         ValueError: a field is out of range.
@@ -72,6 +73,7 @@ class GaussianMechanism:
     noise_multiplier: float
     sampling_probability: float
     sensitivity: float
+    unit: str = groups.IMAGE
 
     def __post_init__(self):
         checks.require('name', self.name, checks.is_text(self.name), 'a text, not empty')
@@ -91,6 +93,7 @@ class GaussianMechanism:
             sampling_probability=self.sampling_probability,
             sensitivity=self.sensitivity,
             randomness=identifier,
+            unit=self.unit,
         )
 
     def noisy(

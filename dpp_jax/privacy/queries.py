@@ -12,6 +12,11 @@ sums together change by at most the norm Δ of one contribution; if it is replac
 | mean, `class_counts` noisy | one more coordinate w = 0.2 Δ, which counts the image | sqrt(Δ² + w²) |
 | mode | d one-hot histograms of `bins` bins | sqrt(d) |
 
+Where the unit is a group of up to m images (`groups`), its contribution is the sum of theirs, over all
+classes, scaled down as a whole to norm Δ where it is longer. Δ is as above: noisy counts shrink with what
+they count, and votes weigh less. But public counts cannot know what was scaled: there Δ is m times as large,
+and nothing is longer.
+
 The estimate divides by n_c = q N / classes, a public constant, or by the noisy counts: post-processing. (The
 PyTorch code divides by the sampled count of the class, which the noise does not cover.)
 
@@ -28,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpp_jax.privacy import checks
+from dpp_jax.privacy import checks, groups
 from dpp_jax.privacy.clipping import clip_weights, saturated_sum
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey, NoisySum
 
@@ -45,6 +50,7 @@ class Query(abc.ABC):
     Attributes:
         classes: number of classes, ≥ 1.
         dimensions: d, the number of values of an image, ≥ 1.
+        images_per_group: m ≥ 1, where the unit is a group of so many images; None: it is one image.
 
     Raises:
         ValueError: a field is out of range.
@@ -52,30 +58,51 @@ class Query(abc.ABC):
 
     classes: int
     dimensions: int
+    images_per_group: int | None = None
 
     def __post_init__(self):
-        for name in ('classes', 'dimensions'):
+        for name in ('classes', 'dimensions', *(['images_per_group'] if self.images_per_group else [])):
             value = getattr(self, name)
             checks.require(name, value, checks.is_whole(value, 1), 'a whole number, at least 1')
 
     @property
     @abc.abstractmethod
     def sensitivity(self) -> float:
-        """Δ: the largest L2 norm of one image's contribution to the sums of all classes together."""
+        """Δ: the largest L2 norm of one unit's contribution to the sums of all classes together."""
 
-    @abc.abstractmethod
     def sums(self, images: jax.Array, labels: jax.Array, mask: jax.Array, rows: int | None = None) -> PyTree:
         """Add up the contributions of a sample.
 
         Args:
-            images: (n, ...) uint8 with `dimensions` values each.
-            labels: (n,) int32 in [0, classes).
-            mask: (n,) bool, False for padding, whose images count as nothing.
+            images: (n, ...) uint8 with `dimensions` values each; of groups, (n, m, ...).
+            labels: (n,) int32 in [0, classes); of groups, (n, m).
+            mask: as labels, bool, False for padding, whose images count as nothing.
             rows: a public number, from which the unit of the sum follows; None: n, where that is public.
 
         Returns:
             float32 arrays with a leading axis of the classes.
         """
+        rows = rows or len(images)
+        if self.images_per_group is None:
+            return self._sums_of_images(images, labels, mask, rows)
+        if self.images_per_group == 1:
+            return self._sums_of_images(images[:, 0], labels[:, 0], mask[:, 0], rows)
+        return self._sums_of_groups(images, labels, mask, rows)
+
+    @abc.abstractmethod
+    def _sums_of_images(self, images: jax.Array, labels: jax.Array, mask: jax.Array, rows: int) -> PyTree:
+        """Compute `sums` where the unit is one image."""
+
+    @abc.abstractmethod
+    def _sums_of_groups(self, images: jax.Array, labels: jax.Array, mask: jax.Array, rows: int) -> PyTree:
+        """Compute `sums` where the unit is a group of m > 1 images."""
+
+    def _group_bound(self, rows: int) -> float:
+        """Return the norm that groups are scaled down to: Δ, less what rounding may add.
+
+        A norm has an error of 1e-5 at most; sums are rounded to float32 twice (see `clipping.Grid.bound`).
+        """
+        return self.sensitivity * (1 - 1e-5 - 4 * rows * 2.0**-24)
 
     @abc.abstractmethod
     def estimate(self, noisy: PyTree, expected_size: float) -> jax.Array:
@@ -83,7 +110,7 @@ class Query(abc.ABC):
 
         Args:
             noisy: what `sums` returned, with noise.
-            expected_size: q N, the expected size of the sample: a public constant.
+            expected_size: the expected number of images in the sample: a public constant.
 
         Returns:
             (classes, ...) float32, in [0, 1] but for the noise.
@@ -152,11 +179,12 @@ class MeanQuery(Query):
 
     @property
     def sensitivity(self) -> float:
+        if self.count_weight is None:
+            return float(self.image_norm * (self.images_per_group or 1))
         # NumPy's, not math's: ledgers of earlier versions hold its last digit.
-        return float(np.hypot(self.image_norm, self.count_weight or 0.0))
+        return float(np.hypot(self.image_norm, self.count_weight))
 
-    def sums(self, images, labels, mask, rows=None):
-        rows = rows or len(images)
+    def _sums_of_images(self, images, labels, mask, rows):
         centered = images / jnp.float32(255) - self.pixel_center
         # Pays for the rounding of the pixels and, once, of each sum to float32 (see `clipping.Grid.bound`).
         shrink = 1 - 1e-6 - 2 * rows * 2.0**-24
@@ -170,6 +198,26 @@ class MeanQuery(Query):
             return total
         counts = _sums(mask.astype(jnp.int32), own_class, self.classes)
         return total, shrink * self.count_weight * counts.astype(jnp.float32)
+
+    def _sums_of_groups(self, images, labels, mask, rows):
+        centered = images / jnp.float32(255) - self.pixel_center
+        if self.clip_norm is not None:  # each image, as if it were alone
+            each = centered.reshape((-1, *images.shape[2:]))
+            weights, _ = clip_weights(each, mask.ravel(), self.clip_norm)
+            centered = _along(weights.reshape(mask.shape), centered) * centered
+        pixels = groups.sum_by_class(centered, labels, mask)
+        counts = groups.sum_by_class(mask.astype(jnp.float32), labels, mask)
+        weighted = (self.count_weight or 0.0) * counts
+        weights, _ = clip_weights((pixels, weighted), mask.any(axis=1), self._group_bound(rows))
+        weights = weights[:, None]
+        own_class = jnp.where(counts > 0, labels, self.classes)
+        # Of one class, a group's pixels are at most `most` each, and so are its images.
+        most = _power_of_two(self.images_per_group)
+        total = _exact_sums(_along(weights, pixels) * pixels / most, own_class, self.classes, rows)
+        if self.count_weight is None:
+            return most * total
+        numbers = _exact_sums(weights * counts / most, own_class, self.classes, rows)
+        return most * total, self.count_weight * most * numbers
 
     def estimate(self, noisy, expected_size):
         if self.count_weight is None:
@@ -198,12 +246,32 @@ class ModeQuery(Query):
     def sensitivity(self) -> float:
         return math.sqrt(self.dimensions)
 
-    def sums(self, images, labels, mask, rows=None):
+    def _sums_of_images(self, images, labels, mask, rows):
         del rows  # counts are exact
         own_class = jnp.where(mask, labels, self.classes)
         values = (images.astype(jnp.int32) * self.bins) // 256
         votes = [_sums((values == b).astype(jnp.int32), own_class, self.classes) for b in range(self.bins)]
         return jnp.stack(votes, axis=-1).astype(jnp.float32)
+
+    def _sums_of_groups(self, images, labels, mask, rows):
+        own_class = jnp.where(mask, labels, self.classes)
+        values = (images.astype(jnp.int32) * self.bins) // 256
+        # The square of a group's norm: how often two of its images have one class and vote alike.
+        flat = values.reshape((*mask.shape, -1))
+        alike = jax.lax.map(
+            lambda i: jnp.sum(flat == flat[:, i, None], axis=2), jnp.arange(self.images_per_group)
+        )
+        same = (labels[:, :, None] == labels[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+        squares = jnp.sum(jnp.where(same, jnp.moveaxis(alike, 0, 1), 0), axis=(1, 2))
+        norms = jnp.sqrt(squares.astype(jnp.float32))
+        bound = self._group_bound(rows)
+        weights = (bound / jnp.maximum(norms, bound))[:, None]
+        most = _power_of_two(self.images_per_group)  # votes of one group for a bin
+        votes = [
+            _exact_sums(_along(weights, values) * (values == b) / most, own_class, self.classes, rows)
+            for b in range(self.bins)
+        ]
+        return most * jnp.stack(votes, axis=-1)
 
     def estimate(self, noisy, expected_size):
         """Return bin / (bins - 1): the first bin is black, the last white."""
@@ -216,7 +284,14 @@ QUERIES: dict[str, type[Query]] = {'mean': MeanQuery, 'mode': ModeQuery}
 _PROMISES: Mapping[str, Any] = {'clip_norm': None, 'class_counts': 'public'}
 
 
-def make_query(kind: str, *, classes: int, dimensions: int, settings: Mapping[str, Any]) -> Query:
+def make_query(
+    kind: str,
+    *,
+    classes: int,
+    dimensions: int,
+    settings: Mapping[str, Any],
+    images_per_group: int | None = None,
+) -> Query:
     """Make the query of this kind.
 
     Args:
@@ -224,6 +299,7 @@ def make_query(kind: str, *, classes: int, dimensions: int, settings: Mapping[st
         classes: number of classes.
         dimensions: values of an image.
         settings: by name; those that are fields of the query's class are used.
+        images_per_group: as of `Query`.
 
     Raises:
         ValueError: the kind is unknown, a setting is out of range, or the query cannot use it.
@@ -239,16 +315,32 @@ def make_query(kind: str, *, classes: int, dimensions: int, settings: Mapping[st
                 'another kind be chosen'
             )
     used = {name: value for name, value in settings.items() if name in own}
-    return query(classes=classes, dimensions=dimensions, **used)
+    return query(classes=classes, dimensions=dimensions, images_per_group=images_per_group, **used)
+
+
+def _along(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Give weights of the first axes of `values` as many axes as it has."""
+    return weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
+
+
+def _power_of_two(least: int) -> int:
+    """Return the smallest power of two that is at least `least`: to divide by it rounds nothing."""
+    return 1 << (least - 1).bit_length()
 
 
 def _sums(values: jax.Array, own_class: jax.Array, classes: int) -> jax.Array:
-    """Add up integers (n, ...) per class in [0, classes); class `classes` is left out."""
-    return jax.ops.segment_sum(values, own_class, classes + 1)[:-1]
+    """Add up integers per class in [0, classes); class `classes` is left out.
+
+    Args:
+        values: (n, ...), or (n, m, ...).
+        own_class: (n,), or (n, m).
+    """
+    values = values.reshape((-1, *values.shape[own_class.ndim :]))
+    return jax.ops.segment_sum(values, own_class.ravel(), classes + 1)[:-1]
 
 
 def _exact_sums(values: jax.Array, own_class: jax.Array, classes: int, rows: int) -> jax.Array:
-    """Add up values in [-1, 1] per class as if without error, and round once.
+    """Add up values per class as if without error, and round once; those of one row in [-1, 1] together.
 
     The values are cut, towards zero, so that no norm grows, to whole multiples of the smallest power of two
     with which an int32 holds the sum of `rows`. Sums of integers are exact in any order; float32 takes the

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dpp_jax import files
-from dpp_jax.privacy import budget
+from dpp_jax.privacy import budget, groups
 from dpp_jax.privacy.budget import Releases
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
@@ -88,6 +88,7 @@ def rows(releases_before: tuple[Releases, ...]) -> list[dict[str, Any]]:
             'sampling_probability': part.mechanism.sampling_probability,
             'count': part.count,
             'sensitivity': part.mechanism.sensitivity,
+            'unit': part.mechanism.unit,
         }
         for part in releases_before
     ]
@@ -106,6 +107,7 @@ def from_rows(written: list[dict[str, Any]]) -> list[Releases]:
                 noise_multiplier=row['noise_multiplier'],
                 sampling_probability=row['sampling_probability'],
                 sensitivity=row['sensitivity'],
+                unit=row.get('unit', groups.IMAGE),
             ),
             count=row['count'],
         )

@@ -37,6 +37,12 @@ def text(workdirs: str) -> str:
     entries = budget.together(ledgers)
     parts = tuple(budget.group(entries))
     delta = max(plan['delta'] for plan in plans)
+    units = sorted({part.mechanism.unit for part in parts})
+    if len(units) > 1:
+        raise ValueError(
+            f'--with names runs with different units of privacy ({" and ".join(units)}): their ε do not add '
+            'up. Name runs of one unit'
+        )
     lines = [f'{len(folders)} run(s) on the same private images, from their ledgers:', '']
     for folder, ledger, plan in zip(folders, ledgers, plans):
         own = tuple(budget.group(ledger.entries))

@@ -30,7 +30,15 @@ _LATER_SETTINGS = ('generate.', 'evaluate.')
 # with others. Whether there is any decides what is asked, and may not change.
 _PRETRAIN, _HAS_PRETRAINING = 'pretrain.', 'pretrain.enabled'
 # Settings that earlier versions did not have, with the value that they stood for.
-_NEW_SETTINGS = {'model.network': 'unet', 'dp.relation': 'zero_out', 'dp.already_spent': ''}
+_NEW_SETTINGS = {
+    'model.network': 'unet',
+    'dp.relation': 'zero_out',
+    'dp.already_spent': '',
+    'dp.unit': 'image',
+    'dp.images_per_group': None,
+    'data.groups': '',
+    'data.train_groups': None,
+}
 _PATH = '<path>'
 # Settings that hold paths, with what release/config.json says in their place.
 _PATHS: dict[str, Callable[[str], str]] = {
@@ -223,7 +231,9 @@ class WorkDir:
             if not path.exists():
                 files.write_text(path, text)
 
-    def check_fingerprint(self, name: str, images: np.ndarray, labels: np.ndarray) -> None:
+    def check_fingerprint(
+        self, name: str, images: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+    ) -> None:
         """Check that `name` ('train') names the images with which it was first seen in this folder.
 
         Half a run on one set and half on another would not be the mechanism that was accounted for.
@@ -231,7 +241,8 @@ class WorkDir:
         Raises:
             ValueError: they are other images.
         """
-        found = {'count': len(images), 'sha256': files.digest([images, labels])}
+        arrays = [images, labels] if groups is None else [images, labels, groups]
+        found = {'count': len(images), 'sha256': files.digest(arrays)}
         known = {'_note': PRIVATE_NOTE}
         if self.fingerprints.exists():
             known = files.read_json(

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from dpp_jax import files
+from dpp_jax.privacy import groups
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import NOISE_KEYS, NoiseKey
@@ -56,10 +57,10 @@ class MechanismKeys:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartKeys:
-    """Keys of a part of the run that sees no private image.
+    """Keys of a part of the run that is no mechanism on private images.
 
     Attributes:
-        order: 128 bits, for the order of examples (Philox).
+        order: 128 bits, for the order or the choice of examples (Philox).
         random: JAX key, for everything else.
     """
 
@@ -102,6 +103,17 @@ class Keys:
             raise ValueError(f'name is {name!r}; keys of a mechanism are given by `of_mechanism` alone')
         found = self._get(name, keys=1)
         return PartKeys(order=int(found['sampling'], 16), random=_jax_keys(found['noise']))
+
+    def members(self, group_of: np.ndarray | None, images_per_group: int | None) -> np.ndarray | None:
+        """Return the images of every group that are used, see `groups.choose`: the same for the whole run.
+
+        Args:
+            group_of: (N,) integers, whose each private image is; None: the unit is one image.
+            images_per_group: the most of a group.
+        """
+        if group_of is None:
+            return None
+        return groups.choose(group_of, images_per_group, self.of_part('groups').order)
 
     def bind_release(self, name: str, arrays: Iterable[np.ndarray]) -> None:
         """Note beside the keys of a mechanism what is about to be released with them.

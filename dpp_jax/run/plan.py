@@ -9,12 +9,16 @@ from typing import Any
 from dpp_jax import files
 from dpp_jax.privacy import accounting, checks
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
+from dpp_jax.privacy.groups import Unit
 from dpp_jax.run import already_spent
 
 # What of a plan the guarantee rests on, other than noise that was calibrated: that is read from the file,
 # because another version may calibrate it differently in the last digits.
 _BINDING = (
     'private_images',
+    'unit',
+    'private_groups',
+    'images_per_group',
     'delta',
     'accountant',
     'relation',
@@ -29,7 +33,13 @@ _BINDING = (
 # What settings of pre-training decide, which may change before DP-SGD begins.
 _PRETRAINING = ('pretrain_steps', 'pretrain_noised_images')
 # What plans of earlier versions did not say, with the value that they stood for.
-_NEW_FIELDS = {'relation': accounting.ZERO_OUT, 'spent_before': []}
+_NEW_FIELDS = {
+    'relation': accounting.ZERO_OUT,
+    'spent_before': [],
+    'unit': 'image',
+    'private_groups': None,
+    'images_per_group': None,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,7 @@ class Plan:
     Attributes:
         budget: what may be spent, by which releases.
         private_images: N, a public constant; the exact number of images where the relation has it public.
+        groups, images_per_group: as of `groups.Unit`; None where the unit is one image.
         parameters: of the network.
         pretrain_steps: steps of pre-training.
         pretrain_noised_images: noised images of pre-training.
@@ -51,11 +62,18 @@ class Plan:
     pretrain_steps: int
     pretrain_noised_images: int
     finetune_noised_images: int
+    groups: int | None = None
+    images_per_group: int | None = None
+
+    @property
+    def unit(self) -> Unit:
+        """What the sums are over."""
+        return Unit(images=self.private_images, groups=self.groups, images_per_group=self.images_per_group)
 
     @property
     def expected_batch_size(self) -> float:
-        """q N of fine-tuning; q is one over a whole number of batches."""
-        return self.private_images / round(1 / self.budget.of(DP_SGD).mechanism.sampling_probability)
+        """Expected images in a step of fine-tuning, q N; q is one over a whole number of batches."""
+        return self.unit.used_images / round(1 / self.budget.of(DP_SGD).mechanism.sampling_probability)
 
     def noised_images(self, stages: Iterable[str]) -> int:
         """Return how many noised images the trainings among these stages take."""
@@ -68,6 +86,9 @@ class Plan:
         query, dp_sgd = budget.of(CENTRAL_QUERY), budget.of(DP_SGD)
         return {
             'private_images': self.private_images,
+            'unit': self.unit.name,
+            'private_groups': self.groups,
+            'images_per_group': self.images_per_group,
             'delta': budget.delta,
             'accountant': budget.accountant,
             'relation': budget.relation,

@@ -13,7 +13,7 @@ from typing import Any
 
 import dpp_jax
 from dpp_jax import files
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import accounting, groups
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases, group, total_event
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import already_spent
@@ -21,7 +21,10 @@ from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys, is_seeded
 
 TITLES = {CENTRAL_QUERY: 'central images (query)', DP_SGD: 'fine-tuning (DP-SGD)'}
-UNIT = 'one image with its label'
+UNITS = {
+    groups.IMAGE: 'one image with its label',
+    groups.GROUP: 'one group of images with their labels (all images of a person, as `data.groups` says)',
+}
 COVERED = (
     'everything in release/: central images, models, synthetic images, and whatever is computed from them',
     'any number of synthetic images that anyone draws from the released model',
@@ -37,11 +40,20 @@ NOT_COVERED = (
     'other computations on the same images: an earlier run, a run with other settings. '
     'Each has its own ε; the ε values add up (`dpp-jax --stage=compose` states '
     'them together). What is listed here as spent before is counted',
-    'a person with several images: for k images, ε is k times as large, and δ is larger',
     'facts about the population: synthetic images show what many private images have in common',
 )
+_NOT_COVERED_OF = {
+    groups.IMAGE: 'a person with several images: for k images, ε is k times as large, and δ is larger '
+    "(`dp.unit='group'` covers all images of a person)",
+    groups.GROUP: 'a person with images in several groups: for k groups, ε is k times as large, and δ is '
+    'larger. One image more, less or other in a group is covered by the ε of replace one (another group in '
+    'the place of one)',
+}
 _PUBLIC = 'the size of the private images and the number of classes are public'
-_PUBLIC_NUMBER = 'the number of private images, their size and the number of classes are public'
+_PUBLIC_NUMBER = {
+    groups.IMAGE: 'the number of private images, their size and the number of classes are public',
+    groups.GROUP: 'the number of groups, the size of the private images and the number of classes are public',
+}
 ASSUMPTIONS = (
     'the adversary is computationally bounded: noise comes from threefry with secret keys, four of 64 bits '
     'for each mechanism (one, in a run that an earlier version began)',
@@ -49,7 +61,7 @@ ASSUMPTIONS = (
     'float32 and ends beyond 10 standard deviations. The guarantee is that of exact normal noise; sums are '
     'exact, and what rounding adds to them is paid for by a smaller bound',
     'Poisson samples are drawn by Philox from a secret 128-bit key, one independent 53-bit uniform '
-    'number per image',
+    'number per image (or group, where that is the unit)',
     'the keys in private/ stay secret, during the run and after it',
     'the keys serve one run only: nobody continues a copy of private/ elsewhere, and nobody makes a '
     'deleted release again on other devices or with other versions',
@@ -81,7 +93,8 @@ def make(
         code_of_stages: stage → versions of the code that ran it, see `record_code`.
     """
     epsilon = _epsilons([*before, *releases], delta, accountant, relation)
-    meaning = accounting.RELATIONS[relation]
+    meaning, unit = accounting.RELATIONS[relation], _unit(releases)
+    public = _PUBLIC_NUMBER[unit] if meaning.size_is_public else _PUBLIC
     return {
         'private': is_private,
         'epsilon': epsilon[accountant],
@@ -89,19 +102,25 @@ def make(
         'delta': delta,
         'accountant': accountant,
         'budget': budget,
-        'unit_of_privacy': UNIT,
+        'unit': unit,
+        'unit_of_privacy': UNITS[unit],
         'relation': relation,
-        'neighboring_relation': meaning.sentence,
+        'neighboring_relation': meaning.sentence.format(unit=unit),
         'epsilon_by_accountant': epsilon,
         'epsilon_of_replace_one': replace_one((*before, *releases), delta),
         'mechanisms': _rows(releases, delta, accountant, relation),
         'spent_before': _rows(before, delta, accountant, relation),
         'covered': list(COVERED),
-        'not_covered': list(NOT_COVERED),
-        'assumptions': [_PUBLIC_NUMBER if meaning.size_is_public else _PUBLIC, *ASSUMPTIONS],
+        'not_covered': [*NOT_COVERED, _NOT_COVERED_OF[unit]],
+        'assumptions': [public, *ASSUMPTIONS],
         'code': code_version(),
         'code_of_stages': code_of_stages or {},
     }
+
+
+def _unit(releases: Sequence[Releases]) -> str:
+    """Return what the releases have as their unit; `make` gets those of one run."""
+    return next((part.mechanism.unit for part in releases), groups.IMAGE)
 
 
 def _rows(releases: Sequence[Releases], delta: float, accountant: str, relation: str) -> list[dict[str, Any]]:
@@ -222,7 +241,7 @@ def markdown(statement: dict[str, Any], draft: str = '') -> str:
         '',
         f'- Unit of privacy: {statement["unit_of_privacy"]}.',
         f'- Neighboring relation: {statement["neighboring_relation"]}. The budget is for this relation.',
-        replace_one_line(statement['relation'], statement['epsilon_of_replace_one']),
+        replace_one_line(statement['relation'], statement['epsilon_of_replace_one'], statement['unit']),
         '- By Rényi differential privacy: '
         + (
             f'ε = {show(epsilon["rdp"])}, at order {epsilon["rdp_order"]:g}.'
@@ -287,13 +306,13 @@ def _or_dash(value: float | None) -> str:
     return '–' if value is None else accounting.format_epsilon(value)
 
 
-def replace_one_line(relation: str, value: float | None) -> str:
-    """Say, as an item of a list, what ε is for who reads "neighbors" as "one image replaced"."""
+def replace_one_line(relation: str, value: float | None, unit: str = groups.IMAGE) -> str:
+    """Say, as an item of a list, what ε is for who reads "neighbors" as "one image (or group) replaced"."""
     if relation == accounting.REPLACE_ONE:
         return '- By zero-out, or add or remove one, ε is smaller.'
     figure = 'not computed' if value is None else f'ε = {accounting.format_epsilon(value)}'
     return (
-        f'- By replace one (another image in the place of one), at the same δ: {figure}, by privacy loss '
+        f'- By replace one (another {unit} in the place of one), at the same δ: {figure}, by privacy loss '
         'distributions. The budget is not for this relation.'
     )
 

@@ -5,6 +5,7 @@ stage samples, records the answers, and makes images of them by the method's det
 """
 
 from collections.abc import Callable
+import functools
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -13,8 +14,9 @@ from scipy import ndimage
 from dpp_jax import files
 from dpp_jax.data import image_grid, resize
 from dpp_jax.data.images import Images
-from dpp_jax.privacy import poisson
+from dpp_jax.privacy import groups, poisson
 from dpp_jax.privacy.budget import CENTRAL_QUERY, Releases
+from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.queries import Query
 from dpp_jax.run import digests
@@ -33,6 +35,7 @@ def run(
     *,
     query: Query,
     releases: Releases,
+    unit: Unit,
 ) -> None:
     """Ask all queries and save images, labels and a picture in release/.
 
@@ -45,22 +48,26 @@ def run(
         before_release: called when the ledger holds all queries and nothing of them is in release/.
         query: what is asked.
         releases: the budget's queries.
+        unit: of privacy.
     """
     settings, classes, mechanism = config.query, config.data.classes, releases.mechanism
     own_keys = keys.of_mechanism(CENTRAL_QUERY, ledger)
+    members = keys.members(private.groups, unit.images_per_group)
     sample = poisson.PoissonSampler(
-        size=len(private.images),
+        size=len(private.images if members is None else members),
         probability=mechanism.sampling_probability,
         key=own_keys.sampling,
-        public_size=config.data.train_images,
+        public_size=unit.size,
     )
     arrays = {'images': resize.nearest(private.images, settings.downsample), 'labels': private.labels}
     rows = sample.capacity(1)
-    ask = query.noisy(mechanism, own_keys.noise, sample.expected_size, rows)
+    expected_images = mechanism.sampling_probability * unit.used_images
+    ask = query.noisy(mechanism, own_keys.noise, expected_images, rows)
+    fetch = poisson.fetch if members is None else functools.partial(groups.fetch, members=members)
     answers = []
     with progress.bar(releases.count, 'central', 'query') as bar:
         for number in range(releases.count):
-            batch, mask = poisson.fetch(arrays, sample.indices(number), rows)
+            batch, mask = fetch(arrays, indices=sample.indices(number), capacity=rows)
             answer, entry = ask(number, batch, mask)
             ledger.append(entry)
             answers.append(np.asarray(answer))

@@ -10,6 +10,7 @@ from dpp_jax.data.images import Images
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.budget import DP_SGD, Releases
+from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import artefacts, digests
 from dpp_jax.run.folder import WorkDir
@@ -34,6 +35,7 @@ def run(
     before_release: Callable[[], object],
     *,
     releases: Releases,
+    unit: Unit,
     model: Model,
     sizes: Sizes,
 ) -> None:
@@ -47,16 +49,18 @@ def run(
         private: the private images.
         before_release: called when the ledger holds all steps and nothing of them is in release/.
         releases: the budget's steps.
+        unit: of privacy.
         model: to train.
         sizes: what is in work at once.
     """
     settings, mechanism = config.finetune, releases.mechanism
     own_keys = keys.of_mechanism(DP_SGD, ledger)
+    members = keys.members(private.groups, unit.images_per_group)
     sample = poisson.PoissonSampler(
-        size=len(private.images),
+        size=len(private.images if members is None else members),
         probability=mechanism.sampling_probability,
         key=own_keys.sampling,
-        public_size=config.data.train_images,
+        public_size=unit.size,
     )
     capacity = sample.capacity(sizes.microbatch * devices.count())
     optimizer = optax.adam(settings.learning_rate)
@@ -67,7 +71,7 @@ def run(
         optimizer,
         mechanism,
         own_keys.noise,
-        expected_batch_size=sample.expected_size,
+        expected_batch_size=mechanism.sampling_probability * unit.used_images,
         rows=capacity,
         microbatch=sizes.microbatch,
         ema_decay=settings.ema_decay,
@@ -75,7 +79,8 @@ def run(
 
     def step(state, number):
         indices = sample.indices(number)
-        batch = devices.deal(steps.make_batch(private.images, private.labels, indices, capacity))
+        rows = steps.make_batch(private.images, private.labels, indices, capacity, members)
+        batch = devices.deal(rows)
         used = steps.used_microbatches(len(indices), sizes.microbatch)
         result, entry = dp_step(number, state, batch, used)
         ledger.append(entry)  # the device computes on meanwhile

@@ -106,7 +106,8 @@ def text(config: ConfigDict, plan: Plan) -> str:
     lines = [
         f'Plan for {config.name}: {number}{plan.private_images:,} private images, '
         f'ε = {exact(budget.epsilon)}, δ = {exact(budget.delta)} ({budget.accountant.upper()} accountant)',
-        f'Unit of privacy: one image. Neighboring relation: {relation.sentence}.',
+        f'Unit of privacy: {plan.unit.words()}. Neighboring relation: '
+        f'{relation.sentence.format(unit=plan.unit.name)}.',
         f'The budget is for this relation.{_replace_one(plan)}',
         '',
         *_table(columns),
@@ -199,7 +200,7 @@ def _replace_one(plan: Plan) -> str:
         return ''
     found = statement.replace_one((*budget.before, *budget.releases), budget.delta)
     figure = 'not computed' if found is None else f'{accounting.format_epsilon(found)} (PLD)'
-    return f' With another image in the place of one (replace one), ε = {figure}.'
+    return f' With another {plan.unit.name} in the place of one (replace one), ε = {figure}.'
 
 
 def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:

@@ -152,13 +152,13 @@ def _page(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
         columns = min(config.query.queries, _COLUMNS)
         central = artefacts.central_images(workdir)
         figures.append(_figure(config, central, 'Central images, one query per column', columns))
-    relation = accounting.RELATIONS[config.dp.relation].sentence
+    relation = accounting.RELATIONS[config.dp.relation].sentence.format(unit=config.dp.unit)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(config.name)} · dpp_jax</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(config.name)}</h1>
 <p class="lead">{config.generate.images:,} synthetic images from {config.data.train_images:,} private
-ones · unit of privacy: one image; {html.escape(relation)}</p>
+ones · unit of privacy: one {config.dp.unit}; {html.escape(relation)}</p>
 {warning}
 <h2>Privacy and quality</h2>
 <table>{table}</table>

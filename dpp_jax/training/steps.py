@@ -5,10 +5,12 @@ microbatch and the padding change nothing but rounding.
 
 A batch is a dict of arrays with a leading row axis: image (n, H, W, C) uint8, label (n,) int32,
 index (n,) int32 (the image's number in its set), position (n,) int32 (the row's number in the logical
-batch), mask (n,) bool (False: padding).
+batch), mask (n,) bool (False: padding). Where the unit of privacy is a group of at most m images, a row is a
+group: image (n, m, H, W, C), label and index (n, m), and present (n, m) bool (False: nobody's place).
 """
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy as np
 import optax
 
 from dpp_jax.diffusion import microbatch as parts_lib
-from dpp_jax.privacy import poisson
+from dpp_jax.privacy import groups, poisson
 from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum, saturated_sum
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey, NoisySum
 from dpp_jax.training import devices
@@ -32,10 +34,26 @@ Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def make_batch(
-    images: np.ndarray, labels: np.ndarray, indices: np.ndarray, capacity: int
+    images: np.ndarray,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    capacity: int,
+    members: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Fetch the rows `indices` of images and labels, padded with zeros to a multiple of `capacity` rows."""
+    """Fetch the rows `indices` of images and labels, padded with zeros to a multiple of `capacity` rows.
+
+    With `members` (see `groups.choose`), `indices` are groups, and rows have the images of each.
+    """
     arrays = {'image': images, 'label': labels}
+    if members is not None:
+        arrays['index'] = np.arange(len(images), dtype=np.int32)
+        batch, present = groups.fetch(arrays, members, indices, capacity)
+        return batch | {
+            'label': batch['label'].astype(np.int32),
+            'position': np.arange(len(present), dtype=np.int32),
+            'present': present,
+            'mask': np.arange(len(present)) < len(indices),
+        }
     batch, mask = poisson.fetch(arrays, indices, capacity)
     index = np.zeros(len(mask), np.int32)
     index[: len(indices)] = indices
@@ -143,20 +161,22 @@ def make_dp_step(
 
     Per-example gradients, clipped to the mechanism's sensitivity, are summed over microbatches and devices.
     The mechanism adds its noise to that sum once: every device draws the same noise from the same key. The
-    noisy sum is divided by the expected batch size, a public constant. The state's memory is reused.
+    noisy sum is divided by the expected number of images, a public constant. The state's memory is reused.
 
-    The metrics are sums and means over private examples WITHOUT noise: for private/ only. The loss is NaN,
-    which stops the training, if no example's is finite in a batch of more than half of the expected size
-    (and more than one); in a smaller one, as in an empty one, it is 0 and `non_finite` tells.
+    Where a row is a group, its gradient is that of the sum of its images' losses, and is clipped as a whole.
+
+    The metrics are sums and means over private examples WITHOUT noise: for private/ only, and they decide
+    nothing. The loss is NaN if no example's is finite.
 
     Args:
         loss: of one example.
         optimizer: of the weights.
         mechanism: its sensitivity is the clip norm C.
         noise_key: secret; the loss draws its random numbers from it, too, by the image's own number.
-        expected_batch_size: q N.
+        expected_batch_size: q N images, a public constant. Images, also where a row is a group: the update is
+            then the mean gradient of an image, and a learning rate means the same.
         rows: of a padded batch, of all devices: a public constant. Batches have so many, or a multiple.
-        microbatch: examples of a device whose gradients exist at once.
+        microbatch: examples of a device whose gradients exist at once; of a group, one image after the other.
         ema_decay: of the averaged weights.
 
     Returns:
@@ -166,17 +186,21 @@ def make_dp_step(
     grid = Grid(clip_norm=mechanism.sensitivity, rows=rows)
 
     def clipped_sum(draw_key, state: TrainState, batch: dict, microbatches: jax.Array):
-        def example_loss(params, example):
+        def image_loss(params, example):
             # By the image's own number: who else is in the batch must not change its draws.
             example_key = jax.random.fold_in(draw_key, example['index'])
             image = to_model_range(example['image'])
-            return loss(params.tree(), image, example['label'], example_key)
+            return loss(params, image, example['label'], example_key)
+
+        def example_loss(params, example):
+            of_row = image_loss if example['label'].ndim == 0 else functools.partial(_group_loss, image_loss)
+            return of_row(params.tree(), example)
 
         def device_sums(part, microbatches):
             return clipped_gradient_sum(
                 example_loss,
                 state.params,
-                {name: part[name] for name in ('image', 'label', 'index')},
+                {name: part[name] for name in ('image', 'label', 'index', 'present') if name in part},
                 part['mask'],
                 grid=grid,
                 microbatch=microbatch,
@@ -208,6 +232,23 @@ def make_dp_step(
         compiled=lambda step: devices.parallel(step, in_axes=(0, 0, None, None, None), donate=(0,)),
         is_random=True,
     )
+
+
+def _group_loss(image_loss: Callable[[PyTree, dict], jax.Array], params: PyTree, group: dict) -> jax.Array:
+    """Add up the losses of a group's images, one after the other: only one image's activations are kept.
+
+    Args:
+        image_loss: (params, one image's leaves) → scalar.
+        params: of the model.
+        group: leaves (m, ...), with `present`.
+    """
+
+    def present_loss(params, _, image):
+        image = jax.tree.map(lambda leaf: leaf[0], image)
+        return jnp.where(image['present'], image_loss(params, image), 0)
+
+    number = len(group['label'])
+    return number * parts_lib.mean(present_loss, number)(params, None, group)
 
 
 def _dp_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:

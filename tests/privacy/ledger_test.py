@@ -37,6 +37,8 @@ def lines(entries, previous=''):
     text = ''
     for entry in entries:
         fields = dataclasses.asdict(entry)
+        if entry.unit == 'image':
+            del fields['unit']  # as earlier versions wrote it
         hashed = f'{previous}\n{json.dumps(fields, sort_keys=True)}'
         previous = hashlib.sha256(hashed.encode()).hexdigest()
         text += json.dumps({**fields, 'hash': previous}) + '\n'
@@ -68,6 +70,21 @@ def test_total_is_that_of_what_ran(path):
             total = accounting.epsilon(accounting.compose(expected), 1e-4, accountant)
             assert epsilon(book, 1e-4, accountant) == pytest.approx(total, rel=1e-9)
         assert [book.count(name) for name in ('central_query', 'dp_sgd', 'other')] == [2, 12, 0]
+
+
+def test_a_release_of_groups_says_so_and_one_of_images_is_the_line_of_earlier_versions(path):
+    of_group = dataclasses.replace(STEP, unit='group', randomness='c3')
+    filled(path, [QUERY, of_group])
+    assert path.read_text(encoding='utf-8') == lines([QUERY, of_group])
+    first, second = path.read_text(encoding='utf-8').splitlines()
+    assert 'unit' not in json.loads(first) and json.loads(second)['unit'] == 'group'
+    assert Ledger(path).entries == [QUERY, of_group]
+    assert [part.mechanism.unit for part in budget.group(Ledger(path).entries)] == ['image', 'group']
+    path.write_text(first + '\n' + second.replace('"group"', '"image"') + '\n', encoding='utf-8')
+    with pytest.raises(ValueError, match='line 2 of .*its hash is wrong'):
+        Ledger(path)
+    with pytest.raises(ValueError, match="unit is 'person'; it must be 'image' or 'group'"):
+        dataclasses.replace(STEP, unit='person')
 
 
 def test_nothing_ran(path):

@@ -22,6 +22,7 @@ from dpp_jax.privacy.queries import QUERIES, MeanQuery, ModeQuery, Query, make_q
 CLASSES, SHAPE = 3, (4, 5, 1)
 DIMENSIONS = 20
 SIZES = {'classes': CLASSES, 'dimensions': DIMENSIONS}
+OTHER_FIELDS = (*SIZES, 'images_per_group')
 ROWS = 6  # of a padded sample
 # Numbers around which a setting may do something else; those that a query refuses are left out.
 POOL = (None, False, True, 0, 1, 2, 3, 16, 64, 0.1, 0.3, 0.5, 0.7, 2.5, 4.2, 30.0)
@@ -54,7 +55,7 @@ def values_of(query, name):
 def all_settings(kind):
     """Return every combination of the values of a query's own settings."""
     query = QUERIES[kind]
-    names = [field.name for field in dataclasses.fields(query) if field.name not in SIZES]
+    names = [field.name for field in dataclasses.fields(query) if field.name not in OTHER_FIELDS]
     return [dict(zip(names, values)) for values in itertools.product(*(values_of(query, n) for n in names))]
 
 

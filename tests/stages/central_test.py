@@ -79,7 +79,17 @@ def test_every_query_gets_the_plans_mechanism_and_the_samplers_batch(
         assert not list(workdir.release.glob('central_images*'))
         recorded_before_release.append(ledger.count(CENTRAL_QUERY))
 
-    central.run(config, workdir, keys, ledger, private, before_release, query=query, releases=releases)
+    central.run(
+        config,
+        workdir,
+        keys,
+        ledger,
+        private,
+        before_release,
+        query=query,
+        releases=releases,
+        unit=build.unit(config),
+    )
 
     own_keys = keys.of_mechanism(CENTRAL_QUERY, ledger)
     ((mechanism, noise_key),) = asked

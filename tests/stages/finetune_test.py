@@ -66,6 +66,7 @@ def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
         Images(images=images, labels=labels),
         before_release,
         releases=releases,
+        unit=plan.unit,
         model=tiny_model,
         sizes=sizes,
     )

@@ -6,7 +6,7 @@ of this folder and one entry of `SOURCES`. Checks and average pooling are the sa
 
 import numpy as np
 
-from dpp_jax.data.images import Images, check_images, check_labels
+from dpp_jax.data.images import Images, check_groups, check_images, check_labels
 from dpp_jax.data.resize import average_pool
 from dpp_jax.data.sources.digits import Digits
 from dpp_jax.data.sources.idx import Idx
@@ -46,6 +46,7 @@ def load(
     data_dir: str = '',
     average_down: int = 1,
     classes: int | None = None,
+    groups: str = '',
 ) -> Images:
     """Return all images of one split.
 
@@ -56,6 +57,7 @@ def load(
             prepared there is downloaded and prepared first.
         average_down: k, replaces blocks of k x k pixels by their mean, rounded.
         classes: how many the labels must have; None = as `describe` says.
+        groups: name of the array that says whose a training image is; '' = not asked for.
 
     Raises:
         FileNotFoundError: the set is not there.
@@ -78,7 +80,10 @@ def load(
             f'average_down is {average_down}; it must be at least 1 and divide the image size of '
             f'{name}, {height} x {width}'
         )
-    return Images(images=average_pool(images, average_down), labels=labels.astype(np.int32))
+    group_of = None
+    if groups and split == 'train':
+        group_of = check_groups(found.groups(split, groups), count=len(images), name=f'{name}, {groups}')
+    return Images(images=average_pool(images, average_down), labels=labels.astype(np.int32), groups=group_of)
 
 
 def _checked(split: str) -> str:

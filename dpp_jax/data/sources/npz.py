@@ -28,6 +28,7 @@ class Npz(Source):
     """
 
     form = 'npz:<folder>'
+    has_groups = True
 
     def describe(self) -> SourceInfo:
         shapes = [self.shape(split) for split in SPLITS]
@@ -40,6 +41,17 @@ class Npz(Source):
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         path, images, _ = self._find(split)
         return _array(path, images), self._labels(split)
+
+    def groups(self, split: str, name: str) -> np.ndarray:
+        path, _, _ = self._find(split)
+        with folder.reading(path), np.load(path, allow_pickle=False) as arrays:
+            found = list(arrays)
+        if name not in found:
+            raise ValueError(
+                f'config.data.groups is {name!r}; it must be an array of integers in {path}, which has '
+                f'{", ".join(found)}'
+            )
+        return _array(path, name)
 
     def _labels(self, split: str) -> np.ndarray:
         path, _, name = self._find(split)

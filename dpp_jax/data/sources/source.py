@@ -36,9 +36,11 @@ class Source(abc.ABC):
         name: as the user wrote it, for messages.
         where: the part of the name after the colon; '' without colon.
         data_dir: where tensorflow-datasets keeps its data; '' = its own default.
+        has_groups: whether a set of this kind may say whose an image is, see `groups`.
     """
 
     form: ClassVar[str]
+    has_groups: ClassVar[bool] = False
     name: str
     where: str
     data_dir: str
@@ -73,3 +75,15 @@ class Source(abc.ABC):
             FileNotFoundError: the set is not there.
             ValueError: its files are damaged.
         """
+
+    def groups(self, split: str, name: str) -> np.ndarray:
+        """Return whose each image of a split is, integers (N,); kinds with `has_groups` can.
+
+        Args:
+            split: one of `SPLITS`.
+            name: of the array in the set.
+
+        Raises:
+            ValueError: there is no such array, or its file is damaged.
+        """
+        raise ValueError(f'config.data.groups is {name!r}; it must be empty: {self.name} has no groups')

@@ -18,6 +18,7 @@ class Tfds(Source):
     """A set with the features `image` and `label` and the splits train and test, in array_record files."""
 
     form = 'tfds:<name>'
+    has_groups = True
 
     def describe(self) -> SourceInfo:
         info = self._prepared(prepare=False).info
@@ -52,6 +53,30 @@ class Tfds(Source):
         if len({image.shape for image in images}) > 1:
             raise ValueError(f'the images of {self.name} differ in shape; all must have the same')
         return np.array(images), np.array(labels, np.int64)
+
+    def groups(self, split: str, name: str) -> np.ndarray:
+        from tensorflow_datasets import decode
+
+        builder = self._prepared(prepare=True)
+        wanted, feature = True, builder.info.features
+        for part in reversed(name.split('/')):
+            wanted = {part: wanted}
+        try:
+            for part in name.split('/'):
+                feature = feature[part]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f'config.data.groups is {name!r}; it must be a feature of {self.name}, which has '
+                f'{sorted(builder.info.features)}'
+            ) from error
+        records = builder.as_data_source(split=split, decoders=decode.PartialDecoding(wanted))  # no image
+        found = []
+        for start in range(0, len(records), _BATCH):
+            for record in records.__getitems__(list(range(start, min(start + _BATCH, len(records))))):
+                for part in name.split('/'):
+                    record = record[part]
+                found.append(record)
+        return np.array(found)
 
     def _prepared(self, *, prepare: bool) -> Any:
         """Return the builder of a prepared set; `prepare` downloads and prepares it if need be."""

@@ -236,7 +236,7 @@ def _below_the_least(
     event: DpEvent, epsilon: float, least: float, *, delta: float, accountant: str, relation: str
 ) -> calibration.BudgetTooSmall:
     """Make the error of an ε that nothing exceeds but the floor of the accountant."""
-    advice = 'Raise the budget or dp.delta'
+    advice = 'Raise the budget or dp.delta, take fewer steps (finetune.epochs)'
     if accountant == 'rdp':
         tight = accounting.epsilon_if_stated(event, delta, relation)
         if tight is not None and tight <= epsilon:
@@ -244,7 +244,8 @@ def _below_the_least(
     return calibration.BudgetTooSmall(
         f'config.dp.epsilon is {accounting.format_exact(epsilon)}; it must be above '
         f'{accounting.format_epsilon(least)}, the least ε that the accountant {accountant!r} can state of '
-        f'these steps at δ = {accounting.format_exact(delta)}, whatever the noise. {advice}',
+        f'these steps at δ = {accounting.format_exact(delta)}, with a noise '
+        f'multiplier up to {calibration.MOST_NOISE:,.0f}. {advice}',
         least,
     )
 

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from dpp_jax import build, configs
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import accounting, calibration
 from dpp_jax.privacy.budget import DP_SGD, total_event
 
 _BUDGETS = ('1', '10')
@@ -32,7 +32,7 @@ def _row(name: str, epsilon: str, relations: list[str]) -> str:
     delta = accounting.format_exact(config.dp.delta)
     try:
         budget = build.plan(config, build.model(config)).budget
-    except accounting.BudgetTooSmall:
+    except calibration.BudgetTooSmall:
         return f'| `{name}:{epsilon}`, {delta} | the query alone spends more |{" – |" * len(relations)}'
     event = total_event(budget.releases)
     figures = [accounting.epsilon(event, budget.delta, 'pld', relation) for relation in relations]

@@ -368,7 +368,8 @@ def test_pretraining_may_change_until_dp_sgd_begins(tiny_config, tmp_path, capsy
     assert json.loads(workdir.config.read_text())['pretrain.epochs'] == 6
     with pytest.raises(ValueError, match='belongs to another config'):
         pipeline.run(tiny_config(pretrain__enabled=False), tmp_path, 'all')
-    assert gate(second, workdir).done['pretrain']
+    pipeline.run(second, tmp_path, 'finetune')
+    assert gate(second, workdir).done['finetune']
 
 
 def test_where_dp_sgd_began_pretraining_is_fixed(run, tmp_path):

@@ -212,7 +212,7 @@ def family_bound(
     Args:
         with_canary: as for `plain_bound`.
         without: as for `plain_bound`.
-        make_event: σ → the event, as for `accounting.calibrate`; for example ten Poisson samples.
+        make_event: σ → the event, as for `calibration.calibrate`; for example ten Poisson samples.
         noise_multipliers: least and most σ of the search, 0 < least < most. The bound cannot exceed
             ε of the least; it is 0 if the most is not refuted. Distributions take memory in
             proportion to that ε.

@@ -1,10 +1,10 @@
-"""What Poisson-sampled Gaussian mechanisms spend, and how much noise a budget asks for.
+"""What Poisson-sampled Gaussian mechanisms spend.
 
 Every figure is computed by dp_accounting; this module builds its events, fixes its settings and
 checks its arguments. ε is always that of one neighboring relation, a name in `RELATIONS`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 import dataclasses
 import decimal
 import math
@@ -39,11 +39,8 @@ ACCOUNTANTS = {
 }
 # A distribution has about ε / interval values: up to this ε (by RDP) the finest interval is used, beyond it
 # one in proportion to ε. The rounding is towards more loss: ε stays an upper bound, 1e-5 (relative) higher.
-_FINEST_INTERVAL = 1e-4
+FINEST_INTERVAL = 1e-4
 _LARGEST_EPSILON_OF_FINEST = 30.0
-# A search begins with distributions that are so many times as coarse, unless ε is as small as their interval.
-_ROUGH = 16.0
-_LEAST_EPSILON_OF_ROUGH = 1.0
 # What 'pld' can state: of each mechanism it cuts off tails of 1e-15, and it needs time in proportion to the
 # number of releases.
 LEAST_DELTA_OF_PLD = 1e-14
@@ -95,22 +92,6 @@ RELATIONS = {
     ),
 }
 ZERO_OUT, REPLACE_ONE = 'zero_out', 'replace_one'
-# Relative accuracy of a calibrated noise multiplier, and where the search for it ends.
-_TOLERANCE = 1e-4
-_LEAST_NOISE = 2.0**-7
-MOST_NOISE = 2.0**14
-
-
-class BudgetTooSmall(ValueError):
-    """No noise multiplier keeps a run within its budget.
-
-    Attributes:
-        least: ε that is spent with the most noise that was tried.
-    """
-
-    def __init__(self, message: str, least: float):
-        super().__init__(message)
-        self.least = least
 
 
 def subsampled_gaussian(noise_multiplier: float, sampling_probability: float, count: int) -> DpEvent:
@@ -161,8 +142,8 @@ def epsilon(event: DpEvent, delta: float, accountant: str = 'rdp', relation: str
     """
     _check(delta, accountant, relation)
     if accountant == 'pld':
-        _check_count(event)
-    return _spent(event, delta, accountant, relation)
+        check_count(event)
+    return unchecked_epsilon(event, delta, accountant, relation)
 
 
 def epsilon_and_order(event: DpEvent, delta: float, relation: str = ZERO_OUT) -> tuple[float, float]:
@@ -171,7 +152,7 @@ def epsilon_and_order(event: DpEvent, delta: float, relation: str = ZERO_OUT) ->
     The order says nothing where ε is 0.
     """
     _check(delta, 'rdp', relation)
-    result, order = _make_accountant('rdp', relation).compose(event).get_epsilon_and_optimal_order(delta)
+    result, order = make_accountant('rdp', relation).compose(event).get_epsilon_and_optimal_order(delta)
     return float(result), float(order)
 
 
@@ -198,169 +179,27 @@ def _rounded(value: float, digits: int, rounding: str) -> str:
     return str(decimal.Decimal(value).quantize(step, rounding, holds_any_float))
 
 
-def calibrate(
-    make_event: Callable[[float], DpEvent],
-    epsilon: float,
-    delta: float,
-    accountant: str = 'rdp',
-    relation: str = ZERO_OUT,
-) -> float:
-    """Find the least noise multiplier σ with which ε(make_event(σ)) stays within the budget.
-
-    Args:
-        make_event: everything that a run will do, given the σ that is free. ε must not rise with σ.
-        epsilon: the budget ε, finite and > 0.
-        delta: δ in (0, 1).
-        accountant: a name in `ACCOUNTANTS`.
-        relation: a name in `RELATIONS`.
-
-    Returns:
-        σ, at most 1e-4 (relative) above the least one. ε(make_event(σ)) by the same accountant was
-        computed for the σ returned and does not exceed `epsilon`.
-
-    Raises:
-        BudgetTooSmall: no σ meets the budget, because what does not depend on σ (the query) exceeds
-            it alone.
-        ValueError: an argument is out of range.
-    """
-    check_budget(epsilon, delta, accountant, relation)
-
-    if accountant == 'pld':
-        return _calibrate_pld(make_event, epsilon, delta, relation)
-
-    def spent(sigma: float) -> float:
-        return _spent(make_event(sigma), delta, accountant, relation)
-
-    lower, upper = _bracket(spent, epsilon, delta, start=1.0, factor=2.0)
-    sigma = _search(make_event, epsilon, delta, lambda: _make_accountant(accountant, relation), lower, upper)
-    # dp_accounting returns a σ within the budget; this holds even if a later version does not.
-    while spent(sigma) > epsilon:
-        sigma *= 1 + _TOLERANCE / 2
-    return float(sigma)
-
-
-def _calibrate_pld(
-    make_event: Callable[[float], DpEvent], epsilon: float, delta: float, relation: str
-) -> float:
-    """Do the same by PLD: by RDP first, then by rough distributions. Fine ones take seconds each."""
-    try:
-        start = calibrate(make_event, epsilon, delta, 'rdp')
-    except BudgetTooSmall:  # PLD may meet a budget that RDP cannot: start with much noise
-        start = MOST_NOISE
-    _check_count(make_event(start))
-    fine = _interval(make_event(start), delta)
-    # Rough ones are above fine ones, so their answer is within the budget: it is the right one if with a
-    # little less noise fine ones are not.
-    width, growth = 1.25, 1.0
-    if epsilon >= _LEAST_EPSILON_OF_ROUGH and start < MOST_NOISE:
-        try:
-            start = _pld_search(make_event, epsilon, delta, relation, _ROUGH * fine, start, 1.25, 1.0)
-            width, growth = 1 + _TOLERANCE / 2, 2.0
-        except BudgetTooSmall:
-            pass
-    sigma = _pld_search(make_event, epsilon, delta, relation, fine, start, width, growth)
-    while _spent(make_event(sigma), delta, 'pld', relation) > epsilon:  # by the interval that will be stated
-        sigma *= 1 + _TOLERANCE / 2
-    return float(sigma)
-
-
-def _pld_search(
-    make_event: Callable[[float], DpEvent],
-    epsilon: float,
-    delta: float,
-    relation: str,
-    interval: float,
-    start: float,
-    width: float,
-    growth: float,
-) -> float:
-    """Find the least noise by distributions with one interval, from `start` outwards."""
-
-    def spent(sigma: float) -> float:
-        return _spent(make_event(sigma), delta, 'pld', relation, interval)
-
-    lower, upper = _bracket(spent, epsilon, delta, start, width, growth)
-    if upper <= lower * (1 + _TOLERANCE / 2):
-        return upper
-    fresh = lambda: _make_accountant('pld', relation, interval)
-    return _search(make_event, epsilon, delta, fresh, lower, upper)
-
-
-def _search(
-    make_event: Callable[[float], DpEvent],
-    epsilon: float,
-    delta: float,
-    fresh: Callable[[], dp_accounting.PrivacyAccountant],
-    lower: float,
-    upper: float,
-) -> float:
-    """Find the least noise between two values, by the accountants that `fresh` makes."""
-    with np.errstate(over='ignore'):
-        return dp_accounting.calibrate_dp_mechanism(
-            fresh,
-            make_event,
-            epsilon,
-            delta,
-            dp_accounting.ExplicitBracketInterval(lower, upper),
-            tol=_TOLERANCE / 2 * lower,
-        )
-
-
-def _bracket(
-    spent: Callable[[float], float],
-    budget: float,
-    delta: float,
-    start: float,
-    factor: float,
-    growth: float = 1.0,
-) -> tuple[float, float]:
-    """Find a σ above the budget and one within it, at most `factor` apart.
-
-    With each try `factor` is raised to the power `growth`.
-    """
-    upper = start
-    while (figure := spent(upper)) > budget:
-        if upper >= MOST_NOISE:
-            raise BudgetTooSmall(
-                f'the query alone spends ε = {format_epsilon(figure)} at δ = {format_exact(delta)}; the '
-                f'budget dp.epsilon is {format_exact(budget)}. Lower query.queries, raise '
-                'query.noise_multiplier, set query.epsilon_share, or raise the budget',
-                figure,
-            )
-        upper, factor = min(upper * factor, MOST_NOISE), factor**growth
-    lower = upper / factor
-    while spent(lower) <= budget:
-        if lower <= _LEAST_NOISE:
-            raise ValueError(
-                f'epsilon is {format_exact(budget)}; it must be small enough to ask for a noise multiplier '
-                f'above {_LEAST_NOISE:g}'
-            )
-        factor **= growth
-        lower, upper = lower / factor, lower
-    return lower, upper
-
-
-def _make_accountant(
-    name: str, relation: str, interval: float = _FINEST_INTERVAL
+def make_accountant(
+    name: str, relation: str, interval: float = FINEST_INTERVAL
 ) -> dp_accounting.PrivacyAccountant:
     """Make an empty accountant."""
     return ACCOUNTANTS[name](RELATIONS[relation].definition, interval)
 
 
-def _spent(
+def unchecked_epsilon(
     event: DpEvent, delta: float, accountant: str, relation: str, interval: float | None = None
 ) -> float:
     """Compute `epsilon` without its checks."""
     if accountant == 'pld' and interval is None:
-        interval = _interval(event, delta)
+        interval = finest_interval(event, delta)
     with np.errstate(over='ignore'):  # e^ε, where ε is beyond what is stated
-        return float(_make_accountant(accountant, relation, interval).compose(event).get_epsilon(delta))
+        return float(make_accountant(accountant, relation, interval).compose(event).get_epsilon(delta))
 
 
-def _interval(event: DpEvent, delta: float) -> float:
+def finest_interval(event: DpEvent, delta: float) -> float:
     """Choose the interval of the distributions by RDP's ε, which is above theirs, or near it."""
-    scale = _spent(event, delta, 'rdp', ZERO_OUT)
-    return _FINEST_INTERVAL * max(1.0, scale / _LARGEST_EPSILON_OF_FINEST)
+    scale = unchecked_epsilon(event, delta, 'rdp', ZERO_OUT)
+    return FINEST_INTERVAL * max(1.0, scale / _LARGEST_EPSILON_OF_FINEST)
 
 
 def epsilon_if_stated(event: DpEvent, delta: float, relation: str = ZERO_OUT) -> float | None:
@@ -378,7 +217,7 @@ def _most_releases(event: DpEvent) -> int:
     return event.count if isinstance(event, dp_accounting.SelfComposedDpEvent) else 1
 
 
-def _check_count(event: DpEvent) -> None:
+def check_count(event: DpEvent) -> None:
     """Raise a ValueError if distributions of so many releases take too long."""
     count = _most_releases(event)
     if count > MOST_RELEASES_OF_PLD:

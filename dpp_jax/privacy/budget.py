@@ -13,7 +13,7 @@ import math
 
 from dp_accounting import DpEvent
 
-from dpp_jax.privacy import accounting, checks
+from dpp_jax.privacy import accounting, calibration, checks
 from dpp_jax.privacy.ledger import Entry, Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
 
@@ -200,7 +200,7 @@ def calibrate(
         before: what earlier runs released.
 
     Raises:
-        accounting.BudgetTooSmall: the known releases, with those before, exceed the budget alone.
+        calibration.BudgetTooSmall: the known releases, with those before, exceed the budget alone.
         ValueError: an argument is out of range.
     """
     known, before = tuple(known), tuple(before)
@@ -210,17 +210,17 @@ def calibrate(
 
     if noise_multiplier is None:
         try:
-            noise_multiplier = accounting.calibrate(event, epsilon, delta, accountant, relation)
-        except accounting.BudgetTooSmall as error:
+            noise_multiplier = calibration.calibrate(event, epsilon, delta, accountant, relation)
+        except calibration.BudgetTooSmall as error:
             limits = {'delta': delta, 'accountant': accountant, 'relation': relation}
             fixed = accounting.epsilon(total_event([*before, *known]), **limits)
             if fixed <= epsilon:
                 raise _below_the_least(
-                    event(accounting.MOST_NOISE), epsilon, error.least, **limits
+                    event(calibration.MOST_NOISE), epsilon, error.least, **limits
                 ) from error
             if not before:
                 raise
-            raise accounting.BudgetTooSmall(
+            raise calibration.BudgetTooSmall(
                 f'config.dp.epsilon is {accounting.format_exact(epsilon)}; it must be above '
                 f'{accounting.format_epsilon(error.least)}, the ε of the query together with what '
                 'config.dp.already_spent names',
@@ -238,17 +238,18 @@ def calibrate(
 
 def _below_the_least(
     event: DpEvent, epsilon: float, least: float, *, delta: float, accountant: str, relation: str
-) -> accounting.BudgetTooSmall:
+) -> calibration.BudgetTooSmall:
     """Make the error of an ε that nothing exceeds but the floor of the accountant."""
-    advice = 'Raise the budget or dp.delta'
+    advice = 'Raise the budget or dp.delta, take fewer steps (finetune.epochs)'
     if accountant == 'rdp':
         tight = accounting.epsilon_if_stated(event, delta, relation)
         if tight is not None and tight <= epsilon:
             advice += ", or set config.dp.accountant='pld', which can state it"
-    return accounting.BudgetTooSmall(
+    return calibration.BudgetTooSmall(
         f'config.dp.epsilon is {accounting.format_exact(epsilon)}; it must be above '
         f'{accounting.format_epsilon(least)}, the least ε that the accountant {accountant!r} can state of '
-        f'these steps at δ = {accounting.format_exact(delta)}, whatever the noise. {advice}',
+        f'these steps at δ = {accounting.format_exact(delta)}, with a noise '
+        f'multiplier up to {calibration.MOST_NOISE:,.0f}. {advice}',
         least,
     )
 
@@ -268,10 +269,10 @@ def calibrate_share(
         ValueError: no noise keeps them within their share.
     """
     try:
-        return accounting.calibrate(
+        return calibration.calibrate(
             lambda sigma: make_query(sigma).event, share * epsilon, delta, accountant, relation
         )
-    except accounting.BudgetTooSmall as error:
+    except calibration.BudgetTooSmall as error:
         least = accounting.format_epsilon(error.least)
         raise ValueError(
             f'config.query.epsilon_share is {share:g}; it must be at least '

@@ -212,22 +212,13 @@ def check_lost(
 
 
 def markdown(statement: dict[str, Any], draft: str = '') -> str:
-    """Write the statement for people; every ε is rounded up.
-
-    Args:
-        statement: from `make`.
-        draft: why it does not hold yet, where it is that of a plan; '' otherwise.
-    """
+    """Write the statement for people; every ε is rounded up. A `draft` says why it does not hold yet."""
     show, exact = accounting.format_epsilon, accounting.format_exact
     epsilon = statement['epsilon_by_accountant']
     lines = ['# Privacy statement', '']
     if draft:
-        lines = [
-            '# Privacy statement (DRAFT)',
-            '',
-            f'**DRAFT: {draft}.** This is what the statement of a whole run would say.',
-            '',
-        ]
+        note = f'**DRAFT: {draft}.** This is what the statement of a whole run would say.'
+        lines = ['# Privacy statement (DRAFT)', '', note, '']
     if not statement['private']:
         lines += [
             '**THIS RUN IS NOT PRIVATE.** Its keys come from `config.seed`: anyone who guesses the seed can '

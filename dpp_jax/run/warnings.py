@@ -6,7 +6,7 @@ Every warning gives its figure and what would help. None refuses a run: a thresh
 import dataclasses
 import math
 
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import accounting, calibration
 from dpp_jax.privacy import budget as budget_lib
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
 
@@ -117,7 +117,7 @@ def _all_images(budget: Budget, per_class: float, question: Question) -> str | N
         return None
     count = min(_QUERIES_OF_ALL, asked.count)
     try:
-        sigma = accounting.calibrate(
+        sigma = calibration.calibrate(
             lambda sigma: accounting.subsampled_gaussian(sigma, 1.0, count), epsilon, budget.delta, 'rdp'
         )
     except ValueError:
@@ -174,7 +174,7 @@ def _step_noise_of_all(budget: Budget, images: int, epochs: float, parameters: f
     )
     known = [part for part in budget.releases if part.mechanism.name != DP_SGD]
     try:
-        sigma = accounting.calibrate(
+        sigma = calibration.calibrate(
             lambda sigma: budget_lib.total_event([*budget.before, *known, free(sigma)]),
             budget.epsilon,
             budget.delta,

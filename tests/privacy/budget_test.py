@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
-from dpp_jax.privacy import accounting, budget
+from dpp_jax.privacy import accounting, budget, calibration
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
 from dpp_jax.privacy.ledger import Entry, Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
@@ -46,7 +46,7 @@ def test_an_epsilon_that_no_noise_reaches_is_refused_with_the_least_that_can_be_
 ):
     """It is not the query that spends too much."""
     limits = dict(delta=1e-5, accountant=accountant)
-    with pytest.raises(accounting.BudgetTooSmall, match='least ε that the accountant') as refused:
+    with pytest.raises(calibration.BudgetTooSmall, match='least ε that the accountant') as refused:
         budget.calibrate(known, lambda s: releases(DP_SGD, s, 1 / 6, 12), epsilon=epsilon, **limits)
     text, least = str(refused.value), refused.value.least
     assert 'query' not in text and '\n' not in text and least > epsilon
@@ -114,7 +114,7 @@ def test_queries_cost_noise_of_the_free_mechanism():
 
 def test_noise_that_is_decided_already_is_not_searched(monkeypatch):
     """Another version or machine may find another last digit; the ledger names this one."""
-    monkeypatch.setattr(accounting, 'calibrate', None)
+    monkeypatch.setattr(calibration, 'calibrate', None)
     made = budget.calibrate(
         [queries()], dp_sgd, epsilon=0.1, delta=DELTA, accountant='rdp', noise_multiplier=1.3
     )
@@ -123,7 +123,7 @@ def test_noise_that_is_decided_already_is_not_searched(monkeypatch):
 
 def test_queries_that_exceed_the_budget_alone_are_refused_with_what_they_spend():
     spent = make_budget().spent(CENTRAL_QUERY)
-    with pytest.raises(accounting.BudgetTooSmall, match='query alone spends ε = ') as refused:
+    with pytest.raises(calibration.BudgetTooSmall, match='query alone spends ε = ') as refused:
         budget.calibrate([queries()], dp_sgd, epsilon=0.9 * spent, delta=DELTA, accountant='rdp')
     assert refused.value.least == pytest.approx(spent, rel=1e-3)
 

@@ -38,3 +38,18 @@ def test_every_point_spends_the_budget(epsilon, share):
     assert [p[2] for p in points] == sorted(p[2] for p in points)  # what the query takes, fine-tuning lacks
     with Image.open(io.BytesIO(plan_curve.draw(budget, config.name))) as picture:
         assert picture.size[0] > 500
+
+
+def test_the_axis_of_the_noise_begins_at_zero(monkeypatch):
+    """A change of 1 % must not look like a cliff."""
+    limits, savefig = [], plan_curve.Figure.savefig
+
+    def look(figure, *arguments, **named):
+        limits.append(figure.axes[0].get_ylim())
+        savefig(figure, *arguments, **named)
+
+    monkeypatch.setattr(plan_curve.Figure, 'savefig', look)
+    budget = build.plan(mnist_28.get_config('10'), NoModel()).budget
+    plan_curve.draw(budget, 'mnist')
+    ((least, most),) = limits
+    assert least == 0 and most > max(sigma for _, _, sigma in plan_curve.points(budget))

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from dpp_jax import build, settings
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import calibration
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import plan as plan_lib
@@ -137,7 +137,7 @@ def test_a_share_of_the_query_is_calibrated_once(tiny_config, monkeypatch):
     """By the plan: whoever calibrates again may get another last digit, on another machine."""
     config = tiny_config(query__epsilon_share=0.2)
     made = build.plan(config, NoModel())
-    monkeypatch.setattr(accounting, 'calibrate', None)
+    monkeypatch.setattr(calibration, 'calibrate', None)
     settings.check(config)
     figures = made.figures()
     noise = {part.mechanism.name: part.mechanism.noise_multiplier for part in made.budget.releases}

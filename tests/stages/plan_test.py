@@ -56,3 +56,16 @@ def test_only_a_run_with_a_query_has_a_curve_to_draw(tiny_config, told, tmp_path
     assert 'would run      finetune, generate\n' in text
     assert WorkDir(tmp_path).curve.exists() == enabled
     assert ('central images (mean query)' in text) == (f'{WorkDir(tmp_path).curve}' in text) == enabled
+
+
+@pytest.mark.parametrize('epsilon, epochs', [('10', 1.0), ('1e5', 150.0), ('10', 1e9), ('1e5', 1e12)])
+def test_columns_are_aligned_and_never_run_together(epsilon, epochs):
+    config = mnist_28.get_config(epsilon)
+    config.query.noise_multiplier = 500.0
+    config.finetune.epochs = epochs
+    lines = plan.text(config, build.plan(config, build.model(config))).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith('mechanism'))
+    table = lines[first : first + 4]
+    assert len({len(line) for line in table}) == 1
+    for row in table[1:3]:
+        assert len(row.split(')')[-1].split()) == 4

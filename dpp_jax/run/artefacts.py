@@ -248,8 +248,8 @@ class Evaluation:
         """All subjects that were scored in this folder: a choice by scores is one among them."""
         if not self._scored_path.exists():
             return []
-        known = files.read_json(self._scored_path, 'Restore the file. Or delete it: the count begins again')
-        return known['subjects']
+        advice = 'Restore the file. Or delete it: the count begins again'
+        return files.read_json(self._scored_path, advice, {'subjects': [dict]})['subjects']
 
     def begin(self) -> None:
         """Say what the results will be of, if there are none, and count it."""

@@ -70,7 +70,10 @@ def _plan(folder: WorkDir) -> dict[str, Any]:
         allowed = ' or '.join(map(repr, accounting.RELATIONS))
         raise ValueError(f'{folder.plan} has relation = {plan["relation"]!r}; it must be {allowed}')
     accountant = accounting.RELATIONS[plan['relation']].accountants[0]
-    accounting.check_budget(1.0, plan['delta'], accountant, plan['relation'])
+    try:
+        accounting.check_budget(1.0, plan['delta'], accountant, plan['relation'])
+    except ValueError as error:
+        raise ValueError(f'{folder.plan} cannot be used: {error}') from error
     return plan
 
 

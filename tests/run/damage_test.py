@@ -28,6 +28,7 @@ def readers(config, workdir):
         evaluation = artefacts.Evaluation(workdir, settings)
         report.is_done(workdir, images, evaluation)
         report._score_rows(evaluation.results)
+        assert isinstance(evaluation.scored, list)
 
     return {
         workdir.config: lambda: workdir.check(settings),
@@ -44,6 +45,7 @@ def readers(config, workdir):
         workdir.sizes: lambda: sizes._read(workdir.sizes),
         workdir.evaluation: scores,
         workdir.report: scores,
+        workdir.scored: scores,
         workdir.synthetic / 'settings.json': images.check,
     }
 

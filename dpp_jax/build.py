@@ -107,8 +107,8 @@ def plan(
         )
     if other := {part.mechanism.unit for part in spent_before} - {counted.name}:
         raise ValueError(
-            f'config.dp.already_spent is {dp.already_spent!r}, with releases whose unit of privacy is a(n) '
-            f'{other.pop()}; it must be a(n) {counted.name}, as config.dp.unit: ε of different units do not '
+            f'config.dp.already_spent is {dp.already_spent!r}, with releases whose unit of privacy is '
+            f'{other.pop()}; it must be {counted.name}, as config.dp.unit: ε of different units do not '
             'add up'
         )
     q, steps = budget_lib.schedule(counted.used_images, finetune.batch_size, finetune.epochs)

@@ -324,3 +324,65 @@ def test_no_number_of_broken_examples_breaks_the_weights(expected, size, broken,
     assert metrics['non_finite'] == broken and metrics['batch_size'] == size
     assert np.isfinite(metrics['loss']) == has_loss
     assert np.isfinite(new.params.vector).all()
+
+
+def group_step(model, params, digits, members, indices, microbatch=1):
+    """One step on groups without noise, of which the learning rate is one: minus the sum over 20 images."""
+    step = dp_step(model, sigma=1e-9, microbatch=microbatch, rows=8)
+    batch = steps.make_batch(*digits, np.asarray(indices, int), 8, members)
+    state = devices.replicate(state_lib.create(params, SGD))
+    used = steps.used_microbatches(len(indices), microbatch)
+    (new, metrics), _ = step(0, state, devices.deal(batch), used)
+    return flat(jax.tree.map(np.subtract, devices.first(new).params.tree(), params)), devices.first(metrics)
+
+
+def test_a_groups_gradient_is_the_sum_of_its_images_gradients_clipped_as_a_whole(tiny_model, params, digits):
+    members = np.array([[3, 4, 40], [5, -1, -1], [6, 7, -1], [8, 9, 10]])
+    loss = tiny_model.example_loss(draws=2, label_dropout=0.1)
+    _, draw_key = jax.random.split(jax.random.fold_in(noise_key().keys[0], 0))
+    gradient = jax.jit(jax.grad(loss))
+    total, norms = 0.0, []
+    for row in members[[0, 1, 2]]:
+        of_images = [
+            flat(
+                gradient(
+                    params,
+                    digits[0][i] / np.float32(127.5) - 1,
+                    digits[1][i],
+                    jax.random.fold_in(draw_key, i),
+                )
+            ).astype(np.float64)
+            for i in row[row >= 0]
+        ]
+        norms.append(np.linalg.norm(sum(of_images)))
+        total = total + sum(of_images) * min(1, 0.5 / norms[-1])
+    assert max(norms) > 0.5  # somebody is clipped
+    for number, microbatch in ((1, 4), (8, 1)):
+        with devices.limited_to(number):
+            update, metrics = group_step(tiny_model, params, digits, members, [0, 1, 2], microbatch)
+        np.testing.assert_allclose(update, -total / 20, atol=1e-4 * np.linalg.norm(total / 20))
+        assert metrics['batch_size'] == 3 and metrics['gradient_norm'] == pytest.approx(
+            np.mean(norms), rel=1e-4
+        )
+
+
+def test_one_group_changes_the_sum_by_the_clip_norm_at_most_whatever_it_holds(tiny_model, params, digits):
+    """Many images, of which each alone would be clipped."""
+    members = np.array([np.arange(12), np.r_[20:23, -np.ones(9, int)]])
+    params = jax.tree.map(lambda leaf: 3 * leaf, params)
+    with devices.limited_to(1):
+        alone, with_it = (
+            group_step(tiny_model, params, digits, members, who, 2)[0].astype(np.float64) * 20
+            for who in ([1], [0, 1])
+        )
+    assert 0.49 < np.linalg.norm(with_it - alone) <= 0.5
+
+
+def test_groups_of_one_image_take_the_step_of_images(tiny_model, params, digits):
+    with devices.limited_to(1):
+        updates = [
+            group_step(tiny_model, params, digits, members, [3, 5, 9], 2)[0]
+            for members in (None, np.arange(60)[:, None])
+        ]
+    # Another program rounds otherwise.
+    np.testing.assert_allclose(*updates, rtol=1e-6, atol=1e-6 * np.linalg.norm(updates[0]))

@@ -5,6 +5,9 @@
 Expects data/camelyon_32/train.npz (302,436 images) and test.npz, each with `images` (uint8 NHWC) and
 `labels` (0 or 1). Published with these settings (FID by Inception features / accuracy of the CNN):
 ε = 1: 52.8 / 77.3 %, ε = 10: 27.8 / 82.9 %.
+
+The unit of privacy is one image, a patch. A patient has thousands, and ε for each of them. For all used
+patches of a patient as the unit, name the patients in data.groups (docs/privacy.md).
 """
 
 from ml_collections import ConfigDict

@@ -6,6 +6,9 @@ Expects data/celeba_32/train.npz (train and validation images of CelebA, 182,637
 to 32x32) and test.npz, each with `images` (uint8 NHWC) and `labels` (0 or 1).
 Published with these settings (FID by Inception features / accuracy of the CNN): ε = 1: 60.2 / 82.3 %,
 ε = 10: 24.8 / 94.2 %.
+
+The unit of privacy is one image. A person with k images has k ε and a larger δ; most people in CelebA have
+about 20. For all images of a person as the unit, name the identities in data.groups (docs/privacy.md).
 """
 
 from ml_collections import ConfigDict

@@ -65,7 +65,9 @@ def test_nothing_in_release_tells_a_time_or_a_path(finished_run):
 
 
 @pytest.mark.parametrize(
-    'content', [str(time.time_ns()), str(int(time.time())), '2026-11-26T10:00', '/home/me/run']
+    'content',
+    [str(time.time_ns()), str(int(time.time())), '2026-11-26T10:00', '/home/me/run'],
+    ids=['nanoseconds', 'seconds', 'date', 'path'],  # the same in every process
 )
 def test_what_tells_a_time_or_a_path_is_seen(tmp_path, content):
     """Otherwise the test above could not fail."""

@@ -122,7 +122,8 @@ class Run:
         if {'central', 'finetune', 'evaluate'} & set(todo):
             _ = self.train  # its checks
             if 'evaluate' in todo:
-                _ = self.test
+                for line in evaluate.left_out(self.config, len(self.test.images)):
+                    print(line)
 
     def central(self) -> None:
         releases = self.plan.budget.of(CENTRAL_QUERY)

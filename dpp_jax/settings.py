@@ -237,6 +237,7 @@ def _table() -> dict[str, _Rule]:
         'evaluate.learning_rate': _LEARNING_RATE,
         'evaluate.ema_decay': _SHARE,
         'evaluate.held_out': _INSIDE,
+        'evaluate.real_images': _SWITCH,
         # loop
         'loop.images_at_once': _unset_or(_COUNT),
         'loop.log_every_steps': _COUNT,

@@ -26,6 +26,10 @@ _SCORES = {
     'fid?': float,
     'fid_of_real_test_images?': float,
     'fid_features?': str,
+    'fid_left_out?': str,
+    'fid_images?': {'private': int, 'synthetic': int, 'test': int},
+    'accuracy_of_real_images?': {'*': float},
+    'classifiers_left_out?': str,
 }
 
 
@@ -224,7 +228,8 @@ class Evaluation:
     @property
     def subject(self) -> dict[str, Any]:
         """What results are of: the images, and the settings that change a result."""
-        which = ('evaluate.fid', 'evaluate.classifiers')  # which results there are
+        # Which results there are.
+        which = ('evaluate.fid', 'evaluate.classifiers', 'evaluate.real_images')
         return {
             'images': self._images.identity(),
             'settings': {
@@ -272,5 +277,7 @@ class Evaluation:
     def is_complete(self) -> bool:
         """Whether every score that the settings ask for is there."""
         has_fid = not self._settings['evaluate.fid'] or bool({'fid', 'fid_left_out'} & self.results.keys())
+        if 'classifiers_left_out' in self.results:
+            return has_fid
         accuracy = self.results.get('accuracy', {})
         return has_fid and all(name in accuracy for name in self._settings['evaluate.classifiers'])

@@ -2,18 +2,30 @@
 
 from collections.abc import Iterator
 import contextlib
+from typing import Any
 
 from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax import files
 from dpp_jax.data.images import Images
-from dpp_jax.evaluation import classifiers, features, fid, trainer
+from dpp_jax.evaluation import classifiers, features, fid, needs, trainer
 from dpp_jax.run import statement
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir, flatten
-from dpp_jax.run.keys import Keys
+from dpp_jax.run.keys import NOTE, Keys
 from dpp_jax.training import progress
+
+
+def left_out(config: ConfigDict, test_images: int) -> list[str]:
+    """Say, in a line each, what will be left out; public numbers decide it, before anything is spent."""
+    settings = config.evaluate
+    return needs.left_out(
+        classes=config.data.classes,
+        test_images=test_images,
+        fid=settings.fid,
+        classifiers=len(settings.classifiers),
+    )
 
 
 def why_no_fid(labels: np.ndarray, classes: int) -> str | None:
@@ -21,6 +33,9 @@ def why_no_fid(labels: np.ndarray, classes: int) -> str | None:
 
     It refuses nothing: by then all is released, and what single images decide stays in private/.
     """
+    no_classes = needs.why_no_classes(classes)
+    if no_classes:
+        return no_classes
     counts = np.bincount(labels, minlength=classes)
     if counts.min() >= 2:
         return None
@@ -65,32 +80,32 @@ def run(
         total = 2 * len(train.images) + len(synthetic) + len(test.images)
         with progress.bar(total, 'fid', 'image') as bar:
             results['fid'] = fid.fid(network, train.images, synthetic, progress=bar.update)
-            # What a perfect generator would score: real images that training did not see.
-            results['fid_of_real_test_images'] = fid.fid(
-                network, train.images, test.images, progress=bar.update
-            )
+            if not needs.why_no_reference(len(test.images)):
+                # What a perfect generator would score: real images that training did not see.
+                results['fid_of_real_test_images'] = fid.fid(
+                    network, train.images, test.images, progress=bar.update
+                )
+        results['fid_images'] = {
+            'private': len(train.images),
+            'synthetic': len(synthetic),
+            'test': len(test.images),
+        }
         results['fid_features'] = network.name
         evaluation.save()
+    no_classes = needs.why_no_classes(config.data.classes)
+    if no_classes and settings.classifiers:
+        results['classifiers_left_out'] = no_classes
+        evaluation.save()
     data = images.load(images.for_classifiers)
-    for kind in settings.classifiers:
+    for kind in () if no_classes else settings.classifiers:
         if kind in results['accuracy']:
             continue
-        with _steps_bar(f'train {kind}') as advance:
-            classifier = classifiers.train_classifier(
-                kind,
-                data['images'],
-                data['labels'],
-                classes=config.data.classes,
-                key=keys.of_part(f'evaluate/{kind}').random,
-                settings=trainer.Settings(
-                    epochs=settings.epochs,
-                    batch_size=settings.batch_size,
-                    learning_rate=settings.learning_rate,
-                    ema_decay=settings.ema_decay,
-                    held_out=settings.held_out,
-                ),
-                progress=advance,
-            )
+        if settings.real_images:
+            ceiling = _of_real_images(config, workdir, keys, kind, train, test)
+            if ceiling is not None:
+                results.setdefault('accuracy_of_real_images', {})[kind] = ceiling
+        synthetic = Images(images=data['images'], labels=data['labels'])
+        classifier = _train(config, keys, kind, f'evaluate/{kind}', synthetic, f'train {kind}')
         results['accuracy'][kind] = classifiers.accuracy(classifier, test.images, test.labels)
         results.setdefault('held_out_accuracy', {})[kind] = classifier.held_out_accuracy
         evaluation.save()
@@ -98,6 +113,57 @@ def run(
         f'Settings scored on real images in this folder so far: {len(evaluation.scored)}. Not covered by ε: '
         f'{statement.CHOICE}.'
     )
+
+
+def _train(
+    config: ConfigDict, keys: Keys, kind: str, part: str, images: Images, title: str
+) -> classifiers.Classifier:
+    """Train one classifier with the keys of `part`."""
+    settings = config.evaluate
+    with _steps_bar(title) as advance:
+        return classifiers.train_classifier(
+            kind,
+            images.images,
+            images.labels,
+            classes=config.data.classes,
+            key=keys.of_part(part).random,
+            settings=trainer.Settings(
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                ema_decay=settings.ema_decay,
+                held_out=settings.held_out,
+            ),
+            progress=advance,
+        )
+
+
+def _of_real_images(
+    config: ConfigDict, workdir: WorkDir, keys: Keys, kind: str, train: Images, test: Images
+) -> float | None:
+    """Return the accuracy of a classifier that was trained on the private images: what no generator exceeds.
+
+    Trained once for these settings, and kept in private/. None: a class has too few private images.
+    """
+    if np.bincount(train.labels, minlength=config.data.classes).min() < 2:
+        return None
+    names = ('epochs', 'batch_size', 'learning_rate', 'ema_decay', 'held_out')
+    of = {name: config.evaluate[name] for name in names}
+    known = _known_ceiling(workdir)
+    accuracy = known['accuracy'] if known.get('of') == of else {}
+    if kind not in accuracy:
+        classifier = _train(config, keys, kind, f'evaluate/{kind}/real', train, f'real {kind}')
+        accuracy[kind] = classifiers.accuracy(classifier, test.images, test.labels)
+        files.write_json(workdir.ceiling, {'_note': NOTE, 'of': of, 'accuracy': accuracy}, mode=0o600)
+    return accuracy[kind]
+
+
+def _known_ceiling(workdir: WorkDir) -> dict[str, Any]:
+    """Read what `_of_real_images` wrote; nothing if there is none."""
+    if not workdir.ceiling.exists():
+        return {}
+    advice = 'Delete the file and run --stage=evaluate: it trains the classifiers on real images again'
+    return files.read_json(workdir.ceiling, advice, {'of': dict, 'accuracy': {'*': float}})
 
 
 def _feature_network(

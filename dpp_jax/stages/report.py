@@ -9,7 +9,9 @@ import numpy as np
 
 from dpp_jax import files
 from dpp_jax.data import image_grid
+from dpp_jax.evaluation import needs
 from dpp_jax.evaluation.classifiers import CLASSIFIERS
+from dpp_jax.evaluation.fid import FEW_IMAGES
 from dpp_jax.privacy import accounting
 from dpp_jax.run import artefacts, statement
 from dpp_jax.run.folder import WorkDir, flatten
@@ -84,14 +86,35 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the lines of the table about quality: (what, figure)."""
     rows = []
     if 'fid' in results:
-        rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}'))
+        counts = results.get('fid_images', {})
+        of = lambda kind: (
+            f' ({counts[kind]:,} {kind}, {counts["private"]:,} private images)' if counts else ''
+        )
+        rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}{of("synthetic")}'))
         if 'fid_of_real_test_images' in results:
-            rows.append(('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}'))
+            rows.append(
+                ('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}{of("test")}')
+            )
+        elif counts:
+            rows.append(('  FID of real test images', f'left out: {needs.why_no_reference(counts["test"])}'))
+        few = [kind for kind, count in counts.items() if count < FEW_IMAGES]
+        if few:
+            rows.append(
+                (
+                    '  few images',
+                    f'fewer than {FEW_IMAGES:,} ({", ".join(few)}) make FID too large: compare it only '
+                    'with FIDs of as many images',
+                )
+            )
     elif 'fid_left_out' in results:
         rows.append(('FID', f'left out: {results["fid_left_out"]}'))
     for kind, accuracy in results.get('accuracy', {}).items():
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
-        rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %'))
+        ceiling = results.get('accuracy_of_real_images', {}).get(kind)
+        beside = '' if ceiling is None else f' (trained on the real images: {100 * ceiling:.1f} %)'
+        rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %{beside}'))
+    if 'classifiers_left_out' in results:
+        rows.append(('accuracy', f'left out: {results["classifiers_left_out"]}'))
     return rows
 
 

@@ -1,0 +1,34 @@
+"""What an evaluation cannot compute, known from public numbers before anything is spent."""
+
+_CLASSES = 2  # that classifiers, and the features of FID, must tell apart
+_TEST_IMAGES = 2  # of which a covariance can be taken
+
+
+def why_no_classes(classes: int) -> str | None:
+    """Say why classifiers, and the features of FID, cannot be trained; None if they can."""
+    if classes >= _CLASSES:
+        return None
+    return f'config.data.classes is {classes}; classifiers and the features of FID need at least {_CLASSES}'
+
+
+def why_no_reference(test_images: int) -> str | None:
+    """Say why there is no FID of real test images; None if there is."""
+    if test_images >= _TEST_IMAGES:
+        return None
+    return (
+        f'the test set has {test_images} image(s); the FID of real test images needs at least {_TEST_IMAGES}'
+    )
+
+
+def left_out(*, classes: int, test_images: int, fid: bool, classifiers: int) -> list[str]:
+    """Say, in a line each, what an evaluation will leave out.
+
+    Args:
+        classes: number of classes.
+        test_images: number of real test images.
+        fid: whether FID is asked for.
+        classifiers: how many classifiers are asked for.
+    """
+    no_classes = why_no_classes(classes) if fid or classifiers else None
+    no_reference = why_no_reference(test_images) if fid and not no_classes else None
+    return [f'Evaluation will leave this out: {reason}' for reason in (no_classes, no_reference) if reason]

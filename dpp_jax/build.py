@@ -226,7 +226,7 @@ def source_problems(config: ConfigDict) -> tuple[sources.SourceInfo | None, list
             f'{factor}; they must fit images of shape {found} in {info.name}, not {wanted}'
         )
     is_public = accounting.RELATIONS[config.dp.relation].size_is_public
-    if is_public and info.train_images != data.train_images:
+    if is_public and not data.groups and info.train_images != data.train_images:
         problems.append(
             f'config.data.train_images is {data.train_images}; it must be {info.train_images}, the number of '
             f'private images in {info.name}'

@@ -59,16 +59,16 @@ def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
     with workdir.opened():
         # Again: another process may have worked here.
         changed = gate.check_folder(config, workdir, images, stage)
-        if changed and stage != 'clean':
-            workdir.pretrain_again(flatten(config.to_dict()), changed)
-        this_run = Run(config, workdir, model, images, gate.read(config, workdir, model, images))
+        found = gate.read(config, workdir, model, images, changed=changed)
+        this_run = Run(config, workdir, model, images, found, changed)
         this_run.clean() if stage == 'clean' else this_run.run(STAGES if stage == 'all' else (stage,))
 
 
 class Run:
     """The stages of one command and what they share; private images are read when first needed."""
 
-    def __init__(self, config, workdir, model, images, found: gate.Gate):
+    def __init__(self, config, workdir, model, images, found: gate.Gate, changed: list[str]):
+        self.changed = changed  # settings of pre-training, which begins again
         self.config, self.workdir, self.model, self.images = config, workdir, model, images
         self.plan, self.ledger, self.done = found.plan, found.ledger, found.done
         self.keys = Keys(workdir.keys, config.seed)
@@ -90,6 +90,8 @@ class Run:
         if todo:
             print(f'{plan.text(self.config, self.plan)}\nruns           {", ".join(todo)}')
             self._check(todo)
+            if self.changed:
+                self.workdir.pretrain_again(flatten(self.config.to_dict()), self.changed)
             self.workdir.record(flatten(self.config.to_dict()))
             plan_lib.save(self.workdir.plan, self.plan)
             artefacts.check_inputs(self.workdir, self.model.shapes(), todo)

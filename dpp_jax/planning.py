@@ -44,15 +44,18 @@ def run(config: ConfigDict, root: str | Path) -> None:
             lambda: gate.read(config, workdir, model, images, read_only=True, changed=changed or ()),
         )
         if found is not None:
-            plan.run(
-                config,
-                workdir,
-                plan=found.plan,
-                todo=[name for name in gate.STAGES if not found.done[name]],
-                model=model,
-                sizes=build.sizes(config, model),
-                made=len(found.ledger.entries),
-                source=_words(info),
+            _try(
+                problems,
+                lambda: plan.run(
+                    config,
+                    workdir,
+                    plan=found.plan,
+                    todo=[name for name in gate.STAGES if not found.done[name]],
+                    model=model,
+                    sizes=build.sizes(config, model),
+                    made=len(found.ledger.entries),
+                    source=_words(info),
+                ),
             )
     if problems:
         raise ValueError('\n'.join(problems))
@@ -75,11 +78,18 @@ def _ask_source(config: ConfigDict) -> tuple[SourceInfo | None, list[str]]:
     """Describe the source, as `build.source_problems`, but not for longer than `_PATIENCE`."""
     answers = []
     # A daemon: a thread that waits for a network keeps no process alive.
-    asking = threading.Thread(target=lambda: answers.append(build.source_problems(config)), daemon=True)
+    asking = threading.Thread(target=lambda: answers.append(_answer(config)), daemon=True)
     asking.start()
     asking.join(_PATIENCE)
     late = f'config.data.source is {config.data.source!r}, which did not answer within {_PATIENCE:g} s'
     return answers[0] if answers else (None, [late])
+
+
+def _answer(config: ConfigDict) -> tuple[SourceInfo | None, list[str]]:
+    try:
+        return build.source_problems(config)
+    except Exception as error:  # a library's own: the user hears of it with the other problems
+        return None, [f'config.data.source is {config.data.source!r}: {type(error).__name__}: {error}']
 
 
 def _words(info: SourceInfo | None) -> str:

@@ -16,7 +16,14 @@ from dpp_jax.run.keys import Keys
 
 COUNT, GROUPS, MOST = 60, 20, 2
 LEFT_OUT = 7  # number of the group by which two sets differ
-NOISY = ('central_images.npz', 'central_images.png', 'model', 'synthetic/images.npz', 'synthetic/images.png')
+NOISY = (
+    'digests.json',
+    'central_images.npz',
+    'central_images.png',
+    'model',
+    'synthetic/images.npz',
+    'synthetic/images.png',
+)
 
 
 def make_images():

@@ -18,7 +18,8 @@ example may move it by more than C (crafted gradients: 1.25 C for 4,096 examples
 gradients are therefore cut to whole multiples of a unit (`Grid`), towards zero, so that no norm grows, and
 added as integers: in any order, over microbatches and devices, with the same result. What is left of
 rounding is paid for: C is shrunk by a bound on it. Unit and bound follow from a public number of rows, never
-from who is in a batch; the sum of a batch with more rows is cut to the range of an int32 (`saturated_sum`).
+from who is in a batch; the sum of a batch with more rows is cut to the range of an int32 (`saturated_sum`),
+and its rounding is paid for up to that number.
 """
 
 from collections.abc import Callable

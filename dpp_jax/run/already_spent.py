@@ -31,7 +31,8 @@ def paths(text: str) -> list[Path]:
 def releases(text: str, *, is_private: bool) -> tuple[Releases, ...]:
     """Read the releases that `config.dp.already_spent` names.
 
-    A work directory and a ledger name what one run released; a statement also what was spent before it.
+    A ledger names what one run released; a work directory and a statement also what was spent before it. If
+    that is named as well, it counts twice: too much, never too little.
 
     Args:
         text: the setting.
@@ -48,6 +49,10 @@ def releases(text: str, *, is_private: bool) -> tuple[Releases, ...]:
             raise FileNotFoundError(
                 f'config.dp.already_spent names {named}, which is no file; allowed are {_ALLOWED}'
             )
+        plan = WorkDir(path).plan
+        if path.is_dir() and plan.is_file():
+            before = files.read_json(plan, 'Restore the file', {'spent_before?': [ROW]})
+            found += from_rows(before.get('spent_before', []))
         if named.suffix == '.jsonl':
             ledgers.append(Ledger(named, read_only=True))
             of_file = ledgers[-1].entries

@@ -202,7 +202,7 @@ class WorkDir:
                 shutil.move(folder, aside / name)
         # Last: if this is interrupted, the next command does the rest.
         files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
-        files.write_json(self.config, settings)
+        files.write_json(self.config, without_paths(settings))
         kept = f' What the old ones made is kept in {aside}.' if aside.exists() else ''
         print(
             'Pre-training begins again with other settings, from the same central images. It costs no '

@@ -59,7 +59,7 @@ ASSUMPTIONS = (
     'for each mechanism (one, in a run that an earlier version began)',
     'noise is float32. Each value is half the sum of four normal draws, so it has the granularity of '
     'float32 and ends beyond 10 standard deviations. The guarantee is that of exact normal noise; sums are '
-    'exact, and what rounding adds to them is paid for by a smaller bound',
+    'exact, and what rounding adds to them is paid for by a smaller bound (for as many images as planned)',
     'Poisson samples are drawn by Philox from a secret 128-bit key, one independent 53-bit uniform '
     'number per image (or group, where that is the unit)',
     'the keys in private/ stay secret, during the run and after it',

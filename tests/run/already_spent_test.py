@@ -62,6 +62,14 @@ def test_a_statement_also_names_what_was_spent_before_its_run(tmp_path):
     assert already_spent.releases(str(workdir.statement), is_private=True) == (releases(2), releases())
 
 
+def test_a_work_directory_brings_what_was_spent_before_it(tmp_path):
+    """OLDER → OLD → NEW: whoever names OLD must not forget OLDER."""
+    workdir = make_run(tmp_path)
+    workdir.plan.write_text(json.dumps({'spent_before': already_spent.rows((releases(2),))}))
+    found = already_spent.releases(str(workdir.root), is_private=True)
+    assert sorted(part.count for part in found) == sorted([2, COUNT])
+
+
 @pytest.mark.parametrize(
     'change, text',
     [

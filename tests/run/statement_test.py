@@ -86,6 +86,8 @@ def test_the_written_statement_says_how_often_a_mechanism_ran(tmp_path):
     statement.write(workdir, make(releases(3), releases(5, sigma=3.0)))
     assert statement.stated(workdir, 'dp_sgd') == 8 and statement.stated(workdir, 'query') == 0
     assert json.loads(workdir.statement.read_text())['private']
+    assert not statement.exists(workdir)  # without the ledger that it is computed from
+    workdir.released_ledger.touch()
     assert statement.exists(workdir)
 
 

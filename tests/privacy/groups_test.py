@@ -111,6 +111,15 @@ def test_a_unit_of_bad_numbers_is_refused(change):
         groups.Unit(**{'images': 60, 'groups': 20, 'images_per_group': 2} | change)
 
 
+@pytest.mark.parametrize('kind', QUERIES)
+@pytest.mark.parametrize('m', [0, -1, 2.0, True], ids=repr)
+def test_a_query_of_groups_without_images_is_refused(kind, m):
+    with pytest.raises(
+        ValueError, match=f'^images_per_group is {m!r}; it must be a whole number, at least 1$'
+    ):
+        QUERIES[kind](**SIZES, images_per_group=m)
+
+
 def test_what_a_unit_counts():
     image, group = groups.Unit(images=60), groups.Unit(images=60, groups=20, images_per_group=2)
     assert (image.name, image.size, image.used_images, image.places) == ('image', 60, 60, 60)
@@ -211,6 +220,14 @@ def test_what_free_places_hold_changes_no_bit(kind, images, labels, mask, other,
     _, total = sums(kind, own)
     changed = np.where(mask[..., None, None, None], images, other), np.where(mask, labels, 2 - labels)
     np.testing.assert_array_equal(flat(total(*changed, mask, ROWS)), flat(total(images, labels, mask, ROWS)))
+
+
+def test_the_norm_of_the_votes_of_a_thousand_images_is_exact():
+    """An int32 does not hold its square."""
+    labels, mask = np.zeros((2, 1000), np.int32), np.ones((2, 1000), bool)
+    mask[1, 500:] = False
+    norms = jax.jit(groups.norms_of_votes)(np.zeros((2, 1000, 60, 60), np.int32), labels, mask)
+    np.testing.assert_allclose(norms, [60_000, 30_000], rtol=1e-6)
 
 
 @pytest.mark.parametrize('counts', ['public', 'noisy'])

@@ -173,9 +173,13 @@ def norms_of_votes(values: jax.Array, labels: jax.Array, mask: jax.Array) -> jax
     flat = values.reshape((*mask.shape, -1))
     alike = jax.lax.map(lambda i: jnp.sum(flat == flat[:, i, None], axis=2), jnp.arange(mask.shape[1]))
     of_images = jnp.sum(jnp.where(_of_one_class(labels, mask), jnp.moveaxis(alike, 0, 1), 0), axis=2)
-    # In two halves, each exact: a thousand large images have more pairs than an int32 holds.
-    high, low = jnp.sum(of_images >> 12, axis=1), jnp.sum(of_images & 0xFFF, axis=1)
-    return jnp.sqrt(high.astype(jnp.float32) * 2**12 + low.astype(jnp.float32))
+    return jnp.sqrt(_sum(of_images))
+
+
+def _sum(counts: jax.Array) -> jax.Array:
+    """Add up int32 ≥ 0 along the last axis, float32: in two halves, as an int32 may not hold their sum."""
+    high, low = jnp.sum(counts >> 12, axis=-1), jnp.sum(counts & 0xFFF, axis=-1)
+    return high.astype(jnp.float32) * 2**12 + low.astype(jnp.float32)
 
 
 def _of_one_class(labels: jax.Array, mask: jax.Array) -> jax.Array:

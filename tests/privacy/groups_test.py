@@ -222,12 +222,20 @@ def test_what_free_places_hold_changes_no_bit(kind, images, labels, mask, other,
     np.testing.assert_array_equal(flat(total(*changed, mask, ROWS)), flat(total(images, labels, mask, ROWS)))
 
 
-def test_the_norm_of_the_votes_of_a_thousand_images_is_exact():
-    """An int32 does not hold its square."""
-    labels, mask = np.zeros((2, 1000), np.int32), np.ones((2, 1000), bool)
-    mask[1, 500:] = False
-    norms = jax.jit(groups.norms_of_votes)(np.zeros((2, 1000, 60, 60), np.int32), labels, mask)
-    np.testing.assert_allclose(norms, [60_000, 30_000], rtol=1e-6)
+def test_the_norm_of_votes_is_that_of_the_histograms():
+    rng = np.random.default_rng(0)
+    values, labels = rng.integers(0, 3, (40, M, 6)), rng.integers(0, CLASSES, (40, M))
+    mask = rng.random((40, M)) < 0.8
+    votes = (values[..., None] == np.arange(3)) & mask[..., None, None]
+    by_class = votes[:, :, None] & (labels[:, :, None] == np.arange(CLASSES))[..., None, None]
+    expected = np.linalg.norm(by_class.sum(axis=1).reshape(40, -1), axis=1)
+    np.testing.assert_allclose(groups.norms_of_votes(values, labels, mask), expected, rtol=1e-6)
+
+
+def test_more_pairs_than_an_int32_holds_are_counted():
+    """Of a thousand images with 12,288 values each, all alike."""
+    counts = np.full((2, 1000), 1000 * 12288, np.int32)
+    np.testing.assert_allclose(groups._sum(counts), 1000**2 * 12288.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize('counts', ['public', 'noisy'])

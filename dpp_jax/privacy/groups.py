@@ -108,7 +108,7 @@ def choose(groups: np.ndarray, images_per_group: int, key: int) -> np.ndarray:
         own = images[start:end]
         if len(own) > images_per_group:
             # Philox is counter-based: every group has random numbers of its own.
-            counter = [0, 0, 0, int(name) % 2**64]
+            counter = np.array([0, 0, 0, int(name) % 2**64], np.uint64)  # negative numbers, too
             generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
             own = np.sort(own[generator.permutation(len(own))[:images_per_group]])
         members[row, : len(own)] = own

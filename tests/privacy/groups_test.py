@@ -73,6 +73,14 @@ def test_every_image_of_a_group_is_kept_equally_often_and_the_key_decides():
     np.testing.assert_array_equal(groups.choose(numbers, 2, KEY), groups.choose(numbers, 2, KEY))
 
 
+@pytest.mark.parametrize('first', [0, 2**62, -(2**62)])
+def test_groups_of_neighboring_numbers_choose_by_themselves(first):
+    """Whatever the numbers are: none is rounded."""
+    numbers = np.repeat(first + np.arange(40), 12)
+    places = groups.choose(numbers, 3, KEY) % 12
+    assert len(np.unique(places, axis=0)) > 20
+
+
 def test_a_batch_of_groups_holds_their_images_and_zeros_elsewhere():
     numbers = np.array([7, 3, 7, 3, 7, 9])
     members = groups.choose(numbers, 2, KEY)
@@ -229,7 +237,8 @@ def test_the_norm_of_votes_is_that_of_the_histograms():
     votes = (values[..., None] == np.arange(3)) & mask[..., None, None]
     by_class = votes[:, :, None] & (labels[:, :, None] == np.arange(CLASSES))[..., None, None]
     expected = np.linalg.norm(by_class.sum(axis=1).reshape(40, -1), axis=1)
-    np.testing.assert_allclose(groups.norms_of_votes(values, labels, mask), expected, rtol=1e-6)
+    found = jax.jit(groups.norms_of_votes)(values, labels, mask)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_more_pairs_than_an_int32_holds_are_counted():

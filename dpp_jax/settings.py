@@ -296,9 +296,11 @@ _RELATIONS = (
     ),
     _Relation(
         'dp.delta',
-        ('data.train_images',),
-        lambda delta, images: delta < 1 / images,
-        lambda images: f'below 1 / data.train_images = {1 / images:.3g}',
+        ('data.train_images', 'data.train_groups'),
+        lambda delta, images, groups: delta < 1 / (groups or images),
+        lambda images, groups: (
+            f'below 1 / data.train_{"groups" if groups else "images"} = {1 / (groups or images):.3g}'
+        ),
     ),
     *(
         _Relation(
@@ -327,12 +329,6 @@ _RELATIONS = (
         ('data.train_images',),
         lambda number, images: number is None or number <= images,
         lambda images: f'at most data.train_images = {images}',
-    ),
-    _Relation(
-        'dp.delta',
-        ('data.train_groups',),
-        lambda delta, number: number is None or delta < 1 / number,
-        lambda number: f'below 1 / data.train_groups = {1 / number:.3g}',
     ),
     _Relation(
         'data.image_size',

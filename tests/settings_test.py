@@ -52,6 +52,52 @@ def lines(config):
     return []
 
 
+GROUPED = {
+    'dp.unit': 'group',
+    'dp.images_per_group': 3,
+    'data.source': 'npz:x',
+    'data.groups': 'person',
+    'data.train_groups': 900,
+}
+
+
+def test_groups_are_allowed_as_a_whole():
+    assert lines(changed(GROUPED | {'dp.delta': 1 / 901})) == []
+    assert lines(changed(GROUPED | {'data.source': 'tfds:x', 'data.groups': 'a/person'})) == []
+
+
+@pytest.mark.parametrize('missing', [name for name in GROUPED if name not in ('data.source', 'dp.unit')])
+@pytest.mark.parametrize('unit', ['image', 'group'])
+def test_settings_of_groups_go_together(missing, unit):
+    """One that is missing, or set where images are the unit, is named."""
+    nothing = '' if missing == 'data.groups' else None
+    if unit == 'group':
+        found, text = lines(changed(GROUPED | {missing: nothing})), "must be set, because dp.unit is 'group'"
+    else:
+        found, text = (
+            lines(changed({missing: GROUPED[missing]})),
+            "must be left out, because dp.unit is 'image'",
+        )
+    assert any(line.startswith(f'config.{missing} is ') and text in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ('change', 'text'),
+    [
+        ({'dp.unit': 'person'}, "config.dp.unit is 'person'; it must be 'image' or 'group'"),
+        ({'dp.images_per_group': 0}, 'images_per_group is 0; it must be a whole number in [1, 1000]'),
+        ({'data.train_groups': 60001}, 'train_groups is 60001; it must be at most data.train_images = 60000'),
+        ({'data.train_groups': 0}, 'train_groups is 0; it must be a whole number, at least 1'),
+        ({'dp.delta': 1 / 900}, 'it must be below 1 / data.train_groups = 0.00111'),
+        ({'data.source': 'idx:x'}, "'idx:x' says of no image whose it is"),
+        ({'data.source': 'digits'}, 'Sources with groups are tfds:<name> and npz:<folder>'),
+    ],
+)
+def test_settings_of_groups_out_of_range_are_named(change, text):
+    found = lines(changed(GROUPED | change))
+    assert any(text in line for line in found)
+
+
 @pytest.mark.parametrize('epsilon', ['1', '10'])
 @pytest.mark.parametrize(
     'module', [default, camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28], ids=str

@@ -108,7 +108,7 @@ def choose(groups: np.ndarray, images_per_group: int, key: int) -> np.ndarray:
         own = images[start:end]
         if len(own) > images_per_group:
             # Philox is counter-based: every group has random numbers of its own.
-            counter = [0, 0, 0, int(name) % 2**64]
+            counter = np.array([0, 0, 0, int(name) % 2**64], np.uint64)  # negative numbers, too
             generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
             own = np.sort(own[generator.permutation(len(own))[:images_per_group]])
         members[row, : len(own)] = own
@@ -151,8 +151,37 @@ def sum_by_class(values: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.A
         shaped as `values`: where an image is the first of its class in its group, the sum of that class;
         zeros elsewhere. So the norm of a group's row is that of its sums of all classes.
     """
-    same = (labels[:, :, None] == labels[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    same = _of_one_class(labels, mask)
     is_first = jnp.argmax(same, axis=2) == jnp.arange(mask.shape[1])
     chosen = jnp.where(is_first[:, :, None] & same, 1.0, 0.0)
     # What rounding adds does no harm: the result is clipped as it is.
     return jnp.einsum('nij,nj...->ni...', chosen, values, precision=jax.lax.Precision.HIGHEST)
+
+
+def norms_of_votes(values: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+    """Compute the norm of each group's histograms, of which each image and pixel adds one to a bin.
+
+    The square counts how often two images of one class have the same bin: the histograms are never made.
+
+    Args:
+        values: (n, m, ...) int32, the bins.
+        labels, mask: (n, m), as of `sum_by_class`.
+
+    Returns:
+        (n,) float32.
+    """
+    flat = values.reshape((*mask.shape, -1))
+    alike = jax.lax.map(lambda i: jnp.sum(flat == flat[:, i, None], axis=2), jnp.arange(mask.shape[1]))
+    of_images = jnp.sum(jnp.where(_of_one_class(labels, mask), jnp.moveaxis(alike, 0, 1), 0), axis=2)
+    return jnp.sqrt(_sum(of_images))
+
+
+def _sum(counts: jax.Array) -> jax.Array:
+    """Add up int32 ≥ 0 along the last axis, float32: in two halves, as an int32 may not hold their sum."""
+    high, low = jnp.sum(counts >> 12, axis=-1), jnp.sum(counts & 0xFFF, axis=-1)
+    return high.astype(jnp.float32) * 2**12 + low.astype(jnp.float32)
+
+
+def _of_one_class(labels: jax.Array, mask: jax.Array) -> jax.Array:
+    """Whether two images of a group, (n, m, m), are there and have one class."""
+    return (labels[:, :, None] == labels[:, None, :]) & mask[:, :, None] & mask[:, None, :]

@@ -61,9 +61,10 @@ class Query(abc.ABC):
     images_per_group: int | None = None
 
     def __post_init__(self):
-        for name in ('classes', 'dimensions', *(['images_per_group'] if self.images_per_group else [])):
+        for name in ('classes', 'dimensions', 'images_per_group'):
             value = getattr(self, name)
-            checks.require(name, value, checks.is_whole(value, 1), 'a whole number, at least 1')
+            is_unset = name == 'images_per_group' and value is None
+            checks.require(name, value, is_unset or checks.is_whole(value, 1), 'a whole number, at least 1')
 
     @property
     @abc.abstractmethod
@@ -256,14 +257,7 @@ class ModeQuery(Query):
     def _sums_of_groups(self, images, labels, mask, rows):
         own_class = jnp.where(mask, labels, self.classes)
         values = (images.astype(jnp.int32) * self.bins) // 256
-        # The square of a group's norm: how often two of its images have one class and vote alike.
-        flat = values.reshape((*mask.shape, -1))
-        alike = jax.lax.map(
-            lambda i: jnp.sum(flat == flat[:, i, None], axis=2), jnp.arange(self.images_per_group)
-        )
-        same = (labels[:, :, None] == labels[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-        squares = jnp.sum(jnp.where(same, jnp.moveaxis(alike, 0, 1), 0), axis=(1, 2))
-        norms = jnp.sqrt(squares.astype(jnp.float32))
+        norms = groups.norms_of_votes(values, labels, mask)
         bound = self._group_bound(rows)
         weights = (bound / jnp.maximum(norms, bound))[:, None]
         most = _power_of_two(self.images_per_group)  # votes of one group for a bin

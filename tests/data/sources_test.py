@@ -191,6 +191,7 @@ def tiny_tfds():
                     {
                         'image': tfds.features.Image(shape=(4, 6, 3)),
                         'label': tfds.features.ClassLabel(num_classes=2),
+                        'about': {'person': np.int64},
                     }
                 ),
             )
@@ -203,7 +204,7 @@ def tiny_tfds():
         def _generate_examples(self, count):
             images, labels = random_set(count, (4, 6, 3), 2, seed=count)
             for i in range(count):
-                yield i, {'image': images[i], 'label': int(labels[i])}
+                yield i, {'image': images[i], 'label': int(labels[i]), 'about': {'person': i // 2}}
 
     return TinyForTest
 
@@ -219,6 +220,18 @@ def test_tfds_is_prepared_when_it_is_not_there(tiny_tfds, tmp_path, monkeypatch,
     loaded = sources.load('tfds:tiny_for_test', 'train', **where)
     assert 'tiny_for_test is not prepared' in capfd.readouterr().out
     assert sorted_rows(loaded.images, loaded.labels) == sorted_rows(*random_set(4, (4, 6, 3), 2, seed=4))
+    assert loaded.groups is None
+    grouped = sources.load('tfds:tiny_for_test', 'train', groups='about/person', **where)
+    np.testing.assert_array_equal(grouped.images, loaded.images)
+    # Whose an image is stands in its record: i and i + 1 for an even i.
+    images, _ = random_set(4, (4, 6, 3), 2, seed=4)
+    places = [next(i for i in range(4) if (images[i] == image).all()) for image in grouped.images]
+    np.testing.assert_array_equal(grouped.groups, np.array(places) // 2)
+    for name in ('person', 'about/x', 'image/x', 'about'):
+        with pytest.raises(
+            ValueError, match=f"data.groups is '{name}'; it must be a feature .*'about'|integers"
+        ):
+            sources.load('tfds:tiny_for_test', 'train', groups=name, **where)
     info = sources.describe('tfds:tiny_for_test', **where)
     assert info == source_info('tfds:tiny_for_test', 4, 2, (4, 6, 3), 2)
     # Prepared in another format, it cannot be read without TensorFlow.

@@ -73,6 +73,14 @@ def test_every_image_of_a_group_is_kept_equally_often_and_the_key_decides():
     np.testing.assert_array_equal(groups.choose(numbers, 2, KEY), groups.choose(numbers, 2, KEY))
 
 
+@pytest.mark.parametrize('first', [0, 2**62, -(2**62)])
+def test_groups_of_neighboring_numbers_choose_by_themselves(first):
+    """Whatever the numbers are: none is rounded."""
+    numbers = np.repeat(first + np.arange(40), 12)
+    places = groups.choose(numbers, 3, KEY) % 12
+    assert len(np.unique(places, axis=0)) > 20
+
+
 def test_a_batch_of_groups_holds_their_images_and_zeros_elsewhere():
     numbers = np.array([7, 3, 7, 3, 7, 9])
     members = groups.choose(numbers, 2, KEY)
@@ -109,6 +117,15 @@ def test_a_unit_of_bad_numbers_is_refused(change):
     (name,) = change
     with pytest.raises(ValueError, match=f'^{name} is .*; it must be a whole number, at least 1'):
         groups.Unit(**{'images': 60, 'groups': 20, 'images_per_group': 2} | change)
+
+
+@pytest.mark.parametrize('kind', QUERIES)
+@pytest.mark.parametrize('m', [0, -1, 2.0, True], ids=repr)
+def test_a_query_of_groups_without_images_is_refused(kind, m):
+    with pytest.raises(
+        ValueError, match=f'^images_per_group is {m!r}; it must be a whole number, at least 1$'
+    ):
+        QUERIES[kind](**SIZES, images_per_group=m)
 
 
 def test_what_a_unit_counts():
@@ -211,6 +228,23 @@ def test_what_free_places_hold_changes_no_bit(kind, images, labels, mask, other,
     _, total = sums(kind, own)
     changed = np.where(mask[..., None, None, None], images, other), np.where(mask, labels, 2 - labels)
     np.testing.assert_array_equal(flat(total(*changed, mask, ROWS)), flat(total(images, labels, mask, ROWS)))
+
+
+def test_the_norm_of_votes_is_that_of_the_histograms():
+    rng = np.random.default_rng(0)
+    values, labels = rng.integers(0, 3, (40, M, 6)), rng.integers(0, CLASSES, (40, M))
+    mask = rng.random((40, M)) < 0.8
+    votes = (values[..., None] == np.arange(3)) & mask[..., None, None]
+    by_class = votes[:, :, None] & (labels[:, :, None] == np.arange(CLASSES))[..., None, None]
+    expected = np.linalg.norm(by_class.sum(axis=1).reshape(40, -1), axis=1)
+    found = jax.jit(groups.norms_of_votes)(values, labels, mask)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_more_pairs_than_an_int32_holds_are_counted():
+    """Of a thousand images with 12,288 values each, all alike."""
+    counts = np.full((2, 1000), 1000 * 12288, np.int32)
+    np.testing.assert_allclose(groups._sum(counts), 1000**2 * 12288.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize('counts', ['public', 'noisy'])

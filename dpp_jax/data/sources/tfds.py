@@ -58,9 +58,7 @@ class Tfds(Source):
         from tensorflow_datasets import decode
 
         builder = self._prepared(prepare=True)
-        wanted, feature = True, builder.info.features
-        for part in reversed(name.split('/')):
-            wanted = {part: wanted}
+        feature = builder.info.features
         try:
             for part in name.split('/'):
                 feature = feature[part]
@@ -69,7 +67,7 @@ class Tfds(Source):
                 f'config.data.groups is {name!r}; it must be a feature of {self.name}, which has '
                 f'{sorted(builder.info.features)}'
             ) from error
-        records = builder.as_data_source(split=split, decoders=decode.PartialDecoding(wanted))  # no image
+        records = builder.as_data_source(split=split, decoders={'image': decode.SkipDecoding()})
         found = []
         for start in range(0, len(records), _BATCH):
             for record in records.__getitems__(list(range(start, min(start + _BATCH, len(records))))):

@@ -3,7 +3,7 @@
     python -m scripts.grouped_digits data/grouped_digits
     dpp-jax --config=digits_8:10 --workdir=runs/grouped --config.data.source=npz:data/grouped_digits \\
         --config.dp.unit=group --config.data.groups=person --config.data.train_groups=719 \\
-        --config.dp.images_per_group=2
+        --config.dp.images_per_group=2 --config.query.class_counts=noisy
 
 What a group costs beside the same budget for images: docs/privacy.md, "Groups".
 """

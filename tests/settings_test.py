@@ -9,7 +9,7 @@ import pytest
 
 from dpp_jax import build, settings
 from dpp_jax.configs import camelyon_32, celeba_32, default, digits_8, fmnist_28, mnist_14, mnist_28
-from dpp_jax.privacy import accounting, queries
+from dpp_jax.privacy import calibration, queries
 
 # What a query checks itself, by kind and name, with the value that its class has without a setting.
 QUERY_SETTINGS = {
@@ -301,5 +301,5 @@ def test_names_are_those_of_the_registries(monkeypatch):
 
 
 def test_no_noise_is_calibrated_for_the_check(tiny_config, monkeypatch):
-    monkeypatch.setattr(accounting, 'calibrate', None)
+    monkeypatch.setattr(calibration, 'calibrate', None)
     settings.check(tiny_config(query__epsilon_share=0.2))

@@ -76,10 +76,9 @@ def ask(tmp_path_factory, monkeypatch):
 
         def run_stage():
             keys, private = Keys(workdir.keys, config.seed), Images(images=images, labels=labels)
-            query = build.query(config)
-            central.run(
-                config, workdir, keys, ledger, private, lambda: None, query=query, releases=planned(config)
-            )
+            first = config, workdir, keys, ledger, private, lambda: None
+            asked = {'query': build.query(config), 'releases': planned(config), 'unit': build.unit(config)}
+            central.run(*first, **asked)
 
         if answer is None:
             run_stage()

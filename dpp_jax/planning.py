@@ -15,7 +15,7 @@ from dpp_jax import build, gate, settings
 from dpp_jax.data.sources import SourceInfo
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir, flatten
-from dpp_jax.stages import plan
+from dpp_jax.stages import evaluate, plan
 from dpp_jax.training import devices
 
 _PATIENCE = 10.0  # seconds, for a source: a network or a disk may not answer
@@ -54,7 +54,7 @@ def run(config: ConfigDict, root: str | Path) -> None:
                     model=model,
                     sizes=build.sizes(config, model),
                     made=len(found.ledger.entries),
-                    source=_words(info),
+                    source=_words(config, info),
                 ),
             )
     if problems:
@@ -92,12 +92,13 @@ def _answer(config: ConfigDict) -> tuple[SourceInfo | None, list[str]]:
         return None, [f'config.data.source is {config.data.source!r}: {type(error).__name__}: {error}']
 
 
-def _words(info: SourceInfo | None) -> str:
+def _words(config: ConfigDict, info: SourceInfo | None) -> str:
     """Describe the source for people."""
     if info is None:
         return 'NOT FOUND: see the last lines. The figures are those of the config'
     height, width, channels = info.image_shape
-    return (
+    said = (
         f'{info.name}: {info.train_images:,} private and {info.test_images:,} test images of '
         f'{height}x{width}x{channels}, {info.classes} classes'
     )
+    return '\n'.join([said, *evaluate.left_out(config, info.test_images)])

@@ -106,3 +106,9 @@ def test_a_plan_is_a_draft_until_all_has_run(copied_run, capsys):
         path.write_text(''.join(path.read_text().splitlines(True)[:3]))
     pipeline.run(config, workdir.root, 'plan')
     assert 'DRAFT: 3 of 25 releases were made.' in capsys.readouterr().out.splitlines()
+
+
+def test_what_the_evaluation_will_leave_out_is_told(refused, tmp_path):
+    sizes = {'data__classes': 1, 'data__train_images': 61, 'finetune__batch_size': 20, 'generate__images': 2}
+    told, _ = refused(data__source=save(tmp_path / 'data', classes=1), **sizes)
+    assert 'Evaluation will leave this out: config.data.classes is 1' in told

@@ -4,7 +4,7 @@ __version__ = '0.1.0'
 
 
 def __getattr__(name):
-    """Offer `dpp_jax.sample`, whose imports take seconds, to whoever asks for it."""
+    """Import `dpp_jax.sample` when it is first used: it takes seconds."""
     if name == 'sample':
         from dpp_jax.library import sample
 

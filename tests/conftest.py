@@ -171,3 +171,16 @@ def compilations():
     jax.jit(lambda x: x + 3)(1.0)
     assert counter.count > 0  # JAX still reports compilations under this name
     return counter
+
+
+@pytest.fixture(scope='session')
+def released():
+    """A function: work directory → files of release/ by name, and those of them that no noise went into."""
+    noisy = ('digests.json', 'central_images.', 'model/', 'synthetic/images.')
+
+    def read(workdir):
+        paths = [path for path in workdir.release.rglob('*') if path.is_file()]
+        found = {str(path.relative_to(workdir.release)): path.read_bytes() for path in paths}
+        return found, {name: found[name] for name in found if not name.startswith(noisy)}
+
+    return read

@@ -16,14 +16,6 @@ from dpp_jax.run.keys import Keys
 
 COUNT, GROUPS, MOST = 60, 20, 2
 LEFT_OUT = 7  # number of the group by which two sets differ
-NOISY = (
-    'digests.json',
-    'central_images.npz',
-    'central_images.png',
-    'model',
-    'synthetic/images.npz',
-    'synthetic/images.png',
-)
 
 
 def make_images():
@@ -75,13 +67,6 @@ def run(config, root):
     return WorkDir(root)
 
 
-def files_of(workdir):
-    """Contents by name; of a model, its name alone: its files may have time stamps."""
-    found = {str(p.relative_to(workdir.release)): p for p in workdir.release.rglob('*') if p.is_file()}
-    names = {'/'.join(name.split('/')[:2]) if name.startswith('model/') else name for name in found}
-    return names, {name: p.read_bytes() for name, p in found.items() if not name.startswith('model/')}
-
-
 def of_group(private):
     return np.flatnonzero(private['person'] == 1000 * LEFT_OUT + 3)
 
@@ -103,12 +88,12 @@ def with_another_group():
 
 @pytest.mark.parametrize('neighbor', [without_a_group, with_another_group], ids=lambda f: f.__name__)
 def test_neighbors_by_a_group_release_the_same_files_and_differ_only_by_what_noise_went_into(
-    one, tiny_config, folder, neighbor
+    one, tiny_config, folder, neighbor, released
 ):
     other = run(make_config(tiny_config, folder, neighbor()), folder / neighbor.__name__)
-    (names, files), (other_names, other_files) = files_of(one), files_of(other)
-    assert names == other_names
-    assert {name for name in files if files[name] != other_files[name]} <= set(NOISY)
+    (files, without_noise), (other_files, other_without_noise) = released(one), released(other)
+    assert files.keys() == other_files.keys()
+    assert without_noise == other_without_noise
     assert files['central_images.npz'] != other_files['central_images.npz']
 
 
@@ -122,7 +107,7 @@ def test_a_run_says_everywhere_that_its_unit_is_a_group(one):
     assert 'unit of privacy: one group' in one.report_page.read_text(encoding='utf-8')
 
 
-def test_surplus_images_of_a_group_change_no_bit_of_what_is_released(one, tiny_config, folder):
+def test_surplus_images_of_a_group_change_no_bit_of_what_is_released(one, tiny_config, folder, released):
     private = make_images()
     config = make_config(tiny_config, folder, private)
     kept = Keys(one.keys, config.seed).members(private['person'], MOST)
@@ -131,7 +116,7 @@ def test_surplus_images_of_a_group_change_no_bit_of_what_is_released(one, tiny_c
     private['images'][surplus] = 255 - private['images'][surplus]
     private['labels'][surplus] = 9 - private['labels'][surplus]
     other = run(make_config(tiny_config, folder, private), folder / 'surplus')
-    assert files_of(one) == files_of(other)
+    assert released(one) == released(other)
     shapes = build.model(config).shapes()
     for training in ('pretrain', 'finetune'):
         np.testing.assert_equal(*[artefacts.weights(w, training, shapes)['params'] for w in (one, other)])

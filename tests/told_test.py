@@ -16,7 +16,7 @@ import pytest
 
 from dpp_jax import files, pipeline
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import artefacts, folder, statement
+from dpp_jax.run import artefacts, folder, statement_text
 from dpp_jax.run.folder import WorkDir
 
 _MONTH = 31 * 86_400.0
@@ -250,4 +250,4 @@ def test_settings_that_were_scored_are_counted(copied_run, capsys):
     told = capsys.readouterr().out
     assert 'in this folder so far: 1. Not covered' in told and 'in this folder so far: 2. Not covered' in told
     assert '2 (a choice by scores is not covered)' in workdir.report_text.read_text()
-    assert statement.CHOICE in workdir.statement_text.read_text()
+    assert statement_text.CHOICE in workdir.statement_text.read_text()

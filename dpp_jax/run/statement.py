@@ -17,56 +17,9 @@ from dpp_jax.privacy import accounting, groups
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases, group, total_event
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import already_spent
+from dpp_jax.run import statement_text as words
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys, is_seeded
-
-TITLES = {CENTRAL_QUERY: 'central images (query)', DP_SGD: 'fine-tuning (DP-SGD)'}
-UNITS = {
-    groups.IMAGE: 'one image with its label',
-    groups.GROUP: 'one group of images with their labels (all images of a person, as `data.groups` says)',
-}
-COVERED = (
-    'everything in release/: central images, models, synthetic images, and whatever is computed from them',
-    'any number of synthetic images that anyone draws from the released model',
-)
-CHOICE = (
-    'choosing settings by scores on real images (FID, accuracies), `generate.*` too: the more settings are '
-    'scored, the more the choice tells of these images'
-)
-NOT_COVERED = (
-    'anything in private/: keys, training losses and gradient norms, FID and accuracies against real '
-    'images, reports',
-    CHOICE,
-    'other computations on the same images: an earlier run, a run with other settings. '
-    'Each has its own ε; the ε values add up (`dpp-jax --stage=compose` states '
-    'them together). What is listed here as spent before is counted',
-    'facts about the population: synthetic images show what many private images have in common',
-)
-_NOT_COVERED_OF = {
-    groups.IMAGE: 'a person with several images: for k images, ε is k times as large, and δ is larger '
-    "(`dp.unit='group'` covers all images of a person)",
-    groups.GROUP: 'a person with images in several groups: for k groups, ε is k times as large, and δ is '
-    'larger. One image more, less or other in a group is covered by the ε of replace one (another group in '
-    'the place of one)',
-}
-_PUBLIC = 'the size of the private images and the number of classes are public'
-_PUBLIC_NUMBER = {
-    groups.IMAGE: 'the number of private images, their size and the number of classes are public',
-    groups.GROUP: 'the number of groups, the size of the private images and the number of classes are public',
-}
-ASSUMPTIONS = (
-    'the adversary is computationally bounded: noise comes from threefry with secret keys, four of 64 bits '
-    'for each mechanism (one, in a run that an earlier version began)',
-    'noise is float32. Each value is half the sum of four normal draws, so it has the granularity of '
-    'float32 and ends beyond 10 standard deviations. The guarantee is that of exact normal noise; sums are '
-    'exact, and what rounding adds to them is paid for by a smaller bound (for as many images as planned)',
-    'Poisson samples are drawn by Philox from a secret 128-bit key, one independent 53-bit uniform '
-    'number per image (or group, where that is the unit)',
-    'the keys in private/ stay secret, during the run and after it',
-    'the keys serve one run only: nobody continues a copy of private/ elsewhere, and nobody makes a '
-    'deleted release again on other devices or with other versions',
-    'the adversary does not see how long a run took, or whether it ended',
-)
 
 
 def make(
@@ -94,7 +47,7 @@ def make(
     """
     epsilon = _epsilons([*before, *releases], delta, accountant, relation)
     meaning, unit = accounting.RELATIONS[relation], _unit(releases)
-    public = _PUBLIC_NUMBER[unit] if meaning.size_is_public else _PUBLIC
+    public = words.PUBLIC_NUMBER[unit] if meaning.size_is_public else words.PUBLIC
     return {
         'private': is_private,
         'epsilon': epsilon[accountant],
@@ -103,16 +56,16 @@ def make(
         'accountant': accountant,
         'budget': budget,
         'unit': unit,
-        'unit_of_privacy': UNITS[unit],
+        'unit_of_privacy': words.UNITS[unit],
         'relation': relation,
         'neighboring_relation': meaning.sentence.format(unit=unit),
         'epsilon_by_accountant': epsilon,
         'epsilon_of_replace_one': replace_one((*before, *releases), delta),
         'mechanisms': _rows(releases, delta, accountant, relation),
         'spent_before': _rows(before, delta, accountant, relation),
-        'covered': list(COVERED),
-        'not_covered': [*NOT_COVERED, _NOT_COVERED_OF[unit]],
-        'assumptions': [public, *ASSUMPTIONS],
+        'covered': list(words.COVERED),
+        'not_covered': [*words.NOT_COVERED, words.NOT_COVERED_OF[unit]],
+        'assumptions': [public, *words.ASSUMPTIONS],
         'code': code_version(),
         'code_of_stages': code_of_stages or {},
     }
@@ -153,7 +106,7 @@ def write(workdir: WorkDir, statement: dict[str, Any]) -> None:
     """Write release/privacy_statement.json and .md, after the ledger that they are computed from."""
     workdir.publish_ledger()
     files.write_json(workdir.statement, statement)
-    files.write_text(workdir.statement_text, markdown(statement))
+    files.write_text(workdir.statement_text, words.markdown(statement))
 
 
 def exists(workdir: WorkDir) -> bool:
@@ -209,103 +162,6 @@ def check_lost(
                 'counts it as released. private/keys.json has no digest of it: a new one could differ, and '
                 'would be a second release under the same noise. Restore it, or use another --workdir'
             )
-
-
-def markdown(statement: dict[str, Any], draft: str = '') -> str:
-    """Write the statement for people; every ε is rounded up. A `draft` says why it does not hold yet."""
-    show, exact = accounting.format_epsilon, accounting.format_exact
-    epsilon = statement['epsilon_by_accountant']
-    lines = ['# Privacy statement', '']
-    if draft:
-        note = f'**DRAFT: {draft}.** This is what the statement of a whole run would say.'
-        lines = ['# Privacy statement (DRAFT)', '', note, '']
-    if not statement['private']:
-        lines += [
-            '**THIS RUN IS NOT PRIVATE.** Its keys come from `config.seed`: anyone who guesses the seed can '
-            'remove the noise. The rest of this page holds only for a run without a seed.',
-            '',
-        ]
-    lines += [
-        f'Everything in `release/` is **(ε = {show(statement["epsilon"])}, '
-        f'δ = {exact(statement["delta"])})**-differentially private '
-        f'(budget: ε = {exact(statement["budget"])}).',
-        '',
-        f'- Unit of privacy: {statement["unit_of_privacy"]}.',
-        f'- Neighboring relation: {statement["neighboring_relation"]}. The budget is for this relation.',
-        replace_one_line(statement['relation'], statement['epsilon_of_replace_one'], statement['unit']),
-        '- By Rényi differential privacy: '
-        + (
-            f'ε = {show(epsilon["rdp"])}, at order {epsilon["rdp_order"]:g}.'
-            if epsilon['rdp'] is not None
-            else 'this relation cannot be counted.'
-        ),
-        '- By privacy loss distributions: '
-        + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else _why_not(statement['delta'])),
-        f'- The stated ε is that of the {statement["accountant"].upper()} accountant, with which the run was '
-        'planned. Every ε is rounded up.',
-        '',
-        '## Mechanisms',
-        '',
-        '| mechanism (Poisson-sampled Gaussian) | noise multiplier σ | sampling probability q | times | '
-        'L2 sensitivity Δ | ε alone (RDP) | ε alone (PLD) |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    rows = [('spent before: ', row) for row in statement['spent_before']]
-    for when, row in [*rows, *(('', row) for row in statement['mechanisms'])]:
-        alone = row['epsilon']
-        lines.append(
-            f'| {when}{TITLES.get(row["mechanism"], row["mechanism"])} | '
-            f'{accounting.format_noise(row["noise_multiplier"])} | '
-            f'{row["sampling_probability"]:.6g} | {row["count"]} | {row["sensitivity"]:.6g} | '
-            f'{_or_dash(alone["rdp"])} | {_or_dash(alone["pld"])} |'
-        )
-    lines += ['', 'The noise has standard deviation σ·Δ in every coordinate.', '']
-    if rows:
-        lines += [
-            'Rows "spent before" are earlier releases from the same private images (`dp.already_spent`). '
-            'Every ε above this table includes them.',
-            '',
-        ]
-    for title, name in (
-        ('Covered', 'covered'),
-        ('Not covered', 'not_covered'),
-        ('Assumptions', 'assumptions'),
-    ):
-        lines += [f'## {title}', '', *(f'- {text}.' for text in statement[name]), '']
-    named = lambda code: ', '.join(f'{name} {version}' for name, version in code.items())
-    lines += [
-        '## Code',
-        '',
-        f'Computed from {"the plan" if draft else "`ledger.jsonl`"} by {named(statement["code"])}.',
-        '',
-    ]
-    stages_of = {}  # versions → the stages that they ran
-    for stage, codes in statement['code_of_stages'].items():
-        stages_of.setdefault('; then '.join(map(named, codes)), []).append(f'`{stage}`')
-    lines += [f'- {", ".join(stages)}: ran with {codes}.' for codes, stages in stages_of.items()]
-    return '\n'.join([*lines, ''])
-
-
-def _why_not(delta: float) -> str:
-    """Say why there is no figure by privacy loss distributions."""
-    if delta <= accounting.LEAST_DELTA_OF_PLD:
-        return 'not available at this δ.'
-    return 'not computed: ε is too large, or releases are too many.'
-
-
-def _or_dash(value: float | None) -> str:
-    return '–' if value is None else accounting.format_epsilon(value)
-
-
-def replace_one_line(relation: str, value: float | None, unit: str = groups.IMAGE) -> str:
-    """Say, as an item of a list, what ε is for who reads "neighbors" as "one image (or group) replaced"."""
-    if relation == accounting.REPLACE_ONE:
-        return '- By zero-out, or add or remove one, ε is smaller.'
-    figure = 'not computed' if value is None else f'ε = {accounting.format_epsilon(value)}'
-    return (
-        f'- By replace one (another {unit} in the place of one), at the same δ: {figure}, by privacy loss '
-        'distributions. The budget is not for this relation.'
-    )
 
 
 @functools.lru_cache(maxsize=16)

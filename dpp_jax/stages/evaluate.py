@@ -10,7 +10,7 @@ import numpy as np
 from dpp_jax import files
 from dpp_jax.data.images import Images
 from dpp_jax.evaluation import classifiers, features, fid, needs, trainer
-from dpp_jax.run import statement
+from dpp_jax.run import statement_text
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import NOTE, Keys
@@ -111,7 +111,7 @@ def run(
         evaluation.save()
     print(
         f'Settings scored on real images in this folder so far: {len(evaluation.scored)}. Not covered by ε: '
-        f'{statement.CHOICE}.'
+        f'{statement_text.CHOICE}.'
     )
 
 

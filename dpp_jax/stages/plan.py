@@ -15,7 +15,7 @@ from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget
-from dpp_jax.run import hours, statement, warnings
+from dpp_jax.run import hours, statement, statement_text, warnings
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.plan import Plan
 from dpp_jax.run.sizes import Sizes
@@ -60,7 +60,7 @@ def run(
     print(f'{time}\n\nwould run      {todo}\n')
     for warning in [*_warnings(config, plan), *weeks]:
         print(f'WARNING: {warning}.\n')
-    shown = statement.markdown(_statement(config, plan), draft)
+    shown = statement_text.markdown(_statement(config, plan), draft)
     print(f'Privacy statement of this plan{" (DRAFT)" if draft else ""}:\n\n{shown}')
     if plan.budget.of(CENTRAL_QUERY) and not workdir.root.is_dir():
         print(f'No picture of other shares of ε: {workdir.root} is not there yet, and plan makes nothing.')

@@ -13,7 +13,7 @@ from dpp_jax.evaluation import needs
 from dpp_jax.evaluation.classifiers import CLASSIFIERS
 from dpp_jax.evaluation.fid import FEW_IMAGES
 from dpp_jax.privacy import accounting
-from dpp_jax.run import artefacts, statement
+from dpp_jax.run import artefacts, statement, statement_text
 from dpp_jax.run.folder import WorkDir, flatten
 
 _COLUMNS = 12  # images of a class that the page shows
@@ -72,7 +72,7 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
     accountant = privacy['accountant']
     rows = [
         (
-            when + statement.TITLES.get(row['mechanism'], row['mechanism']),
+            when + statement_text.TITLES.get(row['mechanism'], row['mechanism']),
             f'ε = {show(row["epsilon"][accountant])}',
         )
         for when, name in (('spent before: ', 'spent_before'), ('', 'mechanisms'))

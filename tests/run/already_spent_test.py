@@ -9,7 +9,7 @@ from dpp_jax.privacy import accounting
 from dpp_jax.privacy.budget import DP_SGD, Releases, total_event
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import already_spent, statement
+from dpp_jax.run import already_spent, statement, statement_text
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.stages import plan as plan_stage
 
@@ -63,7 +63,7 @@ def test_a_statement_also_names_what_was_spent_before_its_run(tmp_path):
 
 
 def test_a_work_directory_brings_what_was_spent_before_it(tmp_path):
-    """OLDER → OLD → NEW: whoever names OLD must not forget OLDER."""
+    """A run that counted an earlier one: naming its folder counts both."""
     workdir = make_run(tmp_path)
     workdir.plan.write_text(json.dumps({'spent_before': already_spent.rows((releases(2),))}))
     found = already_spent.releases(str(workdir.root), is_private=True)
@@ -121,7 +121,7 @@ def test_a_new_run_keeps_both_within_its_budget_and_says_so(tiny_config, tmp_pat
     assert 'spent before: dp_sgd' in plan_stage.text(config, beside)
     told = plan_stage._statement(config, beside)
     assert told['epsilon'] == spent and told['spent_before'][0]['count'] == COUNT
-    assert '| spent before: fine-tuning (DP-SGD) | 3.0000 |' in statement.markdown(told)
+    assert '| spent before: fine-tuning (DP-SGD) | 3.0000 |' in statement_text.markdown(told)
 
 
 def test_a_budget_that_is_spent_already_is_refused(tiny_config, tmp_path):

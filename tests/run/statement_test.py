@@ -8,7 +8,7 @@ import pytest
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import statement
+from dpp_jax.run import statement, statement_text
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys, seeded_identifier
 
@@ -40,8 +40,8 @@ def test_keys_from_a_seed_make_a_run_not_private_whatever_the_config_says(tmp_pa
     private = written(WorkDir(tmp_path / 'private'), 'abc')
     mixed = written(WorkDir(tmp_path / 'mixed'), 'abc', seeded_identifier(3))
     assert private['private'] is True and mixed['private'] is False
-    assert 'NOT PRIVATE' in statement.markdown(mixed)
-    assert 'NOT PRIVATE' not in statement.markdown(private)
+    assert 'NOT PRIVATE' in statement_text.markdown(mixed)
+    assert 'NOT PRIVATE' not in statement_text.markdown(private)
 
 
 def test_releases_with_other_keys_are_other_releases(tmp_path):
@@ -54,7 +54,7 @@ def test_releases_with_other_keys_are_other_releases(tmp_path):
 def test_figures_are_rounded_to_the_safe_side():
     made = make(releases(sigma=2.00009), budget=1.0000004, delta=1.23456789e-5)
     assert Decimal(made['epsilon_rounded_up']) >= Decimal(made['epsilon'])
-    text = statement.markdown(made)
+    text = statement_text.markdown(made)
     assert '| 2.0000 |' in text and 'ε = 1.0000004' in text and '1.23456789e-05' in text
 
 
@@ -63,14 +63,14 @@ def test_a_statement_by_pld_is_made_also_where_rdp_is_very_large(sigma):
     made = make(releases(3, sigma=sigma), accountant='pld')
     assert made['epsilon_by_accountant']['rdp'] > 20
     assert 0 < made['epsilon'] == made['epsilon_by_accountant']['pld']
-    assert 'differentially private' in statement.markdown(made)
+    assert 'differentially private' in statement_text.markdown(made)
 
 
 @pytest.mark.parametrize('delta', [1e-14, 1e-15, 1e-30])
 def test_what_pld_cannot_state_is_said_and_is_no_infinite_figure(delta):
     made = make(delta=delta)
     assert made['epsilon_by_accountant']['pld'] is made['epsilon_of_replace_one'] is None
-    text = statement.markdown(made)
+    text = statement_text.markdown(made)
     assert 'By privacy loss distributions: not available at this δ.' in text and 'inf' not in text
 
 
@@ -78,7 +78,7 @@ def test_what_pld_cannot_state_is_said_and_is_no_infinite_figure(delta):
 def test_a_statement_of_too_much_for_pld_says_so(fields):
     made = make(releases(fields.pop('count', 3), **fields))
     assert made['epsilon_by_accountant']['pld'] is None
-    assert 'By privacy loss distributions: not computed: ε is too large, or' in statement.markdown(made)
+    assert 'By privacy loss distributions: not computed: ε is too large, or' in statement_text.markdown(made)
 
 
 def test_every_version_of_the_code_is_named(tmp_path, monkeypatch):
@@ -90,9 +90,11 @@ def test_every_version_of_the_code_is_named(tmp_path, monkeypatch):
     statement.record_code(workdir, 'finetune')
     codes = statement.codes(workdir)
     assert [len(codes[stage]) for stage in ('central', 'finetune')] == [2, 1]
-    text = statement.markdown(make(code_of_stages=codes))
+    text = statement_text.markdown(make(code_of_stages=codes))
     assert '`finetune`: ran with dpp_jax 99.' in text and '; then dpp_jax 99.' in text
-    text = statement.markdown(make(code_of_stages={stage: [{'dpp_jax': '99'}] for stage in ('a', 'b', 'c')}))
+    text = statement_text.markdown(
+        make(code_of_stages={stage: [{'dpp_jax': '99'}] for stage in ('a', 'b', 'c')})
+    )
     assert '- `a`, `b`, `c`: ran with dpp_jax 99.' in text
 
 

@@ -1,8 +1,8 @@
 # Sourced by the other scripts: a virtual environment with the package installed.
-#   use_environment FOLDER EXTRAS SIZE   makes FOLDER if needed, installs what changed, activates it.
+#   use_environment FOLDER EXTRAS [SIZE]   makes FOLDER if needed, installs what changed, activates it.
 # SIZE is what a first installation downloads, for people who wait for it.
 use_environment() {
-  local folder=$1 extras=$2 size=$3 python=${PYTHON:-python3} wanted
+  local folder=$1 extras=$2 size=${3:-1 GB or more} python=${PYTHON:-python3} wanted
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "dpp_jax needs Python 3.11 or newer; $python is $("$python" --version 2>&1)." \
       "Set PYTHON=/path/to/python3.11" >&2

@@ -236,6 +236,13 @@ def source_problems(config: ConfigDict) -> tuple[sources.SourceInfo | None, list
             f'config.data.classes is {data.classes}; it must be at least {info.classes}, because the labels '
             f'in {info.name} go to {info.classes - 1}'
         )
+    if data.groups:
+        try:
+            groups = sources.near_groups(data.source, data.groups, data_dir=data.dir)
+            if groups is not None:
+                _check_groups(config, groups)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
     return info, problems
 
 

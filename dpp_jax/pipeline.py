@@ -90,6 +90,8 @@ class Run:
         if todo:
             print(f'{plan.text(self.config, self.plan)}\nruns           {", ".join(todo)}')
             self._check(todo)
+            for warning in plan.warnings_of(self.config, self.plan):
+                print(f'WARNING: {warning}.')
             if self.changed:
                 self.workdir.pretrain_again(flatten(self.config.to_dict()), self.changed)
             self.workdir.record(flatten(self.config.to_dict()))

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dpp_jax import build, gate, settings
 from dpp_jax.data.sources import SourceInfo
+from dpp_jax.privacy import accounting
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.stages import evaluate, plan
@@ -101,4 +102,6 @@ def _words(config: ConfigDict, info: SourceInfo | None) -> str:
         f'{info.name}: {info.train_images:,} private and {info.test_images:,} test images of '
         f'{height}x{width}x{channels}, {info.classes} classes'
     )
+    if not accounting.RELATIONS[config.dp.relation].size_is_public:
+        said += '. Their true number is private: keep this line'
     return '\n'.join([said, *evaluate.left_out(config, info.test_images)])

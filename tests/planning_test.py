@@ -112,3 +112,34 @@ def test_what_the_evaluation_will_leave_out_is_told(refused, tmp_path):
     sizes = {'data__classes': 1, 'data__train_images': 61, 'finetune__batch_size': 20, 'generate__images': 2}
     told, _ = refused(data__source=save(tmp_path / 'data', classes=1), **sizes)
     assert 'Evaluation will leave this out: config.data.classes is 1' in told
+
+
+def arrays(**changes):
+    rng = np.random.default_rng(0)
+    found = {'images': rng.integers(0, 256, (60, 8, 8, 1), np.uint8), 'labels': np.arange(60) % 10}
+    return found | {'writer': np.arange(60) // 2} | changes
+
+
+@pytest.mark.parametrize(
+    'changes, settings, text',
+    [
+        ({'images': np.zeros((60, 8, 8, 1), np.float32)}, {}, 'images are float32 .* they must be uint8'),
+        ({'labels': np.arange(60) % 10 - 1}, {}, 'the labels go from -1'),
+        ({}, {'data.groups': 'person'}, "config.data.groups is 'person'; it must be an array"),
+        ({'writer': np.arange(60) / 2}, {}, 'the groups are float64'),
+        ({'writer': np.arange(50)}, {}, r'they must be integers of shape \(60,\)'),
+        ({}, {'data.train_groups': 60}, 'config.data.train_groups is 60; it must be 30'),
+    ],
+)
+def test_what_a_run_would_refuse_in_the_arrays_is_told_by_plan(
+    tiny_config, tmp_path, monkeypatch, capsys, changes, settings, text
+):
+    for split in ('train', 'test'):
+        np.savez(tmp_path / f'{split}.npz', **arrays(**changes))
+    monkeypatch.setattr(sources, 'load', None)
+    config = tiny_config(data__source=f'npz:{tmp_path}', data__train_images=60, finetune__batch_size=20)
+    config.data.update(groups='writer', train_groups=30)
+    config.dp.update(unit='group', images_per_group=2)
+    config.update_from_flattened_dict(settings)
+    with pytest.raises(ValueError, match=text):
+        pipeline.run(config, tmp_path / 'run', 'plan')

@@ -82,7 +82,10 @@ def _figures(parts: tuple, delta: float) -> str:
     show = accounting.format_epsilon
     event = budget.total_event(parts)
     rdp = accounting.epsilon(event, delta)
-    pld, replaced = accounting.epsilon_if_stated(event, delta), statement.replace_one(parts, delta)
+    pld, replaced = (
+        accounting.epsilon_if_stated(event, delta),
+        statement.by_pld(parts, delta, accounting.REPLACE_ONE),
+    )
     or_none = lambda value: 'not available' if value is None else show(value)
     return (
         f'ε = {show(rdp)} (RDP), {or_none(pld)} (PLD) by zero-out or add or remove one; '

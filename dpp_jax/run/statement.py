@@ -60,7 +60,7 @@ def make(
         'relation': relation,
         'neighboring_relation': meaning.sentence.format(unit=unit),
         'epsilon_by_accountant': epsilon,
-        'epsilon_of_replace_one': replace_one((*before, *releases), delta),
+        'epsilon_of_replace_one': by_pld((*before, *releases), delta, accounting.REPLACE_ONE),
         'mechanisms': _rows(releases, delta, accountant, relation),
         'spent_before': _rows(before, delta, accountant, relation),
         'covered': list(words.COVERED),
@@ -164,12 +164,6 @@ def check_lost(
             )
 
 
-@functools.lru_cache(maxsize=16)
-def replace_one(releases: tuple[Releases, ...], delta: float) -> float | None:
-    """Compute ε by privacy loss distributions for replace one; None where they cannot state it."""
-    return accounting.epsilon_if_stated(total_event(releases), delta, accounting.REPLACE_ONE)
-
-
 def record_code(workdir: WorkDir, stage: str) -> None:
     """Note in release/code.json that this version of the code runs (a part of) a stage."""
     recorded, version = codes(workdir), code_version()
@@ -219,11 +213,11 @@ def _epsilons(
     rdp, order = None, None
     if 'rdp' in accounting.RELATIONS[relation].accountants:
         rdp, order = accounting.epsilon_and_order(event, delta, relation)
-    pld = _pld(tuple(releases), delta, relation)
+    pld = by_pld(tuple(releases), delta, relation)
     return {'rdp': rdp, 'rdp_order': order, 'pld': pld}
 
 
 @functools.lru_cache(maxsize=64)
-def _pld(releases: tuple[Releases, ...], delta: float, relation: str) -> float | None:
+def by_pld(releases: tuple[Releases, ...], delta: float, relation: str) -> float | None:
     """Compute ε by privacy loss distributions, which takes seconds; None where they cannot state it."""
     return accounting.epsilon_if_stated(total_event(releases), delta, relation)

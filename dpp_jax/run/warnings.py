@@ -27,12 +27,14 @@ class Question:
         sensitivity: Δ of one query.
         downsample: factor by which images are reduced for it.
         most_downsample: the largest that is allowed.
+        is_scaled_by_group: whether Δ is so many times as large as a group has images.
     """
 
     kind: str
     sensitivity: float
     downsample: int
     most_downsample: int
+    is_scaled_by_group: bool = False
 
 
 def find(
@@ -51,6 +53,7 @@ def find(
     found = [
         _class_size(images, classes),
         _central_images(budget, images / classes, question),
+        _public_counts(budget, question),
         _steps(budget, images, parameters, batch_size),
     ]
     return [text for text in found if text]
@@ -76,6 +79,15 @@ def _class_size(images: int, classes: int) -> str | None:
         f'{images:,} private images in {classes} classes are {images / classes:,.1f} per class, which is '
         'few: only what many images have in common can be learned. What helps: '
         f'{_FEWEST_IMAGES_PER_CLASS} per class, or fewer classes (data.classes)'
+    )
+
+
+def _public_counts(budget: Budget, question: Question) -> str | None:
+    if not question.is_scaled_by_group or budget.of(CENTRAL_QUERY) is None:
+        return None
+    return (
+        f'the sensitivity of the query, {question.sensitivity:.4g}, is that of all of a group, because '
+        "class counts are public. query.class_counts='noisy' has that of about one image, at the same ε"
     )
 
 

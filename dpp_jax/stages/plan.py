@@ -58,7 +58,7 @@ def run(
     )
     time, weeks = _time(config, plan, model)
     print(f'{time}\n\nwould run      {todo}\n')
-    for warning in [*_warnings(config, plan), *weeks]:
+    for warning in [*warnings_of(config, plan), *weeks]:
         print(f'WARNING: {warning}.\n')
     shown = statement_text.markdown(_statement(config, plan), draft)
     print(f'Privacy statement of this plan{" (DRAFT)" if draft else ""}:\n\n{shown}')
@@ -139,7 +139,7 @@ def _draft(budget: Budget, made: int) -> str:
     return f'{made:,} of {total:,} releases were made' if made < total else ''
 
 
-def _warnings(config: ConfigDict, plan: Plan) -> list[str]:
+def warnings_of(config: ConfigDict, plan: Plan) -> list[str]:
     """Return what cannot work, see `run.warnings`."""
     asked = plan.budget.of(CENTRAL_QUERY)
     return warnings.find(
@@ -153,6 +153,9 @@ def _warnings(config: ConfigDict, plan: Plan) -> list[str]:
             sensitivity=asked.mechanism.sensitivity if asked else 0.0,
             downsample=config.query.downsample,
             most_downsample=max(1, config.data.image_size // 2),
+            is_scaled_by_group=(plan.unit.images_per_group or 1) > 1
+            and config.query.class_counts == 'public'
+            and config.query.kind == 'mean',
         ),
     )
 
@@ -198,9 +201,12 @@ def _replace_one(plan: Plan) -> str:
     budget = plan.budget
     if budget.relation == accounting.REPLACE_ONE:
         return ''
-    found = statement.replace_one((*budget.before, *budget.releases), budget.delta)
+    releases = (*budget.before, *budget.releases)
+    found = statement.by_pld(releases, budget.delta, accounting.REPLACE_ONE)
+    own = statement.by_pld(releases, budget.delta, budget.relation)
     figure = 'not computed' if found is None else f'{accounting.format_epsilon(found)} (PLD)'
-    return f' With another {plan.unit.name} in the place of one (replace one), ε = {figure}.'
+    beside = '' if own is None else f' By PLD, ε = {accounting.format_epsilon(own)}.'
+    return f'{beside} With another {plan.unit.name} in the place of one (replace one), ε = {figure}.'
 
 
 def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:

@@ -13,14 +13,16 @@ CONFIGS = (camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28)
 
 
 def found(config):
-    return plan._warnings(config, build.plan(config, build.model(config)))
+    return plan.warnings_of(config, build.plan(config, build.model(config)))
 
 
-@pytest.mark.parametrize('epsilon', ['1', '10'])
-@pytest.mark.parametrize('module', CONFIGS, ids=lambda module: module.__name__.rpartition('.')[2])
+@pytest.mark.parametrize(
+    'module, epsilon',
+    # At ε = 1, 1,437 digits are few.
+    [(module, '10') for module in CONFIGS] + [(module, '1') for module in CONFIGS if module != digits_8],
+    ids=lambda value: getattr(value, '__name__', value).rpartition('.')[2],
+)
 def test_shipped_configs_have_none_at_the_epsilons_of_the_paper(module, epsilon):
-    if (module, epsilon) == (digits_8, '1'):
-        pytest.skip('1,437 images are few for ε = 1')
     assert found(module.get_config(epsilon)) == []
 
 
@@ -66,3 +68,12 @@ def test_the_noise_of_a_pixel_is_what_a_query_adds():
     answers = [np.asarray(ask(i, batch, np.zeros(n, bool))[0]) for i in range(8)]
     measured = np.std(np.stack(answers), axis=(1, 2, 3, 4)).mean()
     assert measured == pytest.approx(warnings.image_noise(2.0, query.sensitivity, 0.5, n / classes), rel=0.03)
+
+
+@pytest.mark.parametrize('counts, is_told', [('public', True), ('noisy', False)])
+def test_public_counts_of_groups_are_warned_of(counts, is_told):
+    config = digits_8.get_config('10')
+    config.dp.update(unit='group', images_per_group=2)
+    config.data.update(groups='person', train_groups=719)
+    config.query.class_counts = counts
+    assert any("query.class_counts='noisy'" in text for text in found(config)) == is_told

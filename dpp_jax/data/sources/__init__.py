@@ -39,6 +39,18 @@ def shape(source: str, split: str, *, data_dir: str = '') -> tuple[int | None, .
     return _find(source, data_dir).shape(_checked(split))
 
 
+def near_groups(source: str, name: str, *, data_dir: str = '') -> np.ndarray | None:
+    """Return whose each training image is, integers (N,); None where only the whole set tells.
+
+    Arguments and errors are those of `load`.
+    """
+    found = _find(source, data_dir)
+    groups = found.near_groups(name)
+    if groups is None:
+        return None
+    return check_groups(groups, count=found.describe().train_images, name=f'{source}, {name}')
+
+
 def load(
     source: str,
     split: str,

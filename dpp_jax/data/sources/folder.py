@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 
+from dpp_jax.data.images import check_labels
 from dpp_jax.data.sources.source import SourceInfo
 
 # What NumPy, gzip and zipfile raise for a damaged file.
@@ -75,10 +76,12 @@ def describe_arrays(
             f'the images of {name} have the shapes {train_shape} in train and {test_shape} in test; '
             'both must be (images, height, width, channels), of one size'
         )
+    classes = int(train_labels.max()) + 1 if train_labels.size else 0
+    check_labels(train_labels, count=train_shape[0], classes=max(1, classes), name=name, every_class=False)
     return SourceInfo(
         name=name,
         train_images=train_shape[0],
         test_images=test_shape[0],
         image_shape=train_shape[1:],
-        classes=int(train_labels.max()) + 1 if train_labels.size else 0,
+        classes=classes,
     )

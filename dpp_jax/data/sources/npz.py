@@ -36,11 +36,14 @@ class Npz(Source):
 
     def shape(self, split: str) -> tuple[int, ...]:
         path, images, labels = self._find(split)
-        return folder.image_shape(path, _header(path, images), _header(path, labels))
+        return folder.image_shape(path, _header(path, images, np.uint8), _header(path, labels))
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         path, images, _ = self._find(split)
         return _array(path, images), self._labels(split)
+
+    def near_groups(self, name: str) -> np.ndarray:
+        return self.groups('train', name)
 
     def groups(self, split: str, name: str) -> np.ndarray:
         path, _, _ = self._find(split)
@@ -89,7 +92,7 @@ def _opened(path: Path, name: str) -> Iterator[tuple[BinaryIO, zipfile.ZipInfo]]
             yield file, member
 
 
-def _header(path: Path, name: str) -> tuple[int, ...]:
+def _header(path: Path, name: str, wanted: type | None = None) -> tuple[int, ...]:
     """Return the shape of one array, from its header, after a check that the file can hold so much."""
     with _opened(path, name) as (file, member):
         is_old = np.lib.format.read_magic(file) == (1, 0)
@@ -98,6 +101,8 @@ def _header(path: Path, name: str) -> tuple[int, ...]:
         start = file.tell()
     if dtype.hasobject:
         raise ValueError(f'{path} cannot be read ({name} holds Python objects); it must hold numbers')
+    if wanted is not None and dtype != wanted:
+        raise ValueError(f'{path}: {name} are {dtype} of shape {shape}; they must be {np.dtype(wanted)}')
     claimed = math.prod(shape) * dtype.itemsize
     if start + claimed != member.file_size:
         raise ValueError(

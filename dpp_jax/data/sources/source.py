@@ -87,3 +87,7 @@ class Source(abc.ABC):
             ValueError: there is no such array, or its file is damaged.
         """
         raise ValueError(f'config.data.groups is {name!r}; it must be empty: {self.name} has no groups')
+
+    def near_groups(self, name: str) -> np.ndarray | None:
+        """Return `groups` of the training images where they can be read without these; None: not so."""
+        return None

@@ -19,7 +19,7 @@ set -euo pipefail
 
 AGAIN=75  # EX_TEMPFAIL of sysexits.h
 AGAIN_WORDS='Run the same command'  # dpp-jax says so whenever the same command goes on
-LAST_LINES=20  # of the output, in which it says so
+LAST_LINES=50  # of the output, in which it says so
 END_SECONDS=180  # a process that lost the others ends within two minutes
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -61,11 +61,10 @@ is_running() {
 
 # Wait until no run is in progress; fail after END_SECONDS.
 wait_for_end() {
-  local waited=0
+  local until=$((SECONDS + END_SECONDS))
   while is_running; do
-    [ "$waited" -lt "$END_SECONDS" ] || return 1
-    sleep 1
-    waited=$((waited + 1))
+    [ "$SECONDS" -lt "$until" ] || return 1
+    sleep 0.2
   done
 }
 
@@ -107,7 +106,7 @@ follow() {
   local state
   [ -e "$log_file" ] || { say 'there is no run to follow'; exit 1; }
   if is_running; then
-    tail -n "${1:-+1}" --pid="$(cat "$pid_file")" -f "$log_file"
+    tail -n "${1:-+1}" --sleep-interval=0.2 --pid="$(cat "$pid_file")" -f "$log_file"
   else
     tail -n "${1:-+1}" "$log_file"
   fi

@@ -356,20 +356,18 @@ def test_sigterm_reaches_the_program_which_saves_before_all_ends(to_group):
     assert 'saved' in said and process.returncode == AGAIN
 
 
-def test_slurm_sends_sigterm_on_to_srun_and_requeues(launcher):
-    launcher.program(launcher.bin / 'srun', '#!/usr/bin/env bash\nshift 3; exec "$@"')
-    launcher.program(launcher.folder / 'dpp-jax', f'#!/usr/bin/env bash\n{SAVES}')
+def test_a_task_that_slurm_asks_to_stop_saves_and_the_job_is_requeued(launcher):
+    assert '#SBATCH --signal=TERM@' in Path(SLURM[1]).read_text(encoding='utf-8')  # not B:, the script alone
+    # As Slurm's: SIGTERM ends srun at once, and is sent to the tasks by another way.
+    launcher.program(launcher.bin / 'srun', '#!/bin/sh\nshift 3; "$@" & echo $! > "$STAND_IN/task"; wait $!')
+    launcher.program(launcher.bin / 'dpp-jax', f'#!/usr/bin/env bash\n{SAVES}')
     launcher.answer(squeue=['RUNNING'])
-    (launcher.folder / 'bin' / 'dpp-jax').symlink_to(launcher.folder / 'dpp-jax')
-    slurm = {
-        'SLURM_NTASKS': '1',
-        'SLURM_JOB_ID': '9',
-        'SLURM_SUBMIT_DIR': str(ROOT),
-        'DPP_VENV': str(launcher.folder),
-    }
-    process = start(*SLURM, *ARGUMENTS, env=launcher.environment | slurm)
+    slurm = {'SLURM_NTASKS': '1', 'SLURM_JOB_ID': '9', 'SLURM_SUBMIT_DIR': str(ROOT)}
+    changes = slurm | {'DPP_VENV': str(launcher.folder)}
+    process = start(*SLURM, *ARGUMENTS, env=launcher.environment | changes)
     assert process.stdout.readline() == 'begins\n'
     process.send_signal(signal.SIGTERM)
+    os.kill(int((launcher.folder / 'task').read_text()), signal.SIGTERM)
     said, _ = process.communicate(timeout=20)
     assert 'saved' in said and process.returncode == AGAIN
     assert ['scontrol', 'requeue', '9'] in launcher.calls()

@@ -48,19 +48,23 @@ def main() -> int:
     return max(abs(status) for status in statuses)
 
 
-def start(arguments: list[str], processes: int, devices: int, **options) -> list[subprocess.Popen]:
+def start(
+    arguments: list[str], processes: int, devices: int | None, **options
+) -> list[subprocess.Popen]:
     """Start dpp-jax so many times, as one run, with output in a pipe each.
 
     Args:
         arguments: of dpp-jax.
         processes: how many.
-        devices: simulated CPU devices of each.
+        devices: simulated CPU devices of each; None: as the program chooses.
         options: of `subprocess.Popen`.
     """
     port = _free_port()
-    environment = dict(options.pop('env', os.environ), JAX_NUM_CPU_DEVICES=str(devices))
-    flags = re.sub(f'{_FLAG}=\\S*', '', environment.get('XLA_FLAGS', ''))  # it would override the above
-    environment['XLA_FLAGS'] = flags.strip()
+    environment = dict(options.pop('env', os.environ))
+    if devices is not None:
+        environment['JAX_NUM_CPU_DEVICES'] = str(devices)
+        flags = re.sub(f'{_FLAG}=\\S*', '', environment.get('XLA_FLAGS', ''))  # it would override the above
+        environment['XLA_FLAGS'] = flags.strip()
     command = [sys.executable, '-m', 'dpp_jax.main', *arguments]
     options = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'stdin': subprocess.DEVNULL} | options
     others = lambda number: [f'--distributed=127.0.0.1:{port},{processes},{number}'] if processes > 1 else []

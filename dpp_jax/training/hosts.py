@@ -39,6 +39,8 @@ _IN_MESSAGE = 2**18  # bytes; more than these travel from device to device
 _SLICE = 1.0  # seconds between two looks at signals while the main thread waits
 _FAREWELL = 5.0  # seconds in which the others hear why a process ends
 
+_AGAIN = 'Run the same command to continue from what is saved.'
+
 _numbers = itertools.count()  # of messages and meetings: every process counts the same
 _is_apart = False  # within `from_first`
 _watch: '_Watch | None' = None
@@ -153,7 +155,7 @@ def _initialize(how: Asked, timeout: float) -> None:
 
 def index() -> int:
     """Return the number of this process, from 0."""
-    return jax.process_index() if _watch else 0
+    return jax.process_index()
 
 
 def count() -> int:
@@ -302,10 +304,10 @@ def _late(error: str, what: str, limit: float) -> str:
     """Say who is late, as far as JAX's error does."""
     names = re.findall(r'^\s*(?:/job:jax_worker/replica:0/task:)?(\d+)\s*$', error.partition('Some')[2], re.M)
     if 'timed out' not in error or not names:
-        return f'the processes lost each other at {what} ({" ".join(error.split())[:200]})'
+        return f'the processes lost each other at {what} ({" ".join(error.split())[:200]}). {_AGAIN}'
     return (
         f'process {", ".join(names)} did not come to {what} within {limit:g} s after the first one, and may be '
-        'stuck'
+        f'stuck. {_AGAIN}'
     )
 
 
@@ -405,7 +407,7 @@ class _Watch:
             if beat == before and now - at > self.timeout:
                 self._end_all(
                     f'{self.name(number)} gave no sign of life for {self.timeout:g} s: it was killed, or it '
-                    'hangs',
+                    f'hangs. {_AGAIN}',
                     1,
                 )
             self._beats[number] = (beat, at if beat == before else now)
@@ -430,7 +432,8 @@ class _Watch:
 
     def _silent_first(self) -> None:
         self._end_here(
-            f'{self.name(0)} gave no sign of life for {self.timeout:g} s: it was killed, or it hangs', 1
+            f'{self.name(0)} gave no sign of life for {self.timeout:g} s: it was killed, or it hangs. {_AGAIN}',
+            1,
         )
 
     def _end_all(self, line: str, code: int) -> None:
@@ -446,8 +449,7 @@ class _Watch:
         """End this process with a line."""
         if not self._end.acquire(blocking=False):
             time.sleep(3600)  # somebody else does
-        again = '. Run the same command to continue from what is saved.' if code else ''
-        os.write(2, f'\ndpp-jax: process {index()} stops: {line}{again}\n'.encode())
+        os.write(2, f'\ndpp-jax: process {index()} stops: {line}\n'.encode())
         time.sleep(linger)
         self._part()
         os._exit(code)
@@ -461,6 +463,8 @@ class _Watch:
 
     def say_failed(self, line: str, code: int) -> None:
         """Let the others end because of an error of this process, which has printed its line."""
+        if self._teller:
+            self._teller.end()
         if not self._end.acquire(blocking=False):
             time.sleep(3600)
         if is_first():
@@ -490,9 +494,9 @@ class _Watch:
     def _part(self) -> None:
         """Let process 0 know that this one is gone, and the teller that nothing is wrong."""
         if not is_first():
+            self._teller.end()
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 _client().key_value_set(f'gone/{index()}', '')
-            self._teller.end()
 
     def _wait_for_others(self) -> None:
         """In process 0: wait until the others have heard and are gone, for some seconds."""
@@ -531,8 +535,7 @@ if is_lost and not is_over:
 
     def __init__(self):
         line = (
-            f'dpp-jax: process {index()} stops: process 0 is gone. Run the same command to continue from what '
-            'is saved.\n'
+            f'dpp-jax: process {index()} stops: process 0 is gone. {_AGAIN}\n'
         )
         reader, self._writer = os.pipe()
         self._process = subprocess.Popen([sys.executable, '-I', '-S', '-c', self._PROGRAM, line], stdin=reader)

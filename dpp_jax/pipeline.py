@@ -93,6 +93,11 @@ class Run:
         return found
 
     @functools.cached_property
+    def whole_train(self) -> Images:
+        """All private images, also of other processes: what process 0 needs to train on them for scores."""
+        return self.train if hosts.count() == 1 else build.images(self.config, 'train')
+
+    @functools.cached_property
     def test(self) -> Images:
         return build.images(self.config, 'test')
 
@@ -169,15 +174,12 @@ class Run:
         generate.run(*self._stage, images=self.images, model=self.model, samplers=samplers, sizes=self._sizes)
 
     def evaluate(self) -> None:
-        hosts.at_first(
-            lambda: evaluate.run(*self._stage, images=self.images, train=self.train, test=self.test)
-        )
+        of_real_images = {'private': lambda: self.whole_train, 'test': lambda: self.test}
+        evaluate.run(*self._stage, images=self.images, share=self.train, **of_real_images)
 
     def report(self) -> None:
         hosts.at_first(
-            lambda: report.run(
-                self.config, self.workdir, images=self.images, privacy=self._write_statement()
-            )
+            lambda: report.run(self.config, self.workdir, images=self.images, privacy=self._write_statement())
         )
 
     def clean(self) -> None:

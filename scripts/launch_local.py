@@ -48,9 +48,7 @@ def main() -> int:
     return max(abs(status) for status in statuses)
 
 
-def start(
-    arguments: list[str], processes: int, devices: int | None, **options
-) -> list[subprocess.Popen]:
+def start(arguments: list[str], processes: int, devices: int | None, **options) -> list[subprocess.Popen]:
     """Start dpp-jax so many times, as one run, with output in a pipe each.
 
     Args:

@@ -89,7 +89,6 @@ class Keys:
                 this seed.
         """
 
-
         def get():
             found = self._get(name, keys=NOISE_KEYS)
             others = {entry.randomness for entry in ledger.entries if entry.mechanism == name}

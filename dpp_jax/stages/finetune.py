@@ -84,7 +84,9 @@ def run(
         used = steps.used_microbatches(len(indices), sizes.microbatch)
         result, entry = dp_step(number, state, batch, used)
         if hosts.is_first():
-            ledger.append(entry)  # the device computes on meanwhile; processes meet after it, see `loop.train`
+            ledger.append(
+                entry
+            )  # the device computes on meanwhile; processes meet after it, see `loop.train`
         return result
 
     with loop.outputs(workdir.checkpoints('finetune'), workdir.metrics('finetune')) as outputs:

@@ -534,11 +534,11 @@ if is_lost and not is_over:
 """
 
     def __init__(self):
-        line = (
-            f'dpp-jax: process {index()} stops: process 0 is gone. {_AGAIN}\n'
-        )
+        line = f'dpp-jax: process {index()} stops: process 0 is gone. {_AGAIN}\n'
         reader, self._writer = os.pipe()
-        self._process = subprocess.Popen([sys.executable, '-I', '-S', '-c', self._PROGRAM, line], stdin=reader)
+        self._process = subprocess.Popen(
+            [sys.executable, '-I', '-S', '-c', self._PROGRAM, line], stdin=reader
+        )
         os.close(reader)
         os.dup2(self._writer, 2)
 

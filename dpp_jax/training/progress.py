@@ -9,7 +9,7 @@ from dpp_jax.training import hosts, preemption
 _COMPILING = 'compiling …'
 
 
-def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = True) -> tqdm:
+def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = True) -> 'Bar':
     """Make a bar on the terminal; in a log file, a line every half minute instead of a flood.
 
     Its `update` raises `preemption.Interrupted` if the run was asked to stop: no stage can forget it. Of
@@ -25,7 +25,7 @@ def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = 
             for the time left.
     """
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return _Bar(
+    return Bar(
         total=total,
         desc=f'{name:<12}',
         unit=unit,
@@ -39,7 +39,7 @@ def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = 
     )
 
 
-class _Bar(tqdm):
+class Bar(tqdm):
     """A bar whose rate is that of the steps after the first one."""
 
     _first_end = None  # (time, steps done) when the first step ended

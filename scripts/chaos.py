@@ -12,8 +12,8 @@ complete; then the next run begins, until there were enough kills. There are two
   - without: it draws its own, and is killed as soon as each of them is there. A key, once drawn, must
     never change or disappear. Afterwards a run that is given these keys is left alone.
 
-With --processes, every run is one of several processes over loopback. SIGKILL hits one of them, by chance, and
-the others must end by themselves, in time, each with one line; SIGTERM hits one, and all must save and end well.
+With --processes, every run has several processes over loopback. SIGKILL hits one of them, by chance, and the
+others must end by themselves, in time, each with one line. SIGTERM hits one, and all must save and end well.
 
 Weights, images, ledger, scores and keys of every run must be those of the run that was left alone with the
 same keys, bit for bit, and the ledger must name one randomness per mechanism.
@@ -126,7 +126,7 @@ class Process:
         return self._process.poll() is None
 
     def end(self, number: int | None = None, victim: int = 0) -> int:
-        """Send a signal, if any, to one process, wait for the end of all, and return the exit code of that one."""
+        """Send a signal, if any, to one process, wait for all, and return the exit code of that one."""
         if number is not None:
             self.all[victim].send_signal(number)
         for process in self.all:

@@ -3,8 +3,8 @@
     python scripts/launch_local.py --processes=2 --devices=4 -- --config=digits_8:10 --workdir=runs/digits
 
 Each process simulates so many devices. Every line of output begins with the number of its process. If a
-process fails, the others end by themselves; whatever is left some time after that is killed. Ctrl-C and SIGTERM
-go to all processes.
+process fails, the others end by themselves; whatever is left some time after that is killed. Ctrl-C and
+SIGTERM go to all processes.
 """
 
 import argparse

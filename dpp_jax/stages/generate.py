@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable
+import functools
 from pathlib import Path
 import shutil
 
@@ -52,7 +53,7 @@ def run(
     hosts.at_first(images.record)
     guidance = {'images': settings.sampler, 'classifier_images': settings.classifier_sampler}
     for name, path in images.paths.items():
-        if hosts.from_first(lambda: images.is_whole(path)):
+        if hosts.from_first(functools.partial(images.is_whole, path)):
             continue
         if name == 'images' and hosts.is_first():  # they may come from other keys than those in the tree
             shutil.rmtree(images.png_tree, ignore_errors=True)
@@ -69,7 +70,7 @@ def run(
             parts=unfinished,
             title='generate' if name == 'images' else 'generate (2)',
         )
-        hosts.at_first(lambda: _save(path, pixels, model.classes, unfinished))
+        hosts.at_first(functools.partial(_save, path, pixels, model.classes, unfinished))
     if settings.png_tree:
         hosts.at_first(lambda: write_png_tree(images.png_tree, **images.load(images.paths['images'])))
 

@@ -6,8 +6,8 @@ and writes the work directory; what it read reaches the others by `from_first`. 
 
 With one process, which is the usual case, all of this does nothing.
 
-What travels here is not encrypted, keys included, and neither is what JAX sends: the hosts of a run must trust
-their network.
+What travels here is not encrypted, keys included, and neither is what JAX sends: the hosts of a run must
+trust their network.
 """
 
 from collections.abc import Callable, Mapping
@@ -148,8 +148,8 @@ def _initialize(how: Asked, timeout: float) -> None:
     except Exception as error:
         told = ' '.join(str(error).split())[:300]
         raise NotTogether(
-            f'the processes of this run did not find each other within {_START_SECONDS} s ({told}). Start the '
-            'same command on every host, and let the port of the coordinator through the firewall'
+            f'the processes of this run did not find each other within {_START_SECONDS} s ({told}). Start '
+            'the same command on every host, and let the port of the coordinator through the firewall'
         ) from error
 
 
@@ -174,8 +174,8 @@ def from_first(function: Callable[[], PyTree]) -> PyTree:
     The others wait as long as process 0 lives; if the function raises, all processes end.
 
     Args:
-        function: returns None, numbers, texts, NumPy arrays, or dicts and lists of them. Within it, `from_first`
-            and `meet` concern process 0 alone.
+        function: returns None, numbers, texts, NumPy arrays, or dicts and lists of them. Within it,
+            `from_first` and `meet` concern process 0 alone.
     """
     global _is_apart
     if _is_alone():
@@ -306,8 +306,8 @@ def _late(error: str, what: str, limit: float) -> str:
     if 'timed out' not in error or not names:
         return f'the processes lost each other at {what} ({" ".join(error.split())[:200]}). {_AGAIN}'
     return (
-        f'process {", ".join(names)} did not come to {what} within {limit:g} s after the first one, and may be '
-        f'stuck. {_AGAIN}'
+        f'process {", ".join(names)} did not come to {what} within {limit:g} s after the first one, and may '
+        f'be stuck. {_AGAIN}'
     )
 
 
@@ -432,7 +432,8 @@ class _Watch:
 
     def _silent_first(self) -> None:
         self._end_here(
-            f'{self.name(0)} gave no sign of life for {self.timeout:g} s: it was killed, or it hangs. {_AGAIN}',
+            f'{self.name(0)} gave no sign of life for {self.timeout:g} s: it was killed, or it hangs. '
+            f'{_AGAIN}',
             1,
         )
 

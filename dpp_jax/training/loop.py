@@ -50,8 +50,8 @@ def train(
 ) -> TrainState:
     """Run `step` until `total_steps`, from the newest checkpoint in `store` if there is one.
 
-    Of several processes, all start from the state of process 0, and meet after a step: when they pass, process
-    0 has recorded what the step released, and all know whether to stop or to wait for a checkpoint.
+    Of several processes, all start from the state of process 0, and meet after a step: when they pass,
+    process 0 has recorded what the step released, and all know whether to stop or to wait for a checkpoint.
 
     Args:
         step: called with the replicated state and the number of the step (0, 1, ...), which

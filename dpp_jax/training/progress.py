@@ -13,8 +13,8 @@ def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = 
     """Make a bar on the terminal; in a log file, a line every half minute instead of a flood.
 
     Its `update` raises `preemption.Interrupted` if the run was asked to stop: no stage can forget it. Of
-    several processes, all take the same steps; they meet at each, stop after the same one, and process 0 alone
-    shows the bar.
+    several processes, all take the same steps; they meet at each, stop after the same one, and process 0
+    alone shows the bar.
 
     Args:
         total: steps at the end.

@@ -86,7 +86,7 @@ def run(
 
 def _begin(
     config: ConfigDict, workdir: WorkDir, keys: Keys, evaluation: Evaluation, private: Callable[[], Images]
-) -> dict[str, np.ndarray] | None:
+) -> dict[str, Any] | None:
     """Begin the evaluation; return the arrays of the feature network if FID is to be computed."""
     evaluation.begin()
     if not config.evaluate.fid or 'fid' in evaluation.results:
@@ -95,7 +95,8 @@ def _begin(
     if left_out:
         _save(evaluation, {'fid_left_out': left_out})
         return None
-    return _feature_network(config, workdir, keys, private()).to_arrays()
+    arrays = _feature_network(config, workdir, keys, private()).to_arrays()
+    return arrays | {'header': str(arrays['header'])}
 
 
 def _save(evaluation: Evaluation, found: Mapping[str, Any]) -> None:

@@ -84,9 +84,8 @@ def run(
         used = steps.used_microbatches(len(indices), sizes.microbatch)
         result, entry = dp_step(number, state, batch, used)
         if hosts.is_first():
-            ledger.append(
-                entry
-            )  # the device computes on meanwhile; processes meet after it, see `loop.train`
+            # The device computes on meanwhile. All processes meet after this, see `loop.train`.
+            ledger.append(entry)
         return result
 
     with loop.outputs(workdir.checkpoints('finetune'), workdir.metrics('finetune')) as outputs:

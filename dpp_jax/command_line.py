@@ -101,6 +101,7 @@ def start_jax() -> None:
             hosts.join(asked, hosts=HOSTS.value, timeout=HOST_TIMEOUT.value)
         devices.local()
         hosts.introduce()
+        devices.connect()
     except hosts.NotTogether:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:

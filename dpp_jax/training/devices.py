@@ -102,6 +102,16 @@ def check() -> None:
         raise ValueError('JAX_ENABLE_X64 is on; it must be off: a DP-SGD step is made of 32-bit numbers')
 
 
+def connect() -> None:
+    """Let the devices of several processes find each other, while nobody has anything else to do.
+
+    On CPUs they have 30 seconds for that. Later one process may compile for longer than another.
+    """
+    if jax.process_count() > 1:
+        add = parallel(lambda ones: jax.lax.psum(ones, AXIS), in_axes=(0,))
+        jax.block_until_ready(add(np.ones(len(local()))))
+
+
 def one_per_core() -> None:
     """Make a device of each CPU core, at most 16, before JAX starts. A GPU or a TPU does not notice.
 

@@ -11,24 +11,21 @@ trust their network.
 """
 
 from collections.abc import Callable, Mapping
-import contextlib
 import itertools
 import json
 import os
 import platform
 import re
-import subprocess
 import sys
-import threading
 import time
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import flax.serialization
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from dpp_jax.training import preemption
+from dpp_jax.training import preemption, watch
 
 PyTree = Any
 TIMEOUT_SECONDS = 60.0  # without a sign of life, or at a meeting
@@ -37,13 +34,10 @@ COMPILING_SECONDS = 3600.0
 _START_SECONDS = 600  # for all processes to come; cold machines take minutes
 _IN_MESSAGE = 2**18  # bytes; more than these travel from device to device
 _SLICE = 1.0  # seconds between two looks at signals while the main thread waits
-_FAREWELL = 5.0  # seconds in which the others hear why a process ends
-
-_AGAIN = 'Run the same command to continue from what is saved.'
 
 _numbers = itertools.count()  # of messages and meetings: every process counts the same
 _is_apart = False  # within `from_first`
-_watch: '_Watch | None' = None
+_watch: watch.Watch | None = None
 
 
 class NotTogether(ValueError):
@@ -103,7 +97,7 @@ def join(how: Asked, *, hosts: int | None = None, timeout: float = TIMEOUT_SECON
             'every host (on a TPU pod: gcloud … ssh --worker=all), or leave --hosts out'
         )
     if count() > 1:
-        _watch = _Watch(timeout)
+        _watch = watch.Watch(timeout)
         _watch.start()
         preemption.before_end = _watch.say_stopped
 
@@ -124,13 +118,13 @@ def _initialize(how: Asked, timeout: float) -> None:
     """Start JAX's distributed runtime, if there is anything to start it with."""
     # Over loopback and Ethernet; accelerators have links of their own.
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    # Else JAX ends all processes by itself, with a stack trace. `_Watch` does so with a line.
+    # Else JAX ends all processes by itself, with a stack trace. `watch` does so with a line.
     jax.config.update('jax_enable_recoverability', True)
     # It would take SIGTERM from `preemption`, which also answers Ctrl-C.
     jax.config.update('jax_enable_preemption_service', False)
     patience = {
         'initialization_timeout': _START_SECONDS,
-        'heartbeat_timeout_seconds': int(3 * timeout) + 60,  # `_Watch` comes first
+        'heartbeat_timeout_seconds': int(3 * timeout) + 60,  # `watch` comes first
     }
     if how.how == 'explicit':
         host = how.coordinator.rpartition(':')[0]
@@ -213,15 +207,15 @@ def meet(what: str, word: str = '', limit: float | None = None) -> list[str]:
     """
     if _is_alone():
         return [word]
-    client, name = _client(), f'meet/{next(_numbers)}'
+    service, name = watch.client(), f'meet/{next(_numbers)}'
     if word:
-        client.key_value_set(f'{name}/words/{index()}', word)
+        service.key_value_set(f'{name}/words/{index()}', word)
     limit = _watch.timeout if limit is None else limit
     try:
-        client.wait_at_barrier(name, int(1000 * limit))
+        service.wait_at_barrier(name, int(1000 * limit))
     except jax.errors.JaxRuntimeError as error:
         _watch.end_after(_late(str(error), what, limit))
-    found = dict(client.key_value_dir_get(f'{name}/words/'))
+    found = dict(service.key_value_dir_get(f'{name}/words/'))
     return [found.get(f'{name}/words/{number}', '') for number in range(count())]
 
 
@@ -286,49 +280,42 @@ def fail(line: str, code: int) -> None:
 def wait_for_verdict() -> None:
     """Wait until it is known which process was lost: JAX's own error says only that one is."""
     if _watch:
-        time.sleep(_watch.timeout + _FAREWELL)
+        time.sleep(_watch.timeout + watch.FAREWELL)
 
 
 def _is_alone() -> bool:
     return _watch is None or _is_apart
 
 
-def _client():
-    # JAX has no public door to its key-value store and to barriers with a time limit; orbax uses this one.
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
 def _late(error: str, what: str, limit: float) -> str:
     """Say who is late, as far as JAX's error does."""
     names = re.findall(r'^\s*(?:/job:jax_worker/replica:0/task:)?(\d+)\s*$', error.partition('Some')[2], re.M)
     if 'timed out' not in error or not names:
-        return f'the processes lost each other at {what} ({" ".join(error.split())[:200]}). {_AGAIN}'
+        return f'the processes lost each other at {what} ({" ".join(error.split())[:200]}). {watch.AGAIN}'
     return (
         f'process {", ".join(names)} did not come to {what} within {limit:g} s after the first one, and may '
-        f'be stuck. {_AGAIN}'
+        f'be stuck. {watch.AGAIN}'
     )
 
 
 def _send(name: str, value: PyTree) -> PyTree:
     """Send a value from process 0 to all."""
     data = flax.serialization.msgpack_serialize({'value': value})
-    client = _client()
+    service = watch.client()
     if len(data) <= _IN_MESSAGE:
-        client.key_value_set_bytes(name, b'\0' + data)
+        service.key_value_set_bytes(name, b'\0' + data)
     else:
-        client.key_value_set_bytes(name, b'\1' + str(len(data)).encode())
+        service.key_value_set_bytes(name, b'\1' + str(len(data)).encode())
         multihost_utils.broadcast_one_to_all(np.frombuffer(data, np.uint8))
     return value
 
 
 def _receive(name: str) -> PyTree:
     """Receive what process 0 sends, however long it takes."""
-    client = _client()
+    service = watch.client()
     while True:
         try:
-            data = client.blocking_key_value_get_bytes(name, int(1000 * _SLICE))
+            data = service.blocking_key_value_get_bytes(name, int(1000 * _SLICE))
             break
         except jax.errors.JaxRuntimeError as error:
             if 'DEADLINE_EXCEEDED' not in str(error):
@@ -337,212 +324,3 @@ def _receive(name: str) -> PyTree:
         size = int(data[1:])
         data = b'\0' + multihost_utils.broadcast_one_to_all(np.zeros(size, np.uint8)).tobytes()
     return flax.serialization.msgpack_restore(data[1:])['value']
-
-
-class _Watch:
-    """Looks after the processes of a run, in a thread of its own.
-
-    Every process gives signs of life, which process 0 follows; the others follow process 0. Who is silent for
-    too long, or says that it failed, ends all processes, each with a line that names it.
-    """
-
-    def __init__(self, timeout: float):
-        self.timeout = timeout
-        self._period = min(2.0, timeout / 8)
-        self._beats: dict[str, tuple[str, float]] = {}  # process → its last sign of life, and when it came
-        self._heard = time.monotonic()  # when JAX's service answered last
-        self._asked = False  # whether process 0 was told of a request to stop
-        self._end = threading.Lock()  # taken by who ends this process
-        self._teller = None if is_first() else _Teller()
-
-    def start(self) -> None:
-        """Start to give signs of life and to look for those of others."""
-        client = _client()
-        client.key_value_set(f'host/{index()}', platform.node())
-        multihost_utils.sync_global_devices('dpp_jax starts')
-        self._hosts = dict(client.key_value_dir_get('host/'))
-        for target in (self._talk, self._listen):
-            threading.Thread(target=target, daemon=True).start()
-
-    def name(self, number: int | str) -> str:
-        """Name a process for people."""
-        return f'process {number} ({self._hosts.get(f"host/{number}", "unknown host")})'
-
-    def _talk(self) -> None:
-        """Exchange signs of life by JAX's service."""
-        client = _client()
-        for beat in itertools.count():
-            try:
-                if is_first():
-                    client.key_value_set('run/beat', str(beat), allow_overwrite=True)
-                    self._look_after(dict(client.key_value_dir_get('process/')))
-                else:
-                    self._tell_first(client, beat)
-                    self._follow(dict(client.key_value_dir_get('run/')))
-                self._heard = time.monotonic()
-            except jax.errors.JaxRuntimeError:
-                pass  # `_listen` waits for the next answer
-            time.sleep(self._period)
-
-    def _tell_first(self, client, beat: int) -> None:
-        client.key_value_set(f'process/{index()}/beat', str(beat), allow_overwrite=True)
-        signal_number = preemption.requested()
-        if signal_number and not self._asked:
-            client.key_value_set(f'process/{index()}/stop', str(signal_number), allow_overwrite=True)
-            self._asked = True
-
-    def _look_after(self, said: dict[str, str]) -> None:
-        """In process 0: end all if one failed or is silent; hear who asks to stop."""
-        now = time.monotonic()
-        for number in range(1, count()):
-            failed = said.get(f'process/{number}/failed')
-            if failed:
-                told = json.loads(failed)
-                self._end_all(f'{self.name(number)} ended: {told["line"]}', told['code'])
-            if f'process/{number}/stop' in said and not self._asked:
-                self._asked = True
-                preemption.request(int(said[f'process/{number}/stop']))
-            beat = said.get(f'process/{number}/beat', '')
-            before, at = self._beats.get(number, ('', now))
-            if beat == before and now - at > self.timeout:
-                self._end_all(
-                    f'{self.name(number)} gave no sign of life for {self.timeout:g} s: it was killed, or it '
-                    f'hangs. {_AGAIN}',
-                    1,
-                )
-            self._beats[number] = (beat, at if beat == before else now)
-
-    def _follow(self, said: dict[str, str]) -> None:
-        """In the others: end if process 0 says so, or is silent."""
-        if 'run/end' in said:
-            told = json.loads(said['run/end'])
-            self._end_here(told['line'], told['code'])
-        now, beat = time.monotonic(), said.get('run/beat', '')
-        before, at = self._beats.get(0, ('', now))
-        if beat == before and now - at > self.timeout:
-            self._silent_first()
-        self._beats[0] = (beat, at if beat == before else now)
-
-    def _listen(self) -> None:
-        """End this process if the service, which lives in process 0, does not answer at all."""
-        while True:
-            time.sleep(self._period)
-            if time.monotonic() - self._heard > self.timeout and not is_first():
-                self._silent_first()
-
-    def _silent_first(self) -> None:
-        self._end_here(
-            f'{self.name(0)} gave no sign of life for {self.timeout:g} s: it was killed, or it hangs. '
-            f'{_AGAIN}',
-            1,
-        )
-
-    def _end_all(self, line: str, code: int) -> None:
-        """In process 0: tell all the reason, and end."""
-        self._publish_end(line, code)
-        self._end_here(line, code, linger=_FAREWELL)
-
-    def _publish_end(self, line: str, code: int) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _client().key_value_set('run/end', json.dumps({'line': line, 'code': code}))
-
-    def _end_here(self, line: str, code: int, linger: float = 0.0) -> NoReturn:
-        """End this process with a line."""
-        if not self._end.acquire(blocking=False):
-            time.sleep(3600)  # somebody else does
-        os.write(2, f'\ndpp-jax: process {index()} stops: {line}\n'.encode())
-        time.sleep(linger)
-        self._part()
-        os._exit(code)
-
-    def end_after(self, line: str) -> NoReturn:
-        """End because of what this process noticed; a verdict that comes meanwhile knows more."""
-        if is_first():
-            self._end_all(line, 1)
-        time.sleep(_FAREWELL + 2 * self._period)
-        self._end_here(line, 1)
-
-    def say_failed(self, line: str, code: int) -> None:
-        """Let the others end because of an error of this process, which has printed its line."""
-        if self._teller:
-            self._teller.end()
-        if not self._end.acquire(blocking=False):
-            time.sleep(3600)
-        if is_first():
-            self._publish_end(f'{self.name(0)} ended: {line}' if code else line, code)
-            self._wait_for_others()
-        else:
-            told = json.dumps({'line': line, 'code': code})
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_set(f'process/{index()}/failed', told)
-            time.sleep(2 * self._period)
-        self._part()
-
-    def say_stopped(self, line: str, code: int) -> None:
-        """As `say_failed`, of a process that is ended by a signal in the middle of a step."""
-        self.say_failed(line, code)
-
-    def leave(self) -> None:
-        """End this process well."""
-        if self._end.acquire(blocking=False):
-            if is_first():
-                self._wait_for_others()
-            self._part()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-
-    def _part(self) -> None:
-        """Let process 0 know that this one is gone, and the teller that nothing is wrong."""
-        if not is_first():
-            self._teller.end()
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_set(f'gone/{index()}', '')
-
-    def _wait_for_others(self) -> None:
-        """In process 0: wait until the others have heard and are gone, for some seconds."""
-        until = time.monotonic() + _FAREWELL
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            while time.monotonic() < until and len(_client().key_value_dir_get('gone/')) < count() - 1:
-                time.sleep(0.05)
-        time.sleep(0.2)  # they end after they said so
-
-
-class _Teller:
-    """A small process that prints what this one writes on its standard error, without JAX's last words.
-
-    When process 0 is gone, JAX aborts the others at once, from a thread of its own, with a stack trace of 20
-    lines that says nothing of the cause. Nothing in this process can answer an abort.
-    """
-
-    _END = b'\0end\n'
-    _PROGRAM = r"""
-import re, signal, sys
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
-line_of_end, is_lost, is_over = sys.argv[1], False, False
-lost = re.compile(rb'client\.h:\d+\] Terminating process|JAX distributed service detected fatal')
-noise = re.compile(rb'^[EFW]\d{4} .*(coordination_service|client\.h)|^\[Gloo\]')
-for line in sys.stdin.buffer:
-    if line == b'\0end\n':
-        is_over = True
-    is_lost = is_lost or bool(lost.search(line))
-    if not (is_lost or is_over or noise.search(line)):
-        sys.stderr.buffer.write(line)
-        sys.stderr.buffer.flush()
-if is_lost and not is_over:
-    sys.stderr.buffer.write(line_of_end.encode())
-"""
-
-    def __init__(self):
-        line = f'dpp-jax: process {index()} stops: process 0 is gone. {_AGAIN}\n'
-        reader, self._writer = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, '-I', '-S', '-c', self._PROGRAM, line], stdin=reader
-        )
-        os.close(reader)
-        os.dup2(self._writer, 2)
-
-    def end(self) -> None:
-        """Print no more than what was written so far."""
-        os.write(2, self._END)

@@ -65,7 +65,7 @@ ACTS = {
         work(np.ones((jax.local_device_count(), 3))).block_until_ready()
         hosts.check('the next step')
         if step == 2:
-            sys.stderr.write('working')
+            sys.stderr.write('working\\n')
             sys.stderr.flush()
         time.sleep(0.02)
     """,
@@ -129,6 +129,9 @@ def test_values_words_and_arrays_reach_all_and_differences_are_told(pairs):
 
 
 def assert_one_line(pair, number, *parts):
+    until = time.monotonic() + 10  # a line may come after the process ended
+    while 'dpp-jax:' not in pair.said(number) and time.monotonic() < until:
+        time.sleep(0.05)
     said = pair.said(number)
     lines = [line for line in said.splitlines() if 'dpp-jax:' in line]
     assert len(lines) == 1 and all(part in lines[0] for part in parts), said

@@ -77,7 +77,7 @@ class Run:
     @functools.cached_property
     def train(self) -> Images:
         found = build.images(self.config, 'train')
-        self.workdir.check_fingerprint('train', found.images, found.labels, found.groups)
+        self.workdir.check_fingerprint('train', found)
         return found
 
     @functools.cached_property

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,6 +10,7 @@ import numpy as np
 
 from dpp_jax import files
 from dpp_jax.data.images import Images
+from dpp_jax.data.stored import StoredImages
 from dpp_jax.evaluation import classifiers, features, fid, needs, trainer
 from dpp_jax.run import statement_text
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
@@ -45,6 +47,19 @@ def why_no_fid(labels: np.ndarray, classes: int) -> str | None:
     )
 
 
+def _in_memory(train: Images) -> tuple[Images, str | None]:
+    """Read images that stay in files, to train networks on them; or say why that cannot be."""
+    images = train.images
+    if not isinstance(images, StoredImages):
+        return train, None
+    if images.are_too_many:
+        return train, (
+            f'the private images take {images.nbytes / 2**30:.1f} GiB, more than half of the memory of this '
+            'machine; a network that is trained on real images needs them in memory'
+        )
+    return dataclasses.replace(train, images=images[:]), None
+
+
 def run(
     config: ConfigDict,
     workdir: WorkDir,
@@ -70,7 +85,8 @@ def run(
     evaluation = Evaluation(workdir, flatten(config.to_dict()))
     evaluation.begin()
     results = evaluation.results
-    left_out = settings.fid and why_no_fid(train.labels, config.data.classes)
+    train, too_large = _in_memory(train)
+    left_out = settings.fid and (too_large or why_no_fid(train.labels, config.data.classes))
     if left_out:
         results['fid_left_out'] = left_out
         evaluation.save()
@@ -100,7 +116,7 @@ def run(
     for kind in () if no_classes else settings.classifiers:
         if kind in results['accuracy']:
             continue
-        if settings.real_images:
+        if settings.real_images and not too_large:
             ceiling = _of_real_images(config, workdir, keys, kind, train, test)
             if ceiling is not None:
                 results.setdefault('accuracy_of_real_images', {})[kind] = ceiling

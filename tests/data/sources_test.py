@@ -16,7 +16,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from dpp_jax.data import sources
-from dpp_jax.data.sources import npz
+from dpp_jax.data.sources import folder, npz
 
 SHARED = Path(__file__).resolve().parents[3] / 'shared'
 MNIST_IDX, MNIST_TFDS = SHARED / 'data' / 'mnist', SHARED / 'data' / 'tfds'
@@ -442,7 +442,7 @@ def test_npz_headers_that_lie_are_refused_before_anything_is_read(npz_set, monke
         images=header(claimed['images']) + images.tobytes(),
         labels=header(claimed['labels']) + labels.tobytes(),
     )
-    monkeypatch.setattr(np, 'load', no_array)
+    monkeypatch.setattr(folder, 'read_rows', no_array)
     for call in (sources.describe, lambda source: sources.shape(source, 'train')):
         with pytest.raises(ValueError, match=f'train.npz cannot be read: the header of {which} claims'):
             call(f'npz:{npz_set}')
@@ -450,7 +450,7 @@ def test_npz_headers_that_lie_are_refused_before_anything_is_read(npz_set, monke
 
 def test_images_without_a_label_each_are_refused_before_anything_is_read(npz_set, monkeypatch):
     np.savez(npz_set / 'train.npz', images=random_set(7)[0], labels=random_set(6)[1])
-    monkeypatch.setattr(np, 'load', no_array)
+    monkeypatch.setattr(folder, 'read_rows', no_array)
     with pytest.raises(ValueError, match=r'images of shape \(7, 4, 6\) and labels of shape \(6,\)'):
         sources.describe(f'npz:{npz_set}')
 
@@ -463,7 +463,7 @@ def test_a_small_archive_that_unpacks_to_gigabytes_is_refused_before_it_is_read(
         images=header(shape) + bytes(math.prod(shape)),
         labels=header((10**5,)) + bytes(10**5),
     )
-    monkeypatch.setattr(np, 'load', no_array)
+    monkeypatch.setattr(folder, 'read_rows', no_array)
     for call in (sources.describe, lambda source: sources.shape(source, 'test')):
         with pytest.raises(ValueError, match='test.npz: images unpacks to 7,200,000 bytes from .*no images'):
             call(f'npz:{npz_set}')

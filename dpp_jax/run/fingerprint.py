@@ -100,9 +100,9 @@ def _to_compare(path: Path, name: str, stamps: list[str]) -> str:
     if known and 'row_sum' not in known:
         if len(stamps) > 1:
             raise ValueError(
-                f'{path} was written by an earlier version, whose fingerprint of the private images '
-                f'{len(stamps)} processes cannot compute, as each has a share of them. Run one stage with one '
-                'process (--distributed=none): it adds the new fingerprint'
+                f'{path} was written by an earlier version. {len(stamps)} processes cannot compute its '
+                'fingerprint, as each has a share of the private images. Run one stage with one process '
+                '(--distributed=none): it adds a fingerprint that they can'
             )
         return _ARRAYS
     return _UNCHANGED if all(stamps) and known.get('stamps') == stamps else _ROWS

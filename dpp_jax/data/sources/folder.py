@@ -16,7 +16,7 @@ from dpp_jax.data.rows import Rows
 from dpp_jax.data.sources.source import SourceInfo
 from dpp_jax.data.stored import memory_of_machine
 
-_BLOCK = 2**22  # bytes of an array that are read at a time
+_BLOCK = 2**20  # bytes of an array that are read at a time
 # What NumPy, gzip and zipfile raise for a damaged file.
 _DAMAGED = (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
 

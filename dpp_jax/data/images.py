@@ -18,8 +18,8 @@ class Images:
         groups: integers (N,), of ALL rows of the split, also those that are not kept: images with the same
             number are of one person; None: not asked for.
         rows: which rows of the split's N the n are; None: all.
-        stamp: SHA-256, in hexadecimal, of names, sizes and times of the files in which `images` stay; None:
-            they are in memory.
+        stamp: SHA-256, in hexadecimal, of names, sizes and times of the files in which `images` stay, and of
+            what decodes them; None: they are in memory.
     """
 
     images: np.ndarray | StoredImages

@@ -6,7 +6,8 @@ adds up its own rows, and the sum does not depend on how many processes there ar
 not stop somebody who may write in private/.
 
 How it goes, at every start that needs private images:
-  1. If images stay in files, and names, sizes and times of all files are those of the last check: done.
+  1. If images stay in files, and names, sizes and times of all files (their stamps) are those of the last
+     check: done.
   2. Each process reads its rows and adds up their digests; the shares' sums are added.
   3. The first process compares the sum with private/data.json, or writes it there.
 """
@@ -27,7 +28,7 @@ from dpp_jax.training import progress
 T = TypeVar('T')
 # What private/data.json holds. Earlier versions wrote the digest of all arrays, `sha256`, and no `row_sum`.
 FORM = {'*': {'count': int, 'sha256?': str, 'row_sum?': str, 'stamps?': [str]}}
-_BYTES = 2**24  # of the images that are looked at together
+_BYTES = 2**21  # of the images that are looked at together
 _UNCHANGED, _ROWS, _ARRAYS = 'unchanged', 'rows', 'arrays'  # what is to be compared
 
 
@@ -45,10 +46,10 @@ def row_digest_sum(
     kind = f'{images.dtype} {images.shape[1:]} {"no " if groups is None else ""}groups '
     start = hashlib.sha256(kind.encode())
     facts = [numbers, labels] + ([] if groups is None else [groups])
-    facts = np.stack([np.asarray(fact).astype('<i8') for fact in facts], axis=1)
     total, first = 0, 0
     for block in _blocks(images):
-        heads = facts[first : first + len(block)].view(np.uint8)
+        own = [fact[first : first + len(block)].astype('<i8') for fact in facts]
+        heads = np.stack(own, axis=1).view(np.uint8)
         rows = np.concatenate([heads, block.reshape(len(block), -1).view(np.uint8)], axis=1)
         for row in rows:
             digest = start.copy()

@@ -103,7 +103,10 @@ class Source(abc.ABC):
         raise NotImplementedError(self.form)
 
     def stamp(self, split: str) -> str:
-        """Return names, sizes and times of the files of `stored`, a SHA-256 in hexadecimal."""
+        """Return what decides the pixels of `stored`, but for the files' content: a SHA-256 in hexadecimal.
+
+        These are names, sizes and times of its files, and what decodes them.
+        """
         raise NotImplementedError(self.form)
 
     def groups(self, split: str, name: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 import dataclasses
 import hashlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
 from dpp_jax.data.stored import StoredImages
 
 _BATCH = 4096  # images decoded by one call
+# Packages that decode images, of which tensorflow-datasets takes the first that is there.
+_DECODERS = ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python', 'pillow')
 _SECONDS_TO_CONNECT = 5  # to a server; tensorflow-datasets itself would try for minutes
 
 
@@ -68,7 +71,8 @@ class Tfds(Source):
     def stamp(self, split: str) -> str:
         from etils import epath
 
-        told = []
+        # What decodes is told, too: of some formats, two libraries make different pixels.
+        told: list[Any] = [(name, _version(name)) for name in _DECODERS]
         for path in map(epath.Path, self._prepared(prepare=True).info.splits[split].filepaths):
             found = path.stat()
             told.append((path.name, found.length, found.mtime))
@@ -189,6 +193,14 @@ def _check(name: str, kind: str, found: Collection[str] | None, wanted: tuple[st
             f'{name} has the {kind} {sorted(found or ())}; it must have the {kind} '
             f'{" and ".join(map(repr, wanted))}'
         )
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package; None: it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _check_network(builder: Any) -> None:

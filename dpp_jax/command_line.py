@@ -36,6 +36,19 @@ STAGE = flags.DEFINE_enum(
     'compose: prints what the folders of --with spent together.',
 )
 WITH = flags.DEFINE_string('with', '', 'Work directories, separated by commas, for --stage=compose.')
+DISTRIBUTED = flags.DEFINE_string(
+    'distributed',
+    'auto',
+    'How this process finds the others of its run: auto (TPU pods, SLURM, GKE; one process where nothing is '
+    'found), none, or <coordinator>:<port>,<processes>,<index>.',
+)
+HOSTS = flags.DEFINE_integer('hosts', None, 'How many processes the run must have.', lower_bound=1)
+HOST_TIMEOUT = flags.DEFINE_float(
+    'host_timeout',
+    60.0,
+    'Seconds after which a process that is silent, or late where all meet, ends the run.',
+    lower_bound=4.0,
+)
 
 _SHIPPED = Path(configs.__path__[0])
 _HELP = re.compile(r'--?(help|helpshort|helpfull|helpxml|\?)')
@@ -59,7 +72,7 @@ def run(main: Callable, help_text: str) -> None:
         stream.reconfigure(errors='replace', line_buffering=True)
     # absl looks for both in the module that was started: for the console script that is not ours.
     sys.modules['__main__'].__doc__ = help_text
-    for flag in (CONFIG, WORKDIR, STAGE, WITH):
+    for flag in (CONFIG, WORKDIR, STAGE, WITH, DISTRIBUTED, HOSTS, HOST_TIMEOUT):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(main, flags_parser=parse)
 
@@ -78,18 +91,31 @@ def start_jax() -> None:
     names = sorted(name for name in os.environ if name.startswith(('JAX_', 'XLA_')))
     asked = ' '.join(f'{name}={os.environ[name]}' for name in names)
     try:
-        from dpp_jax.training import devices  # imports JAX, which reads the environment
+        from dpp_jax.training import devices, hosts  # import JAX, which reads the environment
 
         devices.one_per_core()
         devices.in_32_bits()
         devices.keep_compiled_programs()
+        if STAGE.value != 'compose':
+            asked = hosts.asked(DISTRIBUTED.value)
+            hosts.join(asked, hosts=HOSTS.value, timeout=HOST_TIMEOUT.value)
         devices.local()
+        hosts.introduce()
+    except hosts.NotTogether:
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
         told = ' '.join(str(error).split()) or 'there is no such device'
         raise ValueError(
             f'JAX cannot start with {asked or "the devices of this machine"} ({told}). Change that; '
             'JAX_PLATFORMS=cpu works on every machine'
         ) from error
+
+
+def leave() -> None:
+    """End a run that ended well, with its other processes."""
+    from dpp_jax.training import hosts
+
+    hosts.leave()
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -305,7 +331,10 @@ def errors_in_one_line() -> Iterator[None]:
         _end('\nInterrupted. Run the same command to continue from what is saved.', 130)
     except Exception as error:
         line = _line(error)
+        if line is None and type(error).__name__ == 'JaxRuntimeError' and _hosts():
+            _hosts().wait_for_verdict()  # on who was lost
         if verbose or line is None:
+            _tell_others(f'{type(error).__name__}: {error}', 1)
             raise
         _end(f'dpp-jax: {line}', 1)
 
@@ -333,4 +362,16 @@ def _end(line: str, code: int) -> None:
     print(line, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    _tell_others(line, code)
     os._exit(code)
+
+
+def _tell_others(line: str, code: int) -> None:
+    """Let the other processes of the run end, too."""
+    if _hosts():
+        _hosts().fail(' '.join(line.split()), code)
+
+
+def _hosts():
+    """Return the module, if the program came as far as JAX, which it imports."""
+    return sys.modules.get('dpp_jax.training.hosts')

@@ -10,12 +10,12 @@ from dpp_jax import build, files
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import artefacts, statement
+from dpp_jax.run import already_spent, artefacts, statement
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
 from dpp_jax.stages import report
-from dpp_jax.training import checkpoint
+from dpp_jax.training import checkpoint, hosts
 
 STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
 
@@ -44,7 +44,7 @@ class Gate(NamedTuple):
     """What a command may rely on: plan, ledger and folder fit each other."""
 
     plan: plan_lib.Plan  # that the folder follows, or will
-    ledger: Ledger
+    ledger: Ledger | None  # None but in process 0
     done: dict[str, bool]  # stage → whether it has nothing left to do
 
 
@@ -85,6 +85,24 @@ def read(
     budget.check_ledger(ledger, used)
     statement.check_lost(workdir, keys, ledger, budget, done, stated)
     return Gate(plan=run_plan, ledger=ledger, done=done)
+
+
+def tell(config: ConfigDict, model: Model, found: Gate | None) -> Gate:
+    """Return in all processes what process 0 found, without the ledger in others; they give None."""
+
+    def told():
+        figures = found.plan.figures()
+        return {
+            'noise': [figures['noise_multiplier'], figures['query_noise_multiplier']],
+            'spent_before': figures['spent_before'],
+            'done': found.done,
+        }
+
+    heard = hosts.from_first(told)
+    if found is not None:
+        return found
+    before = already_spent.from_rows(heard['spent_before'])
+    return Gate(plan=build.plan(config, model, *heard['noise'], before), ledger=None, done=heard['done'])
 
 
 def _open_ledger(workdir: WorkDir, stated: dict[str, int], read_only: bool) -> Ledger:

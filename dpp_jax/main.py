@@ -32,6 +32,7 @@ def main(argv):
             print(composition.text(command_line.WITH.value))
             return
         pipeline.run(command_line.CONFIG.value, command_line.workdir(), command_line.STAGE.value)
+        command_line.leave()
 
 
 if __name__ == '__main__':

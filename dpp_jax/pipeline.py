@@ -5,12 +5,16 @@ How a command goes:
   2. The gate (gate.py) reads plan and ledger, and compares them with each other and with what was released.
   3. The stages that are not done run one after the other, each from what earlier ones left in the folder.
 A command that was killed is given again: it goes on where the folder says.
+
+Of several processes each runs all of this. Process 0 alone has the work directory; see `training/hosts.py`.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 import time
 
+import jax
 from ml_collections import ConfigDict
 
 from dpp_jax import build, files, gate, planning, settings
@@ -23,7 +27,7 @@ from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys, why_not_private
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.stages import central, clean, evaluate, finetune, generate, plan, pretrain, report
-from dpp_jax.training import devices, preemption
+from dpp_jax.training import devices, hosts, preemption
 
 _RELEASING = ('central', 'pretrain', 'finetune', 'generate')  # what the others make stays in private/
 
@@ -44,7 +48,7 @@ def run(config: ConfigDict, root: str | Path, stage: str) -> None:
         if note:
             print(f'{note}.\n')
         if stage == 'plan':
-            planning.run(config, root)
+            hosts.at_first(lambda: planning.run(config, root))
         else:
             _run(config, workdir, stage)
 
@@ -53,32 +57,43 @@ def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
     """Check everything, open the work directory and run."""
     settings.check(config)
     devices.check()
+    all_settings = flatten(config.to_dict())
+    hosts.agree('settings and versions', all_settings | statement.code_version())
     model = build.model(config)
-    images = artefacts.SyntheticImages(workdir, flatten(config.to_dict()))
+    images = artefacts.SyntheticImages(workdir, all_settings)
+    stages = STAGES if stage == 'all' else (stage,)
+    if not hosts.is_first():
+        Run(config, workdir, model, images, None, []).run(stages)
+        return
     gate.check_folder(config, workdir, images, stage)
     with workdir.opened():
         # Again: another process may have worked here.
         changed = gate.check_folder(config, workdir, images, stage)
         found = gate.read(config, workdir, model, images, changed=changed)
-        this_run = Run(config, workdir, model, images, found, changed)
-        this_run.clean() if stage == 'clean' else this_run.run(STAGES if stage == 'all' else (stage,))
+        Run(config, workdir, model, images, found, changed).run(stages)
 
 
 class Run:
     """The stages of one command and what they share; private images are read when first needed."""
 
-    def __init__(self, config, workdir, model, images, found: gate.Gate, changed: list[str]):
+    def __init__(self, config, workdir, model, images, found: gate.Gate | None, changed: list[str]):
+        """`found` is what process 0 read; None in the others."""
         self.changed = changed  # settings of pre-training, which begins again
         self.config, self.workdir, self.model, self.images = config, workdir, model, images
-        self.plan, self.ledger, self.done = found.plan, found.ledger, found.done
+        self.plan, self.ledger, self.done = gate.tell(config, model, found)
         self.keys = Keys(workdir.keys, config.seed)
         self._stage = config, workdir, self.keys  # what every stage is given first
 
     @functools.cached_property
     def train(self) -> Images:
         found = build.images(self.config, 'train')
-        self.workdir.check_fingerprint('train', found)
+        hosts.at_first(lambda: self.workdir.check_fingerprint('train', found))
         return found
+
+    @functools.cached_property
+    def whole_train(self) -> Images:
+        """All private images, also of other processes: what process 0 needs to train on them for scores."""
+        return self.train if hosts.count() == 1 else build.images(self.config, 'train')
 
     @functools.cached_property
     def test(self) -> Images:
@@ -86,32 +101,40 @@ class Run:
 
     def run(self, stages: tuple[str, ...]) -> None:
         """Run those of `stages` that are not done, and say what happens."""
+        if stages == ('clean',):
+            hosts.at_first(self.clean)
+            return
         todo = [stage for stage in stages if not self.done[stage]]
         if todo:
             print(f'{plan.text(self.config, self.plan)}\nruns           {", ".join(todo)}')
             self._check(todo)
             for warning in plan.warnings_of(self.config, self.plan):
                 print(f'WARNING: {warning}.')
-            if self.changed:
-                self.workdir.pretrain_again(flatten(self.config.to_dict()), self.changed)
-            self.workdir.record(flatten(self.config.to_dict()))
-            plan_lib.save(self.workdir.plan, self.plan)
-            artefacts.check_inputs(self.workdir, self.model.shapes(), todo)
-            artefacts.write_parameters(self.workdir, self.model)
+            hosts.at_first(lambda: self._record(todo))
             if {'pretrain', 'finetune', 'generate'} & set(todo):
                 _ = self._sizes  # settled before anything is spent
+            hosts.agree('plans', self.plan.figures())
         preemption.wait_for_steps()
         for stage in todo:
-            preemption.check()
+            hosts.check(f'the beginning of {stage}', hosts.COMPILING_SECONDS)
             start = time.monotonic()
             if stage in _RELEASING:
-                statement.record_code(self.workdir, stage)
+                hosts.at_first(lambda stage=stage: statement.record_code(self.workdir, stage))
             getattr(self, stage)()
             print(f'{stage}: done in {time.monotonic() - start:.1f} s', flush=True)
         if not todo:
             print(f'Everything is done in {self.workdir.root}: {", ".join(stages)}.')
-        if stages[-1] == 'report':
+        if stages[-1] == 'report' and hosts.is_first():
             print('\n' + self.workdir.report_text.read_text(encoding='utf-8'))
+
+    def _record(self, todo: list[str]) -> None:
+        """Bind the folder to settings and plan, and look at what the stages will read."""
+        if self.changed:
+            self.workdir.pretrain_again(flatten(self.config.to_dict()), self.changed)
+        self.workdir.record(flatten(self.config.to_dict()))
+        plan_lib.save(self.workdir.plan, self.plan)
+        artefacts.check_inputs(self.workdir, self.model.shapes(), todo)
+        artefacts.write_parameters(self.workdir, self.model)
 
     def _check(self, todo: list[str]) -> None:
         """Find everything that can be wrong, before any privacy is spent or anything is written."""
@@ -125,7 +148,7 @@ class Run:
             )
         if {'central', 'finetune', 'evaluate'} & set(todo):
             _ = self.train  # its checks
-            if 'evaluate' in todo:
+            if 'evaluate' in todo and hosts.is_first():
                 for line in evaluate.left_out(self.config, len(self.test.images)):
                     print(line)
 
@@ -145,14 +168,17 @@ class Run:
 
     def generate(self) -> None:
         samplers = build.samplers(self.config)
-        self._write_statement()  # names the code of this stage
+        hosts.at_first(self._write_statement)  # names the code of this stage
         generate.run(*self._stage, images=self.images, model=self.model, samplers=samplers, sizes=self._sizes)
 
     def evaluate(self) -> None:
-        evaluate.run(*self._stage, images=self.images, train=self.train, test=self.test)
+        of_real_images = {'private': lambda: self.whole_train, 'test': lambda: self.test}
+        evaluate.run(*self._stage, images=self.images, share=self.train, **of_real_images)
 
     def report(self) -> None:
-        report.run(self.config, self.workdir, images=self.images, privacy=self._write_statement())
+        hosts.at_first(
+            lambda: report.run(self.config, self.workdir, images=self.images, privacy=self._write_statement())
+        )
 
     def clean(self) -> None:
         clean.run(self.workdir, self.model, is_finished=self.done['finetune'], last=self._write_statement)
@@ -172,4 +198,12 @@ class Run:
     def _sizes(self) -> Sizes:
         """What is in work at once, settled for all trainings that are to come."""
         left = self.plan.noised_images(stage for stage in STAGES if not self.done[stage])
-        return build.settled_sizes(self.config, self.model, self.workdir.sizes, left)
+        settle = functools.partial(build.settled_sizes, self.config, self.model, self.workdir.sizes)
+        if hosts.count() == 1:
+            return settle(left)
+
+        def settle_here():
+            with devices.limited_to(jax.local_device_count()):
+                return dataclasses.asdict(settle(left // hosts.count()))
+
+        return Sizes(**hosts.from_first(settle_here))  # processes run the same programs

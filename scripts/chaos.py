@@ -1,6 +1,7 @@
 """Kill the program at random moments, restart it, and compare with a run that was left alone.
 
     python scripts/chaos.py --kills=50 --workdir=runs/chaos
+    python scripts/chaos.py --processes=4 --kills=20 --stops=10 --workdir=runs/chaos
 
 Every process works on the digits with a small network, compiled as users' programs are (XLA's default
 level), and without a seed. Each process is killed by SIGKILL, and started again, until the run is
@@ -10,6 +11,9 @@ complete; then the next run begins, until there were enough kills. There are two
     at random moments of all stages. If it lost its keys, it would draw others.
   - without: it draws its own, and is killed as soon as each of them is there. A key, once drawn, must
     never change or disappear. Afterwards a run that is given these keys is left alone.
+
+With --processes, every run has several processes over loopback. SIGKILL hits one of them, by chance, and the
+others must end by themselves, in time, each with one line. SIGTERM hits one, and all must save and end well.
 
 Weights, images, ledger, scores and keys of every run must be those of the run that was left alone with the
 same keys, bit for bit, and the ledger must name one randomness per mechanism.
@@ -33,6 +37,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / 'scripts'))
+import launch_local  # noqa: E402
+
+HOST_TIMEOUT = 8.0  # seconds; restarts are what takes time here
 STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
 # Small, so that fifty restarts take minutes; checkpoints as often as the loop can.
 SETTINGS = {
@@ -61,31 +69,41 @@ NEW_KEY = 'new key'  # an event like the begin of a stage
 
 
 class Process:
-    """The program on one work directory, and the stage that it is in."""
+    """The program on one work directory, in one process or in several, and the stage that it is in."""
 
-    def __init__(self, workdir: Path, settings: dict, environment: dict[str, str]):
+    def __init__(self, workdir: Path, settings: dict, environment: dict[str, str], processes: int = 1):
         self._workdir, self._keys_before = workdir, keys_of(workdir)
-        command = [sys.executable, '-u', '-m', 'dpp_jax.main', '--config=configs/digits_8.py:10']
-        command += [f'--workdir={workdir}', '--stage=all']
-        command += [f'--config.{name}={value}' for name, value in settings.items()]
-        self._lines: list[str] = []
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        arguments = ['--config=configs/digits_8.py:10', f'--workdir={workdir}', '--stage=all']
+        arguments += [f'--config.{name}={value}' for name, value in settings.items()]
+        if processes > 1:
+            arguments += [f'--host_timeout={HOST_TIMEOUT}', f'--hosts={processes}']
+        options = {'cwd': ROOT, 'env': {**os.environ, **environment}}
+        # None: as many devices as there are cores.
+        self.all = launch_local.start(arguments, processes, 1 if processes > 1 else None, **options)
+        self._outputs: list[list[str]] = [[] for _ in self.all]
+        self._readers = [
+            threading.Thread(target=self._read, args=pair, daemon=True)
+            for pair in zip(self.all, self._outputs)
+        ]
+        for reader in self._readers:
+            reader.start()
 
-    def _read(self) -> None:
-        for line in self._process.stdout:
-            self._lines.append(line)
+    @property
+    def _process(self) -> subprocess.Popen:
+        """The one that has the work directory."""
+        return self.all[0]
 
-    def output(self) -> str:
-        return ''.join(self._lines)
+    @property
+    def _lines(self) -> list[str]:
+        return self._outputs[0]
+
+    @staticmethod
+    def _read(process: subprocess.Popen, lines: list[str]) -> None:
+        for line in process.stdout:
+            lines.append(line.decode(errors='replace'))
+
+    def output(self, number: int = 0) -> str:
+        return ''.join(self._outputs[number])
 
     def stage(self) -> str | None:
         """The stage in progress; None while the program starts, or when it ended."""
@@ -107,13 +125,36 @@ class Process:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def end(self, number: int | None = None) -> int:
-        """Send a signal, if any, wait for the end, and return the exit code."""
+    def end(self, number: int | None = None, victim: int = 0) -> int:
+        """Send a signal, if any, to one process, wait for all, and return the exit code of that one."""
         if number is not None:
-            self._process.send_signal(number)
-        code = self._process.wait()
-        self._reader.join()
-        return code
+            self.all[victim].send_signal(number)
+        for process in self.all:
+            process.wait()
+        for reader in self._readers:
+            reader.join()
+        return self.all[victim].returncode
+
+
+def wrong_end(process: Process, number: int, victim: int, seconds: float) -> list[str]:
+    """What is wrong with the end of several processes, one of which got a signal.
+
+    Args:
+        process: all of them, ended.
+        number: of the signal.
+        victim: which one got it.
+        seconds: that the others took to end.
+    """
+    wrong = [f'{seconds:.0f} s until all ended'] if seconds > 2 * HOST_TIMEOUT + 30 else []
+    for other, each in enumerate(process.all):
+        text = process.output(other)
+        if number == signal.SIGKILL and other != victim and text.count('dpp-jax:') != 1:
+            wrong.append(f'process {other} said {text.count("dpp-jax:")} lines')
+        if 'stack trace' in text or 'Traceback' in text:
+            wrong.append(f'process {other} showed a trace')
+        if number == signal.SIGTERM and each.returncode:
+            wrong.append(f'process {other} ended with {each.returncode}')
+    return [f'{what} after signal {number} to process {victim}:\n{process.output(0)}' for what in wrong]
 
 
 def run_to_the_end(workdir: Path, settings: dict, environment: dict[str, str]) -> None:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment with the package installed.
 #   use_environment FOLDER EXTRAS [SIZE]   makes FOLDER if needed, installs what changed, activates it.
 # SIZE is what a first installation downloads, for people who wait for it.

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from dpp_jax.evaluation import held_out
+from dpp_jax.training import devices
 from dpp_jax.training import state as state_lib
 
 Progress = Callable[[int, int, str], None]  # (done, total, note)
@@ -133,18 +134,31 @@ def apply(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a network's logits and hidden values, float32 (N, ...), for uint8 images (N, H, W, C), N ≥ 1.
 
-    `batch_size` images are on the device at once.
+    All devices of this process share the work; `batch_size` images are on one of them at once.
     """
-    params = jax.device_put(params)
     logits, hidden = [], []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        # One shape for all batches: one program.
-        padded = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-        outputs = jax.device_get(_apply(network, params, padded))
-        logits.append(outputs[0][: len(batch)])
-        hidden.append(outputs[1][: len(batch)])
+    with devices.limited_to(jax.local_device_count()):
+        program = _program(network, devices.count())
+        at_once = batch_size * devices.count()
+        if len(images) < at_once:  # few of them
+            at_once = devices.count() * -(-len(images) // devices.count())
+        for start in range(0, len(images), at_once):
+            batch = images[start : start + at_once]
+            # One shape for all batches: one program.
+            padded = np.pad(batch, ((0, at_once - len(batch)), (0, 0), (0, 0), (0, 0)))
+            outputs = program(params, devices.deal(padded))
+            logits.append(devices.collect(outputs[0])[: len(batch)])
+            hidden.append(devices.collect(outputs[1])[: len(batch)])
     return np.concatenate(logits), np.concatenate(hidden)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(network: nn.Module, number: int) -> Callable:
+    """Make (params, dealt uint8 images) → both outputs of the network, for this many devices."""
+    del number  # another number, another program
+    return devices.parallel(
+        lambda params, images: network.apply({'params': params}, to_float(images)), in_axes=(None, 0)
+    )
 
 
 def to_float(images: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
@@ -200,12 +214,6 @@ def _train_steps(
         return state_lib.apply_gradient(state, gradient, optimizer, ema_decay), None
 
     return jax.lax.scan(one_step, state, (batches, mask))[0]
-
-
-@functools.partial(jax.jit, static_argnames='network')
-def _apply(network: nn.Module, params: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both outputs of the network, without dropout, for one batch of uint8 images."""
-    return network.apply({'params': params}, to_float(images))
 
 
 def _epoch_batches(

@@ -23,6 +23,7 @@ from dpp_jax.privacy import groups
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import NOISE_KEYS, NoiseKey
+from dpp_jax.training import hosts
 
 NOTE = (
     'Do not publish anything in this folder. It holds the secret keys of the run, and results that were '
@@ -76,20 +77,30 @@ class Keys:
         self._path = path
         self._seed = seed
 
-    def of_mechanism(self, name: str, ledger: Ledger) -> MechanismKeys:
-        """Return the keys of a mechanism, made on first use.
+    def of_mechanism(self, name: str, ledger: Ledger | None) -> MechanismKeys:
+        """Return the keys of a mechanism, made on first use; in all processes those of process 0.
+
+        Args:
+            name: of the mechanism.
+            ledger: names what was released before; None but in process 0.
 
         Raises:
             ValueError: the ledger names releases with other keys, or the file's keys were not made from
                 this seed.
         """
-        found = self._get(name, keys=NOISE_KEYS)
-        others = {entry.randomness for entry in ledger.entries if entry.mechanism == name}
-        if others - {found['identifier']}:
-            raise ValueError(
-                f'{ledger.path} has releases of {name} with keys that {self._path} does not have. To '
-                'continue would spend its budget a second time. Restore private/, or use another --workdir'
-            )
+
+        def get():
+            found = self._get(name, keys=NOISE_KEYS)
+            others = {entry.randomness for entry in ledger.entries if entry.mechanism == name}
+            if others - {found['identifier']}:
+                raise ValueError(
+                    f'{ledger.path} has releases of {name} with keys that {self._path} does not have. To '
+                    'continue would spend its budget a second time. Restore private/, or use another '
+                    '--workdir'
+                )
+            return found
+
+        found = hosts.from_first(get)
         noise = NoiseKey(identifier=found['identifier'], keys=_jax_keys(found['noise']))
         return MechanismKeys(sampling=int(found['sampling'], 16), noise=noise)
 
@@ -101,7 +112,7 @@ class Keys:
         """
         if name in (CENTRAL_QUERY, DP_SGD):
             raise ValueError(f'name is {name!r}; keys of a mechanism are given by `of_mechanism` alone')
-        found = self._get(name, keys=1)
+        found = hosts.from_first(lambda: self._get(name, keys=1))
         return PartKeys(order=int(found['sampling'], 16), random=_jax_keys(found['noise']))
 
     def members(self, group_of: np.ndarray | None, images_per_group: int | None) -> np.ndarray | None:

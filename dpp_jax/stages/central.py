@@ -22,14 +22,14 @@ from dpp_jax.privacy.queries import Query
 from dpp_jax.run import digests
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
-from dpp_jax.training import progress
+from dpp_jax.training import hosts, progress
 
 
 def run(
     config: ConfigDict,
     workdir: WorkDir,
     keys: Keys,
-    ledger: Ledger,
+    ledger: Ledger | None,
     private: Images,
     before_release: Callable[[], object],
     *,
@@ -43,7 +43,7 @@ def run(
         config: the settings.
         workdir: to write to.
         keys: of the run.
-        ledger: gets every query before its answer is used.
+        ledger: gets every query before its answer is used; None but in process 0.
         private: the private images.
         before_release: called when the ledger holds all queries and nothing of them is in release/.
         query: what is asked.
@@ -69,19 +69,24 @@ def run(
         for number in range(releases.count):
             batch, mask = fetch(arrays, indices=sample.indices(number), capacity=rows)
             answer, entry = ask(number, batch, mask)
-            ledger.append(entry)
+            if hosts.is_first():
+                ledger.append(entry)
             answers.append(np.asarray(answer))
             bar.update()
     size = private.images.shape[1:3]
     central = to_images(np.concatenate(answers), size, post_process=settings.post_process)
     central_labels = np.tile(np.arange(classes, dtype=np.int32), releases.count)
     picture = image_grid.rows_by_class(central, central_labels, classes, releases.count)
-    keys.bind_release(CENTRAL_QUERY, [central, central_labels])
-    before_release()
-    # First what counts as the release: without it the picture would be one that no command knows of.
-    digests.note(workdir, 'central_images.npz', [central, central_labels])
-    files.write_npz(workdir.central_images, images=central, labels=central_labels)
-    files.write_bytes(workdir.central_images.with_suffix('.png'), image_grid.png(picture))
+
+    def release():
+        keys.bind_release(CENTRAL_QUERY, [central, central_labels])
+        before_release()
+        # First what counts as the release: without it the picture would be one that no command knows of.
+        digests.note(workdir, 'central_images.npz', [central, central_labels])
+        files.write_npz(workdir.central_images, images=central, labels=central_labels)
+        files.write_bytes(workdir.central_images.with_suffix('.png'), image_grid.png(picture))
+
+    hosts.at_first(release)
 
 
 def to_images(central: np.ndarray, size: tuple[int, int], *, post_process: bool) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Stage `evaluate`: synthetic images against real ones. No guarantee: results stay in private/."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -16,7 +18,10 @@ from dpp_jax.run import statement_text
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import NOTE, Keys
-from dpp_jax.training import progress
+from dpp_jax.training import hosts, progress
+
+_InMemory = tuple[Images, str | None]  # private images, and why they could not be read into memory
+_IMAGES_PER_DEVICE = 256  # whose features are computed at once
 
 
 def left_out(config: ConfigDict, test_images: int) -> list[str]:
@@ -47,7 +52,7 @@ def why_no_fid(labels: np.ndarray, classes: int) -> str | None:
     )
 
 
-def _in_memory(train: Images) -> tuple[Images, str | None]:
+def _in_memory(train: Images) -> _InMemory:
     """Read images that stay in files, to train networks on them; or say why that cannot be."""
     images = train.images
     if not isinstance(images, StoredImages):
@@ -66,63 +71,146 @@ def run(
     keys: Keys,
     *,
     images: SyntheticImages,
-    train: Images,
-    test: Images,
+    share: Images,
+    private: Callable[[], Images],
+    test: Callable[[], Images],
 ) -> None:
     """Compute FID against the real training images, and each classifier's accuracy on real test images.
 
-    Results are written as they come, and what is there already is not computed again.
+    Results are written as they come, and what is there already is not computed again. Of several processes,
+    all compute features; process 0 does the rest.
 
     Args:
         config: the settings.
         workdir: keeps the feature network.
         keys: of the run.
         images: the synthetic images.
-        train: the private images.
-        test: real images that no training saw.
+        share: the private images that this process has.
+        private: gives all private images; called in process 0 alone, and so is `test`.
+        test: gives real images that no training saw.
     """
-    settings = config.evaluate
-    evaluation = Evaluation(workdir, flatten(config.to_dict()))
+    evaluation = Evaluation(workdir, flatten(config.to_dict())) if hosts.is_first() else None
+    read = functools.cache(lambda: _in_memory(private()))
+    arrays = hosts.from_first(lambda: _begin(config, workdir, keys, evaluation, read))
+    if arrays is not None:
+        network = features.FeatureNetwork.from_arrays(arrays, source='process 0')
+        # Once: it reads the file.
+        synthetic = functools.cache(lambda: images.load(images.paths['images'])['images'])
+        found = _fid(network, share.images, synthetic, test)
+        hosts.at_first(lambda: _save(evaluation, found | {'fid_features': network.name}))
+    hosts.at_first(lambda: _classify(config, workdir, keys, evaluation, images, read, test))
+
+
+def _begin(
+    config: ConfigDict, workdir: WorkDir, keys: Keys, evaluation: Evaluation, private: Callable[[], _InMemory]
+) -> dict[str, Any] | None:
+    """Begin the evaluation; return the arrays of the feature network if FID is to be computed."""
     evaluation.begin()
-    results = evaluation.results
-    train, too_large = _in_memory(train)
-    left_out = settings.fid and (too_large or why_no_fid(train.labels, config.data.classes))
+    if not config.evaluate.fid or 'fid' in evaluation.results:
+        return None
+    train, too_large = private()
+    left_out = too_large or why_no_fid(train.labels, config.data.classes)
     if left_out:
-        results['fid_left_out'] = left_out
-        evaluation.save()
-    elif settings.fid and 'fid' not in results:
-        synthetic = images.load(images.paths['images'])['images']
-        network = _feature_network(config, workdir, keys, train)
-        total = 2 * len(train.images) + len(synthetic) + len(test.images)
-        with progress.bar(total, 'fid', 'image') as bar:
-            results['fid'] = fid.fid(network, train.images, synthetic, progress=bar.update)
-            if not needs.why_no_reference(len(test.images)):
-                # What a perfect generator would score: real images that training did not see.
-                results['fid_of_real_test_images'] = fid.fid(
-                    network, train.images, test.images, progress=bar.update
-                )
-        results['fid_images'] = {
-            'private': len(train.images),
-            'synthetic': len(synthetic),
-            'test': len(test.images),
-        }
-        results['fid_features'] = network.name
-        evaluation.save()
+        _save(evaluation, {'fid_left_out': left_out})
+        return None
+    arrays = _feature_network(config, workdir, keys, train).to_arrays()
+    return arrays | {'header': str(arrays['header'])}
+
+
+def _save(evaluation: Evaluation, found: Mapping[str, Any]) -> None:
+    evaluation.results.update(found)
+    evaluation.save()
+
+
+def _fid(
+    network: features.FeatureNetwork,
+    share: np.ndarray,
+    synthetic: Callable[[], np.ndarray],
+    test: Callable[[], Images],
+) -> dict[str, Any]:
+    """Compute FID of the synthetic images, and of real test images; all processes share the work."""
+    number = {
+        'private': sum(int(word) for word in hosts.meet('evaluation', str(len(share)))),
+        'synthetic': hosts.from_first(lambda: len(synthetic())),
+        'test': hosts.from_first(lambda: len(test().images)),
+    }
+    has_reference = not needs.why_no_reference(number['test'])
+    total = number['private'] + number['synthetic'] + number['test'] * has_reference
+    with progress.bar(total, 'fid', 'image') as bar:
+        moments = lambda blocks: fid.moments(_features(network, blocks, bar))
+        private = moments(_blocks_of_share(share))
+        found = {'fid': fid.frechet_distance(*private, *moments(_blocks_of_first(synthetic)))}
+        if has_reference:
+            # What a perfect generator would score: real images that training did not see.
+            real = moments(_blocks_of_first(lambda: test().images))
+            found['fid_of_real_test_images'] = fid.frechet_distance(*private, *real)
+    return found | {'fid_images': number}
+
+
+def _features(
+    network: features.FeatureNetwork, blocks: Iterable[np.ndarray], bar: progress.Bar
+) -> Iterator[np.ndarray]:
+    """Yield the features of a block of images from every process, in all of them.
+
+    Args:
+        network: gives the features.
+        blocks: at most `_block()` images each, as many blocks in every process; some may be empty.
+        bar: of the images.
+    """
+    for own in blocks:
+        padded = np.zeros((_block(), *network.image_shape), np.uint8)
+        padded[: len(own)] = own
+        numbers = hosts.gather(np.array([len(own)]))[:, 0]
+        found = hosts.gather(network.features(padded))
+        yield np.concatenate([part[:number] for part, number in zip(found, numbers)])
+        bar.update(int(numbers.sum()))
+
+
+def _block() -> int:
+    return _IMAGES_PER_DEVICE * jax.local_device_count()
+
+
+def _blocks_of_share(images: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the images of a process in blocks; as many as the process with most images has."""
+    longest = max(int(word) for word in hosts.meet('evaluation', str(len(images))))
+    for start in range(0, longest, _block()):
+        yield images[np.arange(start, max(start, min(start + _block(), len(images))))]
+
+
+def _blocks_of_first(images: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield this process's part of images that process 0 has, in blocks."""
+    together = _block() * hosts.count()
+    for start in range(0, hosts.from_first(lambda: len(images())), together):
+        block = hosts.from_first(lambda start=start: np.asarray(images()[start : start + together]))
+        yield block[hosts.index() :: hosts.count()]
+
+
+def _classify(
+    config: ConfigDict,
+    workdir: WorkDir,
+    keys: Keys,
+    evaluation: Evaluation,
+    images: SyntheticImages,
+    private: Callable[[], _InMemory],
+    test: Callable[[], Images],
+) -> None:
+    """Train classifiers on the synthetic images and test them on real ones."""
+    settings, results = config.evaluate, evaluation.results
     no_classes = needs.why_no_classes(config.data.classes)
     if no_classes and settings.classifiers:
-        results['classifiers_left_out'] = no_classes
-        evaluation.save()
+        _save(evaluation, {'classifiers_left_out': no_classes})
     data = images.load(images.for_classifiers)
     for kind in () if no_classes else settings.classifiers:
         if kind in results['accuracy']:
             continue
-        if settings.real_images and not too_large:
-            ceiling = _of_real_images(config, workdir, keys, kind, train, test)
+        train, too_large = private() if settings.real_images else (None, None)
+        if train is not None and not too_large:
+            ceiling = _of_real_images(config, workdir, keys, kind, train, test())
             if ceiling is not None:
                 results.setdefault('accuracy_of_real_images', {})[kind] = ceiling
         synthetic = Images(images=data['images'], labels=data['labels'])
         classifier = _train(config, keys, kind, f'evaluate/{kind}', synthetic, f'train {kind}')
-        results['accuracy'][kind] = classifiers.accuracy(classifier, test.images, test.labels)
+        results['accuracy'][kind] = classifiers.accuracy(classifier, test().images, test().labels)
         results.setdefault('held_out_accuracy', {})[kind] = classifier.held_out_accuracy
         evaluation.save()
     print(

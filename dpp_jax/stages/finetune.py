@@ -16,7 +16,7 @@ from dpp_jax.run import artefacts, digests
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
-from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
+from dpp_jax.training import checkpoint, devices, hosts, loop, steps
 from dpp_jax.training import state as state_lib
 
 _ADVICE = (
@@ -30,7 +30,7 @@ def run(
     config: ConfigDict,
     workdir: WorkDir,
     keys: Keys,
-    ledger: Ledger,
+    ledger: Ledger | None,
     private: Images,
     before_release: Callable[[], object],
     *,
@@ -45,7 +45,7 @@ def run(
         config: the settings.
         workdir: to write to.
         keys: of the run.
-        ledger: gets every step before its result is used.
+        ledger: gets every step before its result is used; None but in process 0.
         private: the private images.
         before_release: called when the ledger holds all steps and nothing of them is in release/.
         releases: the budget's steps.
@@ -83,33 +83,35 @@ def run(
         batch = devices.deal(rows)
         used = steps.used_microbatches(len(indices), sizes.microbatch)
         result, entry = dp_step(number, state, batch, used)
-        ledger.append(entry)  # the device computes on meanwhile
+        if hosts.is_first():
+            # The device computes on meanwhile. All processes meet after this, see `loop.train`.
+            ledger.append(entry)
         return result
 
-    with (
-        checkpoint.TrainingStore(workdir.checkpoints('finetune')) as store,
-        tensorboard.writer(workdir.metrics('finetune')) as write,
-    ):
+    with loop.outputs(workdir.checkpoints('finetune'), workdir.metrics('finetune')) as outputs:
         final = loop.train(
             step,
             state_lib.create(_initial_params(config, workdir, keys, model), optimizer),
             total_steps=releases.count,
-            store=store,
             name='finetune',
-            write=write,
+            **outputs,
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
             advice=_ADVICE,
         )
-    released = final.weights()
-    keys.bind_release(DP_SGD, jax.tree.leaves(released))
-    before_release()
-    digests.note(workdir, 'model/finetune', jax.tree.leaves(released))
-    checkpoint.save_model(workdir.model('finetune'), released, scratch=workdir.private)
+
+    def release():
+        released = final.weights()
+        keys.bind_release(DP_SGD, jax.tree.leaves(released))
+        before_release()
+        digests.note(workdir, 'model/finetune', jax.tree.leaves(released))
+        checkpoint.save_model(workdir.model('finetune'), released, scratch=workdir.private)
+
+    hosts.at_first(release)
 
 
 def _initial_params(config: ConfigDict, workdir: WorkDir, keys: Keys, model: Model):
     """Return the pre-trained weights (not their average, as the paper), or fresh ones."""
     if not config.pretrain.enabled:
         return model.init(keys.of_part('init').random)
-    return artefacts.weights(workdir, 'pretrain', model.shapes())['params']
+    return hosts.from_first(lambda: artefacts.weights(workdir, 'pretrain', model.shapes())['params'])

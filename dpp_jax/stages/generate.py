@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable
+import functools
 from pathlib import Path
 import shutil
 
@@ -18,7 +19,7 @@ from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
-from dpp_jax.training import devices, progress
+from dpp_jax.training import devices, hosts, progress
 
 PICTURE_COLUMNS = 12
 _IN_FLIGHT = 2  # batches: an accelerator goes on while the older one is written to the disk
@@ -40,19 +41,21 @@ def run(
         config: the settings.
         workdir: to read the model from.
         keys: of the run.
-        images: where they go.
+        images: where they go; process 0 alone writes there.
         model: whose weights are loaded.
         samplers: 'images' and 'classifier_images' → (denoise, z, label, noise) → images.
         sizes: what is in work at once.
     """
     settings = config.generate
-    params = devices.replicate(artefacts.weights(workdir, 'finetune', model.shapes())['ema_params'])
-    images.record()
+    params = devices.replicate(
+        hosts.from_first(lambda: artefacts.weights(workdir, 'finetune', model.shapes())['ema_params'])
+    )
+    hosts.at_first(images.record)
     guidance = {'images': settings.sampler, 'classifier_images': settings.classifier_sampler}
     for name, path in images.paths.items():
-        if images.is_whole(path):
+        if hosts.from_first(functools.partial(images.is_whole, path)):
             continue
-        if name == 'images':  # they may come from other keys than those in the tree
+        if name == 'images' and hosts.is_first():  # they may come from other keys than those in the tree
             shutil.rmtree(images.png_tree, ignore_errors=True)
         # With guidance the network takes each image twice.
         at_once = max(1, sizes.images // 2) if guidance[name].guidance else sizes.images
@@ -67,13 +70,18 @@ def run(
             parts=unfinished,
             title='generate' if name == 'images' else 'generate (2)',
         )
-        labels = image_labels(np.arange(len(pixels)), model.classes)
-        picture = image_grid.rows_by_class(pixels, labels, model.classes, PICTURE_COLUMNS)
-        files.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
-        files.write_npz(path, images=pixels, labels=labels)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        hosts.at_first(functools.partial(_save, path, pixels, model.classes, unfinished))
     if settings.png_tree:
-        write_png_tree(images.png_tree, **images.load(images.paths['images']))
+        hosts.at_first(lambda: write_png_tree(images.png_tree, **images.load(images.paths['images'])))
+
+
+def _save(path: Path, pixels: np.ndarray, classes: int, unfinished: Path) -> None:
+    """Write images with labels and a picture; the parts that they were made of are not needed any more."""
+    labels = image_labels(np.arange(len(pixels)), classes)
+    picture = image_grid.rows_by_class(pixels, labels, classes, PICTURE_COLUMNS)
+    files.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
+    files.write_npz(path, images=pixels, labels=labels)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def image_labels(index: np.ndarray, classes: int) -> np.ndarray:
@@ -139,19 +147,23 @@ def _sample_all(
     at_once: int,
     parts: Path,
     title: str,
-) -> np.ndarray:
-    """Sample images 0 .. total - 1, after the parts that an interrupted run left."""
+) -> np.ndarray | None:
+    """Sample images 0 .. total - 1, after the parts that an interrupted run left.
+
+    Every process samples its rows of each batch; process 0 has all of them in the end, the others nothing.
+    """
     batch = _whole_batch(total, batch_size, at_once)
-    done = _read_parts(parts)
-    start = sum(len(part) for part in done)
+    done = _read_parts(parts) if hosts.is_first() else []
+    start = hosts.from_first(lambda: sum(len(part) for part in done))
     # A CPU gains nothing by a second batch, and whoever kills the process would lose two.
     in_flight, at_most = collections.deque(), 1 if jax.default_backend() == 'cpu' else _IN_FLIGHT
 
     def keep_oldest():
         first, rows = in_flight.popleft()
         images = devices.collect(rows)[: total - first]
-        files.write_npz(parts / f'{first:010d}.npz', images=images)
-        done.append(images)
+        if hosts.is_first():
+            files.write_npz(parts / f'{first:010d}.npz', images=images)
+            done.append(images)
         bar.update(len(images))
 
     with progress.bar(total, title, 'image', start) as bar:
@@ -162,7 +174,7 @@ def _sample_all(
                 keep_oldest()
         while in_flight:
             keep_oldest()
-    return np.concatenate(done)[:total]
+    return np.concatenate(done)[:total] if done else None
 
 
 def _read_parts(folder: Path) -> list[np.ndarray]:

@@ -12,9 +12,10 @@ from dpp_jax.run import artefacts, digests
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
-from dpp_jax.training import checkpoint, devices, loop, steps, tensorboard
+from dpp_jax.training import checkpoint, devices, hosts, loop, steps
 from dpp_jax.training import state as state_lib
 
+_MEET_EVERY_STEPS = 10  # of several processes: a step may take a millisecond, and releases nothing
 _ADVICE = (
     ' and give the same command, with the same --workdir: before fine-tuning begins, all settings of '
     'config.pretrain but enabled may change. Pre-training begins again from the same central images, and '
@@ -34,7 +35,7 @@ def run(
 ) -> None:
     """Train from scratch; save weights and averaged weights in release/."""
     settings = config.pretrain
-    saved = artefacts.central_images(workdir)
+    saved = hosts.from_first(lambda: artefacts.central_images(workdir))
     images, labels = saved['images'], saved['labels']
     own_keys = keys.of_part('pretrain')
     batch_size = min(settings.batch_size, len(images))
@@ -55,23 +56,23 @@ def run(
         return device_step(state, batch, own_keys.random)
 
     start = state_lib.create(model.init(own_keys.random), optimizer)
-    with (
-        checkpoint.TrainingStore(workdir.checkpoints('pretrain')) as store,
-        tensorboard.writer(workdir.metrics('pretrain')) as write,
-    ):
+    with loop.outputs(workdir.checkpoints('pretrain'), workdir.metrics('pretrain')) as outputs:
         final = loop.train(
             step,
             start,
             total_steps=total_steps,
-            store=store,
             name='pretrain',
-            write=write,
+            **outputs,
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
+            meet_every_steps=_MEET_EVERY_STEPS,
             is_loss_public=True,  # central images are released
             advice=_ADVICE,
         )
-    trained = final.weights()
+    hosts.at_first(lambda: _save(workdir, final.weights()))
+
+
+def _save(workdir: WorkDir, trained) -> None:
     digests.note(workdir, 'model/pretrain', jax.tree.leaves(trained))
     checkpoint.save_model(workdir.model('pretrain'), trained, scratch=workdir.private)
 

@@ -15,12 +15,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dpp_jax import files
+from dpp_jax.training import hosts
 
 PyTree = Any
 _logger = logging.getLogger(__name__)
 # Orbax waits for the disk by the wall clock, 20 minutes at most: a clock that is set forward in the middle of
 # a save would end the run. Folders are waited for by a limit of their own, unless they are made at once.
 _PATIENT = ocp.AsyncOptions(timeout_secs=10**8, create_directories_asynchronously=False)
+
+
+def _apart() -> ocp.options.MultiprocessingOptions:
+    """Let orbax work in this process without the others of the run: there is one writer."""
+    if hosts.count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = hosts.index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f'process_{own}'
+    )
 
 
 class SaveFailed(OSError):
@@ -49,10 +60,15 @@ class TrainingStore:
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             epath.Path(self.folder.absolute()),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True, async_options=_PATIENT
+                max_to_keep=keep,
+                create=False,
+                cleanup_tmp_directories=True,
+                async_options=_PATIENT,
+                multiprocessing_options=_apart(),
             ),
         )
 
@@ -138,8 +154,9 @@ def save_model(folder: Path, model: PyTree, *, scratch: Path | None = None) -> N
     folder = Path(folder)
     unfinished = (scratch or folder.parent).absolute() / f'{folder.name}.orbax-checkpoint-tmp'
     # One file for each array. The other format, OCDBT, holds times, compressed, and names files at random.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-    with _saving(folder), _without_warning('OCDBT'), ocp.Checkpointer(handler) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=_apart())
+    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=_apart())
+    with _saving(folder), _without_warning('OCDBT'), checkpointer:
         checkpointer.save(unfinished, ocp.args.PyTreeSave(_to_dict(model)), force=True)
         _edit_metadata(unfinished, custom_metadata=_note(folder))
         files.move_folder(unfinished, folder)
@@ -193,7 +210,7 @@ def check_params(folder: Path, params: PyTree) -> None:
 
 def _saved_shapes(folder: Path) -> PyTree | None:
     """Return the shapes in a checkpoint; None if they cannot be read."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_apart()) as checkpointer:
         try:
             return checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
         except Exception:  # whatever orbax makes of bytes that it does not know
@@ -218,7 +235,7 @@ def load_model(folder: Path, template: PyTree) -> PyTree:
     if not folder.is_dir():
         raise FileNotFoundError(f'no model checkpoint in {folder}')
     _compare_readable(folder, template)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_apart()) as checkpointer:
         try:
             saved = checkpointer.restore(folder, _like(template))
         except Exception as error:  # whatever orbax makes of bytes that it does not know

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpp_jax.training import hosts
+
 PyTree = Any
 AXIS = 'devices'
 _MOST_OF_A_CPU = 16  # devices: each holds the weights, their average and the optimizer's state
@@ -28,7 +30,7 @@ _limit: int | None = None
 
 @contextlib.contextmanager
 def limited_to(number: int) -> Iterator[None]:
-    """Use only the first `number` local devices inside (one process)."""
+    """Use only the first `number` devices of this process inside, and no other process."""
     global _limit
     if not 1 <= number <= jax.local_device_count():
         raise ValueError(f'number of devices is {number}; it must be in [1, {jax.local_device_count()}]')
@@ -62,7 +64,7 @@ def parallel(function: Callable, *, in_axes: Sequence[int | None], donate: Seque
 
 
 def count() -> int:
-    """Devices in use, of all processes."""
+    """Return the number of devices in use, of all processes."""
     return len(local()) if _limit else jax.device_count()
 
 
@@ -89,10 +91,13 @@ def check() -> None:
     """Refuse what a run cannot work with.
 
     Raises:
-        ValueError: there are several processes, or numbers have 64 bits where no type is said.
+        ValueError: numbers have 64 bits where no type is said, or processes have other numbers of devices.
     """
-    if jax.process_count() > 1:
-        raise ValueError(f'this run has {jax.process_count()} processes; it must have one, with all devices')
+    if jax.device_count() != jax.process_count() * jax.local_device_count():
+        raise ValueError(
+            f'this run has {jax.device_count()} devices in {jax.process_count()} processes, '
+            f'{jax.local_device_count()} of them here; each process must have as many'
+        )
     if jax.config.jax_enable_x64:  # the program `dpp-jax` turns it off by itself
         raise ValueError('JAX_ENABLE_X64 is on; it must be off: a DP-SGD step is made of 32-bit numbers')
 
@@ -145,7 +150,7 @@ def first(tree: PyTree) -> PyTree:
 
 def deal(batch: PyTree) -> PyTree:
     """Deal rows (n, ...), n divisible by the devices → this process's part (local, n / D, ...)."""
-    start = jax.process_index() * len(local())
+    start = 0 if _limit else jax.process_index() * len(local())
     part = slice(start, start + len(local()))
 
     def split(rows):
@@ -157,6 +162,8 @@ def deal(batch: PyTree) -> PyTree:
 
 
 def collect(rows: jax.Array) -> np.ndarray:
-    """Undo `deal` within one process: (D, n / D, ...) → (n, ...)."""
+    """Undo `deal`: (local, n / D, ...) in each process → (n, ...), in all."""
     rows = np.asarray(rows)
+    if not _limit:
+        rows = hosts.gather(rows).reshape((-1,) + rows.shape[1:])
     return np.moveaxis(rows, 0, 1).reshape((-1,) + rows.shape[2:])

@@ -1,19 +1,22 @@
 """One loop for both trainings: restore, step, log, checkpoint, stop when asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import math
+from pathlib import Path
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from dpp_jax.training import checkpoint, devices, preemption, progress
+from dpp_jax.training import checkpoint, devices, hosts, preemption, progress, tensorboard
 from dpp_jax.training.state import TrainState
 
 PyTree = Any
 # (state on devices, step number) → (state, metrics on devices)
 Step = Callable[[PyTree, int], tuple[PyTree, dict]]
+_SAVE = 'save'  # what process 0 says to the others at a step, or the number of a signal
 _COUNTS = {'non_finite'}  # metrics that are added up between two writings; of others the last counts
 
 
@@ -21,31 +24,46 @@ class Diverged(ArithmeticError):
     """The weights are not finite any more, or the loss of images that are released."""
 
 
+@contextlib.contextmanager
+def outputs(checkpoints: Path, metrics: Path) -> Iterator[dict[str, Any]]:
+    """Yield the arguments `store` and `write` of `train`: in process 0, folders; in others, nothing."""
+    if not hosts.is_first():
+        yield {'store': None, 'write': None}
+        return
+    with checkpoint.TrainingStore(checkpoints) as store, tensorboard.writer(metrics) as write:
+        yield {'store': store, 'write': write}
+
+
 def train(
     step: Step,
     state: TrainState,
     *,
     total_steps: int,
-    store: checkpoint.TrainingStore,
+    store: checkpoint.TrainingStore | None,
     name: str,
-    write: Callable[[int, dict[str, float]], None],
+    write: Callable[[int, dict[str, float]], None] | None,
     log_every_steps: int,
     checkpoint_every_seconds: float,
+    meet_every_steps: int = 1,
     is_loss_public: bool = False,
     advice: str = '',
 ) -> TrainState:
     """Run `step` until `total_steps`, from the newest checkpoint in `store` if there is one.
+
+    Of several processes, all start from the state of process 0, and meet after a step: when they pass,
+    process 0 has recorded what the step released, and all know whether to stop or to wait for a checkpoint.
 
     Args:
         step: called with the replicated state and the number of the step (0, 1, ...), which
             decides the batch and all randomness: a resumed run repeats an uninterrupted one.
         state: to start from, on the host.
         total_steps: at which the training is complete.
-        store: where the state is kept.
+        store: where the state is kept; None: process 0 keeps it.
         name: for the progress bar.
-        write: takes a step's number and its metrics, as floats.
+        write: takes a step's number and its metrics, as floats; None as of `store`.
         log_every_steps: how often metrics are fetched from the device.
         checkpoint_every_seconds: how often the state is saved.
+        meet_every_steps: after how many steps processes meet; 1 where a step is a release.
         is_loss_public: whether a loss that is not finite ends the training. The loss of private images must
             not: it carries no noise, and whether something is released is a release.
         advice: what to do besides lowering the learning rate if the training diverges.
@@ -57,8 +75,7 @@ def train(
         preemption.Interrupted: after SIGTERM or Ctrl-C, with the state saved.
         Diverged: the weights, or a public loss, are not finite; such a state is never saved, nor a later one.
     """
-    restored = store.restore(state)
-    state = state if restored is None else restored
+    state = _from_first(lambda: store.restore(state), state)
     start = int(state.step)
     state = devices.replicate(state)
     saved_at = time.monotonic()
@@ -66,24 +83,48 @@ def train(
         write, log_every_steps, is_loss_public, lambda *told: _diverged(name, *told, store, advice)
     )
     previous = None
-    with preemption.deferred() as stop, progress.bar(total_steps, name, 'step', start) as bar:
+    with (
+        preemption.deferred(raises_at_end=hosts.count() == 1) as stop,
+        progress.bar(total_steps, name, 'step', start) as bar,
+    ):
         for number in range(start, total_steps):
             state, metrics = step(state, number)
             # At most two steps in flight: the bar tells the truth and a stop request is soon met.
             jax.block_until_ready(previous)
             previous = metrics
-            record.add(number + 1, metrics)
+            if store:
+                record.add(number + 1, metrics)
             bar.update()
-            if stop:
-                _save(store, state, record)
-                raise preemption.Interrupted(
-                    stop[0], f'{name} stopped after step {number + 1}; its state is saved'
-                )
-            if time.monotonic() - saved_at > checkpoint_every_seconds:
+            is_late = time.monotonic() - saved_at > checkpoint_every_seconds
+            word = str(stop[0]) if stop else _SAVE if is_late else ''
+            if number == start or (number + 1) % meet_every_steps == 0:
+                # The first step waits for the compiler, which may have more to do in one process.
+                limit = hosts.COMPILING_SECONDS if number == start else None
+                word = hosts.meet(f'step {number + 1} of {name}', word, limit)[0]
+            elif hosts.count() > 1:
+                word = ''
+            if word:
                 _save(store, state, record)
                 saved_at = time.monotonic()
+            if word not in ('', _SAVE):
+                raise preemption.Interrupted(
+                    int(word), f'{name} stopped after step {number + 1}; its state is saved'
+                )
         _save(store, state, record)
     return devices.first(state)
+
+
+def _from_first(restore: Callable[[], TrainState | None], state: TrainState) -> TrainState:
+    """Return what process 0 restores, or its fresh state: of the same weights all go on."""
+    if hosts.count() == 1:
+        restored = restore()
+        return state if restored is None else restored
+
+    def found():
+        restored = restore()
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(state if restored is None else restored)]
+
+    return jax.tree.unflatten(jax.tree.structure(state), hosts.from_first(found))
 
 
 class _Record:
@@ -129,14 +170,18 @@ class _Record:
                 raise self.diverged('loss is', number)
 
 
-def _save(store: checkpoint.TrainingStore, state: PyTree, record: _Record) -> None:
-    """Checkpoint a replicated state, if it is worth going on from."""
-    record.flush()
-    host_state = devices.first(state)
-    step = int(host_state.step)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host_state.params)):
-        raise record.diverged('weights are', step)
-    store.save(step, host_state)
+def _save(store: checkpoint.TrainingStore | None, state: PyTree, record: _Record) -> None:
+    """Checkpoint a replicated state, if it is worth going on from; the other processes wait for process 0."""
+
+    def save():
+        record.flush()
+        host_state = devices.first(state)
+        step = int(host_state.step)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host_state.params)):
+            raise record.diverged('weights are', step)
+        store.save(step, host_state)
+
+    hosts.at_first(save)
 
 
 def _diverged(name: str, what: str, step: int, store: checkpoint.TrainingStore, advice: str) -> Diverged:

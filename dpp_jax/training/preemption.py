@@ -21,6 +21,8 @@ GRACE_SECONDS = 25.0  # whoever sends SIGTERM usually sends SIGKILL after 30
 _PATIENCE_SECONDS = 0.5  # of people, before they are told why a run goes on
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
+# What is done before the process is ended in the middle of a step: (line, exit status) → None.
+before_end: Callable[[str, int], object] = lambda line, code: None
 _requests: list[int] = []  # numbers of the signals that asked this process to stop, and are not answered
 _is_deferred = False
 _end_begun = threading.Lock()
@@ -44,13 +46,31 @@ def check() -> None:
         raise Interrupted(_requests[0])
 
 
+def requested() -> int | None:
+    """Return the number of the signal that asked the run to stop, if one did."""
+    return _requests[0] if _requests else None
+
+
+def request(number: int) -> None:
+    """Ask the run to stop, as if the signal of this number had come to this process."""
+    _requests.append(number)
+
+
+def is_deferred() -> bool:
+    """Whether a loop answers requests itself, see `deferred`."""
+    return _is_deferred
+
+
 @contextlib.contextmanager
-def deferred() -> Iterator[list[int]]:
+def deferred(*, raises_at_end: bool = True) -> Iterator[list[int]]:
     """Yield a list that receives a signal's number when the run is asked to stop; nothing else happens.
 
     For a loop that looks at the list between two steps and saves before it raises Interrupted; a request
     after its last look is raised at the end. A second Ctrl-C stops at once. Outside a program (see
     `wait_for_steps`) this holds inside the context only.
+
+    Args:
+        raises_at_end: whether that is so; not where several processes must stop together.
     """
     global _is_deferred
     previous = {}
@@ -69,7 +89,7 @@ def deferred() -> Iterator[list[int]]:
             _requests.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if unanswered:
+    if unanswered and raises_at_end:
         raise Interrupted(unanswered[0])
 
 
@@ -108,7 +128,7 @@ def _leave(number: int, frame: object) -> None:
 def _request(number: int, frame: object) -> None:
     """A handler: set the flag."""
     del frame
-    _requests.append(number)
+    request(number)
 
 
 def _request_or_interrupt(number: int, frame: object) -> None:
@@ -151,7 +171,9 @@ def _end(line: str, number: int) -> None:
     """
     if _end_begun.acquire(blocking=False):
         _tell(line)
-        os._exit(0 if number == signal.SIGTERM else 128 + number)
+        code = 0 if number == signal.SIGTERM else 128 + number
+        before_end(line, code)
+        os._exit(code)
 
 
 def _tell(line: str) -> None:

@@ -4,15 +4,17 @@ import sys
 
 from tqdm import tqdm
 
-from dpp_jax.training import preemption
+from dpp_jax.training import hosts, preemption
 
 _COMPILING = 'compiling …'
 
 
-def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = True) -> tqdm:
+def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = True) -> 'Bar':
     """Make a bar on the terminal; in a log file, a line every half minute instead of a flood.
 
-    Its `update` raises `preemption.Interrupted` if the run was asked to stop: no stage can forget it.
+    Its `update` raises `preemption.Interrupted` if the run was asked to stop: no stage can forget it. Of
+    several processes, all take the same steps; they meet at each, stop after the same one, and process 0
+    alone shows the bar.
 
     Args:
         total: steps at the end.
@@ -23,7 +25,7 @@ def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = 
             for the time left.
     """
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return _Bar(
+    return Bar(
         total=total,
         desc=f'{name:<12}',
         unit=unit,
@@ -33,21 +35,25 @@ def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = 
         dynamic_ncols=True,
         smoothing=0.1,
         postfix=_COMPILING if compiles else None,
+        disable=not hosts.is_first(),
     )
 
 
-class _Bar(tqdm):
+class Bar(tqdm):
     """A bar whose rate is that of the steps after the first one."""
 
     _first_end = None  # (time, steps done) when the first step ended
 
     def update(self, n: float = 1) -> bool | None:
-        """Advance by `n`, then raise Interrupted if the run was asked to stop."""
-        if self._first_end is None and n:
-            shown = self._end_first(n)
+        """Advance by `n`, meet the other processes, raise Interrupted if the run was asked to stop."""
+        is_first = self._first_end is None and n
+        if self.disable:
+            self._first_end = self._first_end or n and (0.0, n)
+            shown = None
         else:
-            shown = super().update(n)
-        preemption.check()
+            shown = self._end_first(n) if is_first else super().update(n)
+        if not preemption.is_deferred():
+            hosts.check('the next step', hosts.COMPILING_SECONDS if is_first else None)
         return shown
 
     def _end_first(self, n: float) -> bool:

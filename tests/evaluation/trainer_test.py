@@ -87,10 +87,10 @@ def test_nothing_is_compiled_after_the_first_epoch(digits):
     compiled = []
 
     def progress(done, total, note):
-        compiled.append((trainer._train_steps._cache_size(), trainer._apply._cache_size()))
+        compiled.append((trainer._train_steps._cache_size(), trainer._program.cache_info().misses))
 
     trainer._train_steps.clear_cache()
-    trainer._apply.clear_cache()
+    trainer._program.cache_clear()
     # 451 images and batches of 4: each epoch is two calls.
     train(images[:500], labels[:500], batch_size=4, epochs=3, progress=progress)
     assert compiled[:2] == [(0, 0), (1, 0)]

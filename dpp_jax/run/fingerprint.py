@@ -119,9 +119,9 @@ def _compare(path: Path, name: str, found: dict[str, Any], arrays: str | None) -
         is_same = not known or known['row_sum'] == found['row_sum']
     if not is_same:
         raise ValueError(
-            f'config.data.source has other images ({found["count"]}) than those that {path.parent.parent} '
-            f'was made with ({known["count"]}): their fingerprint differs from private/data.json. Restore '
-            'the images, or use another --workdir'
+            f'config.data.source has other images ({found["count"]}) than those that this work directory '
+            f'was made with ({known["count"]}): their fingerprint differs from {path}. Restore the images, '
+            'or use another --workdir'
         )
     now = {**known, **found}
     if now != known:

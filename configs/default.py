@@ -36,6 +36,10 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     config.data = data = ConfigDict()
     data.source = 'tfds:mnist'  # digits | tfds:<name> | idx:<folder> | npz:<folder>
     data.dir = ''  # where tensorflow-datasets keeps its data; '' = its own default
+    # Whether a process keeps its share of the private images in memory: yes | no (rows are read from files
+    # when a batch needs them; tfds only) | auto (no, if they are more than half of the memory). No result
+    # depends on it.
+    data.in_memory = 'auto'
     data.train_images = 60000  # number of private images; public (add_remove: any public number near it)
     # With dp.unit = 'group': the integers that say whose an image is. npz: name of an array in train.npz;
     # tfds: name of a feature (parts separated by '/'). '' = images are the unit.

@@ -205,15 +205,19 @@ def samplers(config: ConfigDict) -> dict[str, Callable]:
     }
 
 
-def source_problems(config: ConfigDict) -> tuple[sources.SourceInfo | None, list[str]]:
+def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.SourceInfo | None, list[str]]:
     """Describe the source by its headers, and say where the config does not fit it.
+
+    Args:
+        config: the settings.
+        processes: that keep a share of the images each.
 
     Returns:
         What the source says of itself, None if it is not there; and a line for each problem.
     """
     data = config.data
     try:
-        info = sources.describe(data.source, data_dir=data.dir)
+        info = sources.describe(data.source, data_dir=data.dir, processes=processes)
     except (ValueError, OSError) as error:
         return None, [f'config.data.source: {error}']
     height, width, channels = info.image_shape
@@ -246,15 +250,23 @@ def source_problems(config: ConfigDict) -> tuple[sources.SourceInfo | None, list
     return info, problems
 
 
-def images(config: ConfigDict, split: str) -> Images:
+def images(config: ConfigDict, split: str, rows: sources.AnyRows = None) -> Images:
     """Load the real images of one split ('train' is the private set) and compare them with the config.
 
+    Args:
+        config: the settings.
+        split: 'train' or 'test'.
+        rows: the share of a process, or which rows of the split it keeps, see `sources.load`; None: all. The
+            number of images that is compared is that of the whole split.
+
     Raises:
-        ValueError, FileNotFoundError: they are not as the config says, or not there.
+        ValueError, FileNotFoundError: they are not as the config says, or not there. What is wrong with
+            labels or pixels, a process with another share may not find.
     """
     data = config.data
     # From the headers: before anything is read, of whatever size.
-    _refuse(data_problems(config, split, sources.shape(data.source, split, data_dir=data.dir)))
+    shape = sources.shape(data.source, split, data_dir=data.dir, rows=rows)
+    _refuse(data_problems(config, split, shape))
     found = sources.load(
         data.source,
         split,
@@ -262,9 +274,11 @@ def images(config: ConfigDict, split: str) -> Images:
         average_down=data.average_down,
         classes=data.classes,
         groups=data.groups,
+        rows=rows,
+        in_memory=data.in_memory if split == 'train' else 'yes',  # all of the others are needed at once
     )
-    count, height, width, channels = found.images.shape
-    before_pooling = (count, height * data.average_down, width * data.average_down, channels)
+    _, height, width, channels = found.images.shape
+    before_pooling = (found.total, height * data.average_down, width * data.average_down, channels)
     _refuse(data_problems(config, split, before_pooling))  # what no header told
     if split == 'train' and found.groups is not None:
         _check_groups(config, found.groups)

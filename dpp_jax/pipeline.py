@@ -87,9 +87,7 @@ class Run:
     @functools.cached_property
     def train(self) -> Images:
         found = build.images(self.config, 'train')
-        hosts.at_first(
-            lambda: self.workdir.check_fingerprint('train', found.images, found.labels, found.groups)
-        )
+        hosts.at_first(lambda: self.workdir.check_fingerprint('train', found))
         return found
 
     @functools.cached_property

@@ -180,6 +180,7 @@ def _table() -> dict[str, _Rule]:
         # data
         'data.source': _source_in(known['source']),
         'data.dir': _TEXT,
+        'data.in_memory': _name_in(sources.IN_MEMORY),
         'data.train_images': _COUNT,
         'data.groups': _TEXT,
         'data.train_groups': _unset_or(_COUNT),
@@ -322,6 +323,15 @@ _RELATIONS = (
         lambda source: (
             f"'': {source!r} says of no image whose it is. Sources with groups are "
             + ' and '.join(kind.form for kind in sources.SOURCES.values() if kind.has_groups)
+        ),
+    ),
+    _Relation(
+        'data.in_memory',
+        ('data.source',),
+        lambda where, source: where != 'no' or sources.SOURCES[source.partition(':')[0]].has_random_access,
+        lambda source: (
+            f"'auto' or 'yes': rows of {source!r} cannot be read when they are needed. Sources that can are "
+            + ' and '.join(kind.form for kind in sources.SOURCES.values() if kind.has_random_access)
         ),
     ),
     _Relation(

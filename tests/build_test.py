@@ -11,6 +11,7 @@ import pytest
 from dpp_jax import build
 from dpp_jax.configs import camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28
 from dpp_jax.data import resize
+from dpp_jax.data.rows import Share
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 
@@ -143,3 +144,12 @@ def test_the_mechanisms_are_those_of_the_settings(tiny_config):
     assert query.mechanism.sensitivity == config.query.clip_norm
     assert (dp_sgd.count, dp_sgd.mechanism.sampling_probability) == (23, 1 / 23)
     assert dp_sgd.mechanism.sensitivity == 0.3
+
+
+def test_the_number_of_images_that_is_compared_is_that_of_the_whole_split(tiny_config):
+    config = tiny_config()
+    share = build.images(config, 'train', rows=Share(index=1, count=3))
+    assert (len(share.images), share.total) == (479, config.data.train_images)
+    config.data.train_images = 479
+    with pytest.raises(ValueError, match='config.data.train_images is 479; it must be 1437'):
+        build.images(config, 'train', rows=Share(index=1, count=3))

@@ -1,5 +1,6 @@
 """Groups as the unit of privacy, through the whole program: neighbors, surplus images, what is said."""
 
+import dataclasses
 import functools
 import json
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpp_jax import build, pipeline
+from dpp_jax.data.images import Images
 from dpp_jax.privacy import groups
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
@@ -149,12 +151,12 @@ def test_the_number_of_groups_is_that_of_the_set_where_it_is_public(grouped, rel
 
 
 def test_other_groups_are_other_private_images(tmp_path):
-    workdir, private = WorkDir(tmp_path), make_images()
-    arrays = private['images'], private['labels']
-    workdir.check_fingerprint('train', *arrays, private['person'])
-    workdir.check_fingerprint('train', *arrays, private['person'])
+    workdir, made = WorkDir(tmp_path), make_images()
+    private = Images(images=made['images'], labels=made['labels'], groups=made['person'])
+    workdir.check_fingerprint('train', private)
+    workdir.check_fingerprint('train', private)
     with pytest.raises(ValueError, match='has other images'):
-        workdir.check_fingerprint('train', *arrays, np.roll(private['person'], 1))
+        workdir.check_fingerprint('train', dataclasses.replace(private, groups=np.roll(private.groups, 1)))
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,13 @@ def test_groups_are_allowed_as_a_whole():
     assert lines(changed(GROUPED | {'data.source': 'tfds:x', 'data.groups': 'a/person'})) == []
 
 
+def test_images_stay_in_files_only_where_the_source_allows_it():
+    assert lines(changed({'data.in_memory': 'no', 'data.source': 'tfds:x'})) == []
+    (line,) = lines(changed({'data.in_memory': 'no', 'data.source': 'npz:x'}))
+    assert line.startswith("config.data.in_memory is 'no'; it must be 'auto' or 'yes': rows of 'npz:x'")
+    assert line.endswith('tfds:<name>')
+
+
 @pytest.mark.parametrize('missing', [name for name in GROUPED if name not in ('data.source', 'dp.unit')])
 @pytest.mark.parametrize('unit', ['image', 'group'])
 def test_settings_of_groups_go_together(missing, unit):

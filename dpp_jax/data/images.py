@@ -1,29 +1,57 @@
-"""Labeled images in memory, and the checks that every set of images passes."""
+"""Labeled images, and the checks that every set of images passes."""
 
 import dataclasses
 
 import numpy as np
 
+from dpp_jax.data.rows import Rows
+from dpp_jax.data.stored import StoredImages
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Images:
-    """Labeled images of one split.
+    """Labeled images of one split, or the share of them that a process keeps.
 
     Attributes:
-        images: uint8 (N, H, W, C), 0..255.
-        labels: int32 (N,), in 0..classes - 1.
-        groups: integers (N,): images with the same number are of one person; None: not asked for.
+        images: uint8 (n, H, W, C), 0..255; an array, or rows that are read when they are asked for.
+        labels: int32 (n,), in 0..classes - 1.
+        groups: integers (N,), of ALL rows of the split, also those that are not kept: images with the same
+            number are of one person; None: not asked for.
+        rows: which rows of the split's N the n are; None: all.
+        stamp: SHA-256, in hexadecimal, of names, sizes and times of the files in which `images` stay, and of
+            what decodes them; None: they are in memory.
     """
 
-    images: np.ndarray
+    images: np.ndarray | StoredImages
     labels: np.ndarray
     groups: np.ndarray | None = None
+    rows: Rows | None = None
+    stamp: str | None = None
+
+    @property
+    def total(self) -> int:
+        """N, the number of rows of the whole split."""
+        return len(self.images) if self.rows is None else self.rows.total
+
+    @property
+    def kept(self) -> Rows:
+        """Which rows of the split these are."""
+        return Rows(len(self.images)) if self.rows is None else self.rows
+
+    @property
+    def own_groups(self) -> np.ndarray | None:
+        """The groups of the rows that are kept, (n,)."""
+        return None if self.groups is None else self.groups[self.kept.numbers()]
+
+    def class_counts(self, classes: int) -> np.ndarray:
+        """Return how many of the kept images each class has, int64 (classes,); shares' counts add up."""
+        return np.bincount(self.labels, minlength=classes)
 
 
 def check_images(
-    images: np.ndarray, *, name: str, image_shape: tuple[int, int, int] | None = None
-) -> np.ndarray:
-    """Return images as a NumPy array, after a check of dtype and shape.
+    images: np.ndarray | StoredImages, *, name: str, image_shape: tuple[int, int, int] | None = None
+) -> np.ndarray | StoredImages:
+    """Return images as a NumPy array, after a check of dtype and shape; stored ones stay where they are.
 
     Args:
         images: must be uint8 (N, H, W, C), N ≥ 1.
@@ -33,7 +61,7 @@ def check_images(
     Raises:
         ValueError: the images are not as above.
     """
-    images = np.asarray(images)
+    images = images if isinstance(images, StoredImages) else np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(
             f'{name}: the images are {images.dtype} of shape {images.shape}; '

@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 
+from dpp_jax.data.stored import StoredImages
 
-def nearest(images: np.ndarray, factor: int) -> np.ndarray:
+
+def nearest(images: np.ndarray | StoredImages, factor: int) -> np.ndarray | StoredImages:
     """Return every `factor`-th pixel of each row and column, the first included.
 
     Args:
@@ -12,8 +14,10 @@ def nearest(images: np.ndarray, factor: int) -> np.ndarray:
         factor: at least 1.
 
     Returns:
-        (N, ceil(H / factor), ceil(W / factor), C), a view of `images`.
+        (N, ceil(H / factor), ceil(W / factor), C), a view of `images`; of stored ones, made as they are read.
     """
+    if isinstance(images, StoredImages):
+        return images.mapped(lambda rows: nearest(rows, factor))
     return images[:, ::factor, ::factor]
 
 
@@ -34,7 +38,7 @@ def bilinear(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(jax.image.resize(images, (count, *size, channels), 'bilinear', antialias=False))
 
 
-def average_pool(images: np.ndarray, factor: int) -> np.ndarray:
+def average_pool(images: np.ndarray | StoredImages, factor: int) -> np.ndarray | StoredImages:
     """Return the mean of each block of `factor` x `factor` pixels, halves rounded up.
 
     Args:
@@ -42,10 +46,12 @@ def average_pool(images: np.ndarray, factor: int) -> np.ndarray:
         factor: at least 1; it must divide H and W.
 
     Returns:
-        uint8 (N, H / factor, W / factor, C).
+        uint8 (N, H / factor, W / factor, C); of stored ones, made as they are read.
     """
     if factor == 1:
         return images
+    if isinstance(images, StoredImages):
+        return images.mapped(lambda rows: average_pool(rows, factor))
     count, height, width, channels = images.shape
     blocks = images.reshape(count, height // factor, factor, width // factor, factor, channels)
     total, pixels = blocks.sum((2, 4), dtype=np.uint32), factor**2

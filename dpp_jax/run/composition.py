@@ -1,14 +1,15 @@
 """What several work directories spent together on the same private images, from their ledgers."""
 
 from collections.abc import Sequence
+import itertools
 from typing import Any
 
 from dpp_jax import files
 from dpp_jax.privacy import accounting, budget
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import statement
+from dpp_jax.run import fingerprint, statement
 from dpp_jax.run.already_spent import paths
-from dpp_jax.run.folder import FINGERPRINTS, WorkDir
+from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import is_seeded
 
 _EXAMPLE = '--stage=compose --with=runs/a,runs/b'
@@ -110,12 +111,12 @@ def _remarks(folders: Sequence[WorkDir], plans: Sequence[dict[str, Any]]) -> lis
         )
     if accounting.REPLACE_ONE in relations and len(relations) > 1:
         remarks.append('The runs were planned for different relations: read the ε of the one that you need.')
-    seen = {}
+    seen = []
     for folder in folders:
         if folder.fingerprints.is_file():
-            train = files.read_json(folder.fingerprints, 'Restore the file', FINGERPRINTS).get('train', {})
-            seen[folder.root] = train.get('sha256')
-    if len(set(seen.values())) > 1:
+            known = files.read_json(folder.fingerprints, 'Restore the file', fingerprint.FORM)
+            seen.append(known.get('train', {}))
+    if any(fingerprint.are_different(*pair) for pair in itertools.combinations(seen, 2)):
         remarks.append(
             'private/data.json names different private images in these folders. The sum is right for every '
             'image that is in all of them, and too large for the others.'

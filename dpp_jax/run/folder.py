@@ -9,9 +9,10 @@ import tempfile
 from typing import Any
 
 import filelock
-import numpy as np
 
 from dpp_jax import files
+from dpp_jax.data.images import Images
+from dpp_jax.run import fingerprint
 from dpp_jax.run.keys import NOTE as PRIVATE_NOTE
 
 # Settings that change no result: a run may be continued with other values.
@@ -19,6 +20,7 @@ FREE_SETTINGS = (
     'loop.log_every_steps',
     'loop.checkpoint_every_seconds',
     'loop.images_at_once',
+    'data.in_memory',
     'finetune.microbatch',
     'generate.batch_size',
     'generate.png_tree',
@@ -50,7 +52,6 @@ _RELEASE_NOTE = (
     'The (ε, δ) in privacy_statement.md covers every file in this folder. It is computed from '
     'ledger.jsonl. If config.json has a seed, nothing here is private.\n'
 )
-FINGERPRINTS = {'*': {'count': int, 'sha256': str}}  # what private/data.json holds
 
 
 class WorkDir:
@@ -232,33 +233,18 @@ class WorkDir:
             if not path.exists():
                 files.write_text(path, text)
 
-    def check_fingerprint(
-        self, name: str, images: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
-    ) -> None:
+    def check_fingerprint(self, name: str, images: Images, **processes: Callable) -> None:
         """Check that `name` ('train') names the images with which it was first seen in this folder.
 
-        Half a run on one set and half on another would not be the mechanism that was accounted for.
+        Args:
+            name: of the split.
+            images: of this process.
+            processes: `gather` and `at_first`, where there are several, see `fingerprint.check`.
 
         Raises:
             ValueError: they are other images.
         """
-        arrays = [images, labels] if groups is None else [images, labels, groups]
-        found = {'count': len(images), 'sha256': files.digest(arrays)}
-        known = {'_note': PRIVATE_NOTE}
-        if self.fingerprints.exists():
-            known = files.read_json(
-                self.fingerprints,
-                'Restore the file. Or delete it if the private images did not change: it is written again',
-                FINGERPRINTS,
-            )
-        if name not in known:
-            files.write_json(self.fingerprints, {**known, name: found}, mode=0o600)
-        elif known[name] != found:
-            raise ValueError(
-                f'config.data.source has other images ({len(images)}) than those that {self.root} was made '
-                f'with ({known[name]["count"]}): their fingerprint differs from private/data.json. Restore '
-                'the images, or use another --workdir'
-            )
+        fingerprint.check(self.fingerprints, name, images, **processes)
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

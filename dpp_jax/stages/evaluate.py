@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from dpp_jax import files
 from dpp_jax.data.images import Images
+from dpp_jax.data.stored import StoredImages
 from dpp_jax.evaluation import classifiers, features, fid, needs, trainer
 from dpp_jax.run import statement_text
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
@@ -18,6 +20,7 @@ from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import NOTE, Keys
 from dpp_jax.training import hosts, progress
 
+_InMemory = tuple[Images, str | None]  # private images, and why they could not be read into memory
 _IMAGES_PER_DEVICE = 256  # whose features are computed at once
 
 
@@ -49,6 +52,19 @@ def why_no_fid(labels: np.ndarray, classes: int) -> str | None:
     )
 
 
+def _in_memory(train: Images) -> _InMemory:
+    """Read images that stay in files, to train networks on them; or say why that cannot be."""
+    images = train.images
+    if not isinstance(images, StoredImages):
+        return train, None
+    if images.are_too_many:
+        return train, (
+            f'the private images take {images.nbytes / 2**30:.1f} GiB, more than half of the memory of this '
+            'machine; a network that is trained on real images needs them in memory'
+        )
+    return dataclasses.replace(train, images=images[:]), None
+
+
 def run(
     config: ConfigDict,
     workdir: WorkDir,
@@ -74,28 +90,30 @@ def run(
         test: gives real images that no training saw.
     """
     evaluation = Evaluation(workdir, flatten(config.to_dict())) if hosts.is_first() else None
-    arrays = hosts.from_first(lambda: _begin(config, workdir, keys, evaluation, private))
+    read = functools.cache(lambda: _in_memory(private()))
+    arrays = hosts.from_first(lambda: _begin(config, workdir, keys, evaluation, read))
     if arrays is not None:
         network = features.FeatureNetwork.from_arrays(arrays, source='process 0')
         # Once: it reads the file.
         synthetic = functools.cache(lambda: images.load(images.paths['images'])['images'])
         found = _fid(network, share.images, synthetic, test)
         hosts.at_first(lambda: _save(evaluation, found | {'fid_features': network.name}))
-    hosts.at_first(lambda: _classify(config, workdir, keys, evaluation, images, private, test))
+    hosts.at_first(lambda: _classify(config, workdir, keys, evaluation, images, read, test))
 
 
 def _begin(
-    config: ConfigDict, workdir: WorkDir, keys: Keys, evaluation: Evaluation, private: Callable[[], Images]
+    config: ConfigDict, workdir: WorkDir, keys: Keys, evaluation: Evaluation, private: Callable[[], _InMemory]
 ) -> dict[str, Any] | None:
     """Begin the evaluation; return the arrays of the feature network if FID is to be computed."""
     evaluation.begin()
     if not config.evaluate.fid or 'fid' in evaluation.results:
         return None
-    left_out = why_no_fid(private().labels, config.data.classes)
+    train, too_large = private()
+    left_out = too_large or why_no_fid(train.labels, config.data.classes)
     if left_out:
         _save(evaluation, {'fid_left_out': left_out})
         return None
-    arrays = _feature_network(config, workdir, keys, private()).to_arrays()
+    arrays = _feature_network(config, workdir, keys, train).to_arrays()
     return arrays | {'header': str(arrays['header'])}
 
 
@@ -173,7 +191,7 @@ def _classify(
     keys: Keys,
     evaluation: Evaluation,
     images: SyntheticImages,
-    private: Callable[[], Images],
+    private: Callable[[], _InMemory],
     test: Callable[[], Images],
 ) -> None:
     """Train classifiers on the synthetic images and test them on real ones."""
@@ -185,8 +203,9 @@ def _classify(
     for kind in () if no_classes else settings.classifiers:
         if kind in results['accuracy']:
             continue
-        if settings.real_images:
-            ceiling = _of_real_images(config, workdir, keys, kind, private(), test())
+        train, too_large = private() if settings.real_images else (None, None)
+        if train is not None and not too_large:
+            ceiling = _of_real_images(config, workdir, keys, kind, train, test())
             if ceiling is not None:
                 results.setdefault('accuracy_of_real_images', {})[kind] = ceiling
         synthetic = Images(images=data['images'], labels=data['labels'])

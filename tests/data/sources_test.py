@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
@@ -9,14 +10,19 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from dpp_jax.data import sources
-from dpp_jax.data.sources import npz
+from dpp_jax.data import resize, sources
+from dpp_jax.data.rows import Share
+from dpp_jax.data.sources import folder, npz
+from dpp_jax.data.stored import StoredImages
+from dpp_jax.privacy import groups, poisson
+from dpp_jax.training import steps
 
 SHARED = Path(__file__).resolve().parents[3] / 'shared'
 MNIST_IDX, MNIST_TFDS = SHARED / 'data' / 'mnist', SHARED / 'data' / 'tfds'
@@ -183,6 +189,7 @@ def tiny_tfds():
 
         VERSION = tfds.core.Version('1.0.0')
         fail = False
+        train_images = 4
 
         def _info(self):
             return tfds.core.DatasetInfo(
@@ -199,7 +206,7 @@ def tiny_tfds():
         def _split_generators(self, dl_manager):
             if self.fail:
                 raise ConnectionError('no network')
-            return {'train': self._generate_examples(4), 'test': self._generate_examples(2)}
+            return {'train': self._generate_examples(self.train_images), 'test': self._generate_examples(2)}
 
         def _generate_examples(self, count):
             images, labels = random_set(count, (4, 6, 3), 2, seed=count)
@@ -442,7 +449,7 @@ def test_npz_headers_that_lie_are_refused_before_anything_is_read(npz_set, monke
         images=header(claimed['images']) + images.tobytes(),
         labels=header(claimed['labels']) + labels.tobytes(),
     )
-    monkeypatch.setattr(np, 'load', no_array)
+    monkeypatch.setattr(folder, 'read_rows', no_array)
     for call in (sources.describe, lambda source: sources.shape(source, 'train')):
         with pytest.raises(ValueError, match=f'train.npz cannot be read: the header of {which} claims'):
             call(f'npz:{npz_set}')
@@ -450,7 +457,7 @@ def test_npz_headers_that_lie_are_refused_before_anything_is_read(npz_set, monke
 
 def test_images_without_a_label_each_are_refused_before_anything_is_read(npz_set, monkeypatch):
     np.savez(npz_set / 'train.npz', images=random_set(7)[0], labels=random_set(6)[1])
-    monkeypatch.setattr(np, 'load', no_array)
+    monkeypatch.setattr(folder, 'read_rows', no_array)
     with pytest.raises(ValueError, match=r'images of shape \(7, 4, 6\) and labels of shape \(6,\)'):
         sources.describe(f'npz:{npz_set}')
 
@@ -463,7 +470,7 @@ def test_a_small_archive_that_unpacks_to_gigabytes_is_refused_before_it_is_read(
         images=header(shape) + bytes(math.prod(shape)),
         labels=header((10**5,)) + bytes(10**5),
     )
-    monkeypatch.setattr(np, 'load', no_array)
+    monkeypatch.setattr(folder, 'read_rows', no_array)
     for call in (sources.describe, lambda source: sources.shape(source, 'test')):
         with pytest.raises(ValueError, match='test.npz: images unpacks to 7,200,000 bytes from .*no images'):
             call(f'npz:{npz_set}')
@@ -507,3 +514,241 @@ def test_labels_must_be_in_range_and_those_of_a_test_set_need_not_all_be_there(n
     assert sources.load(source, 'test').labels.max() == 1
     with pytest.raises(ValueError, match=r'\(train\): the labels go from 0 to 2'):
         sources.load(source, 'train', classes=2)
+
+
+# ---- a share of the rows, and rows that stay in files --------------------------------------------
+
+COUNT = 41  # rows of the sets below
+KINDS = ('digits', 'idx', 'idx.gz', 'npz', 'npz reversed', 'tfds', 'tfds stored')
+
+
+@pytest.fixture(scope='module')
+def tfds_folder(tiny_tfds, tmp_path_factory):
+    """Where 41 images are prepared; their set is tfds:more_for_test."""
+    root = tmp_path_factory.mktemp('tfds')
+
+    class MoreForTest(tiny_tfds):
+        """The same, but more."""
+
+        train_images = COUNT
+
+    MoreForTest(data_dir=str(root)).download_and_prepare(file_format='array_record')
+    return str(root)
+
+
+@pytest.fixture
+def make_set(tmp_path, tfds_folder):
+    """A function: kind → arguments of `load`, of a set of 41 images in color (idx: gray)."""
+
+    def make(kind):
+        images, labels = random_set(COUNT, (4, 6, 3))
+        if kind.startswith('tfds'):
+            return {
+                'source': 'tfds:more_for_test',
+                'data_dir': tfds_folder,
+                'in_memory': 'no' if 'stored' in kind else 'yes',
+            }
+        if kind.startswith('idx'):
+            images = images[..., 0]
+            for stem in ('train', 't10k'):
+                for name, array in (('images-idx3', images), ('labels-idx1', labels)):
+                    path, content = tmp_path / f'{stem}-{name}-ubyte', idx_bytes(array)
+                    path.write_bytes(content)
+                    if kind.endswith('gz'):
+                        path.unlink()
+                        path.with_name(path.name + '.gz').write_bytes(gzip.compress(content))
+        if kind.startswith('npz'):
+            images = np.asfortranarray(images) if 'reversed' in kind else images
+            for split in sources.SPLITS:
+                np.savez_compressed(
+                    tmp_path / f'{split}.npz', images=images, labels=labels[:, None], person=PERSON
+                )
+        return {'source': kind if kind == 'digits' else f'{kind[:3]}:{tmp_path}'}
+
+    return make
+
+
+PERSON = np.random.default_rng(1).permutation(COUNT) // 3  # whose an image of the npz set is
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('block', [2**22, 100])
+def test_shares_have_exactly_their_rows_and_are_together_the_whole(make_set, monkeypatch, kind, block):
+    monkeypatch.setattr(folder, '_BLOCK', block)
+    monkeypatch.setattr('dpp_jax.data.sources.tfds._BATCH', block)
+    arguments = make_set(kind) | {'split': 'train', 'average_down': 2}
+    whole = sources.load(**arguments | {'in_memory': 'yes'})
+    assert whole.total == len(whole.images) and whole.kept.are_all
+    seen = []
+    for rows in [slice(p, None, 3) for p in range(3)] + [np.array([0, 7, 8, 40]), slice(5, 20, 4), None]:
+        share = sources.load(**arguments, rows=rows)
+        assert share.total == whole.total and len(share.images) == len(share.labels)
+        np.testing.assert_array_equal(share.images[:], whole.images[slice(None) if rows is None else rows])
+        np.testing.assert_array_equal(share.labels, whole.labels[share.kept.numbers()])
+        seen.append(share)
+    numbers = np.concatenate([share.kept.numbers() for share in seen[:3]])
+    assert sorted(numbers) == list(range(whole.total))
+    counts = sum(share.class_counts(10) for share in seen[:3])
+    np.testing.assert_array_equal(counts, whole.class_counts(10))
+
+
+@pytest.mark.parametrize('kind, name', [('npz', 'person'), ('tfds', 'about/person')])
+def test_the_share_of_a_process_has_whole_groups(make_set, kind, name):
+    arguments = make_set(kind) | {'split': 'train', 'groups': name}
+    whole = sources.load(**arguments)
+    shares = [sources.load(**arguments, rows=Share(index=p, count=3)) for p in range(3)]
+    for share in shares:
+        np.testing.assert_array_equal(share.groups, whole.groups)  # of all: they decide who is used
+        np.testing.assert_array_equal(share.images, whole.images[share.kept.numbers()])
+    own = [set(share.own_groups.tolist()) for share in shares]
+    assert not (own[0] & own[1] or own[0] & own[2] or own[1] & own[2])
+    assert set.union(*own) == set(whole.groups.tolist())
+    assert sum(len(share.images) for share in shares) == COUNT
+    # Process p keeps the units u with u % P == p, in the order of `choose`.
+    members = groups.choose(whole.groups, 2, key=1)
+    for p, share in enumerate(shares):
+        used = members[p::3]
+        assert (share.kept.places(used[used >= 0]) >= 0).all()
+
+
+def test_a_share_may_be_empty_and_a_split_may_not(npz_set):
+    source = f'npz:{npz_set}'
+    empty = sources.load(source, 'train', rows=Share(index=8, count=9))
+    assert empty.images.shape == (0, 4, 6, 3) and empty.labels.shape == (0,) and empty.total == 7
+    np.savez(npz_set / 'train.npz', images=np.zeros((0, 4, 6, 3), np.uint8), labels=np.zeros(0, int))
+    with pytest.raises(ValueError, match='at least one image'):
+        sources.load(source, 'train', rows=Share(index=0, count=2), classes=3)
+
+
+def test_a_set_need_not_fit_the_memory_if_a_share_does(npz_set, monkeypatch):
+    source = f'npz:{npz_set}'  # 504 bytes of training images
+    monkeypatch.setattr(os, 'sysconf', lambda name: 18)  # memory of 324 bytes
+    for call in (sources.describe, lambda source: sources.load(source, 'train')):
+        with pytest.raises(ValueError, match='memory of this machine'):
+            call(source)
+    assert sources.describe(source, processes=2).train_images == 7
+    assert len(sources.load(source, 'train', rows=slice(1, None, 2)).images) == 3
+    assert sources.shape(source, 'train', rows=Share(index=0, count=2)) == (7, 4, 6, 3)
+
+
+@pytest.mark.parametrize('kind', ['npz', 'idx.gz', 'idx'])
+def test_the_memory_that_reading_takes_falls_with_the_processes(tmp_path, kind):
+    """The most that is in use at any time, of sets of 24 MiB: little more than the share."""
+    count, size = 3 * 2**13, 32
+    images = np.zeros((count, size, size), np.uint8)
+    images[:, 0] = np.random.default_rng(0).integers(0, 256, (count, size))
+    if kind == 'npz':
+        np.savez_compressed(tmp_path / 'train.npz', images=images, labels=np.arange(count) % 10)
+        np.savez(tmp_path / 'test.npz', images=images[:1], labels=[9])
+    else:
+        for name, array in (('images-idx3', images), ('labels-idx1', np.arange(count) % 10)):
+            path, content = tmp_path / f'train-{name}-ubyte', idx_bytes(array)
+            if kind.endswith('gz'):
+                path.with_name(path.name + '.gz').write_bytes(gzip.compress(content, 1))
+            else:
+                path.write_bytes(content)
+    peaks = []
+    for processes in (1, 2, 4):
+        tracemalloc.start()
+        share = sources.load(
+            f'{kind[:3]}:{tmp_path}', 'train', classes=10, rows=slice(processes - 1, None, processes)
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
+        tracemalloc.stop()
+        assert share.images.nbytes == images.nbytes // processes
+    for peak, mebibytes in zip(peaks, (24, 12, 6)):
+        assert mebibytes < peak < mebibytes + 6, peaks
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='Linux tells what a process took at most')
+def test_a_fresh_process_grows_by_its_share(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2**16, 32, 32), np.uint8)  # 64 MiB
+    np.savez(tmp_path / 'train.npz', images=images, labels=np.arange(len(images)) % 10)
+    program = (
+        'from dpp_jax.data import sources\n'
+        'def most():\n'
+        "    return open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]\n"
+        'print(most())\n'
+        'for rows in (slice(1, None, 4), None):\n'
+        f"    kept = sources.load('npz:{tmp_path}', 'train', classes=10, rows=rows)\n"
+        '    print(most())\n'
+        '    del kept\n'
+    )
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+    before, share, whole = (int(kibibytes) / 1024 for kibibytes in done.stdout.split())
+    assert share - before < 16 + 12 and 64 - 8 < whole - before < 64 + 24, (before, share, whole)
+
+
+@pytest.fixture
+def both(make_set):
+    """A function: further arguments → the same tfds set in memory, and left in its files."""
+
+    def load(**more):
+        arguments = make_set('tfds') | {'split': 'train'} | more
+        return [sources.load(**arguments | {'in_memory': where}) for where in ('yes', 'no')]
+
+    return load
+
+
+def test_batches_of_images_that_stay_in_files_are_those_of_images_in_memory(both):
+    memory, stored = both(average_down=2, groups='about/person')
+    assert isinstance(stored.images, StoredImages) and stored.images.shape == memory.images.shape
+    members = groups.choose(memory.groups, 2, key=3)
+    sampler = poisson.PoissonSampler(size=COUNT, probability=0.3, key=7)
+    for number in range(5):
+        indices = sampler.indices(number)
+        pairs = [
+            [steps.make_batch(found.images, found.labels, indices, 4) for found in (memory, stored)],
+            [
+                steps.make_batch(found.images, found.labels, indices[indices < len(members)], 4, members)
+                for found in (memory, stored)
+            ],
+            [
+                poisson.fetch({'images': resize.nearest(found.images, 2)}, indices, 64)[0]
+                for found in (memory, stored)
+            ],
+        ]
+        for one, other in pairs:
+            assert one.keys() == other.keys()
+            for name in one:
+                assert one[name].dtype == other[name].dtype
+                np.testing.assert_array_equal(one[name], other[name])
+
+
+@needs_tfds
+def test_rows_of_mnist_are_read_when_they_are_needed():
+    where = {'source': 'tfds:mnist', 'split': 'test', 'data_dir': str(MNIST_TFDS)}
+    memory, stored = sources.load(**where), sources.load(**where, in_memory='no', rows=slice(1, None, 2))
+    np.testing.assert_array_equal(stored.labels, memory.labels[1::2])
+    chosen = np.random.default_rng(0).integers(0, 5000, (40, 3))  # some of them twice
+    np.testing.assert_array_equal(stored.images[chosen], memory.images[1::2][chosen])
+
+
+def test_where_images_lie_is_decided_by_their_size(make_set, monkeypatch):
+    arguments = make_set('tfds') | {'split': 'train', 'in_memory': 'auto'}
+    assert isinstance(sources.load(**arguments).images, np.ndarray)
+    monkeypatch.setattr(os, 'sysconf', lambda name: 50)  # memory of 2,500 bytes; the images take 2,952
+    assert isinstance(sources.load(**arguments).images, StoredImages)
+    assert isinstance(sources.load(**arguments, rows=slice(0, None, 3)).images, np.ndarray)
+    assert isinstance(sources.load(**arguments, average_down=2).images, np.ndarray)
+
+
+def test_a_source_that_cannot_be_read_row_by_row_says_so(npz_set):
+    with pytest.raises(ValueError, match="in_memory is 'no'; .* must be 'auto' or 'yes'.*: tfds:<name>"):
+        sources.load(f'npz:{npz_set}', 'train', in_memory='no')
+    assert isinstance(sources.load(f'npz:{npz_set}', 'train', in_memory='auto').images, np.ndarray)
+    with pytest.raises(ValueError, match="in_memory is 'maybe'; it must be one of auto, yes, no"):
+        sources.load(f'npz:{npz_set}', 'train', in_memory='maybe')
+
+
+def test_the_stamp_of_files_changes_with_them_and_with_what_decodes_them(both, tfds_folder, monkeypatch):
+    memory, stored = both()
+    assert memory.stamp is None and len(stored.stamp) == 64
+    assert both()[1].stamp == stored.stamp
+    (path,) = Path(tfds_folder).rglob('*-train.array_record*')
+    time = path.stat().st_mtime
+    os.utime(path, (time + 5, time + 5))
+    later = both()[1].stamp
+    assert later != stored.stamp
+    monkeypatch.setattr(importlib.metadata, 'version', lambda name: 'another')
+    assert both()[1].stamp not in (later, stored.stamp)

@@ -41,7 +41,7 @@ def readers(config, workdir):
         workdir.code: lambda: statement.codes(workdir),
         workdir.keys: keys,
         workdir.digests: lambda: artefacts.central_images(workdir),
-        workdir.fingerprints: lambda: workdir.check_fingerprint('train', private.images, private.labels),
+        workdir.fingerprints: lambda: workdir.check_fingerprint('train', private),
         workdir.sizes: lambda: sizes._read(workdir.sizes),
         workdir.evaluation: scores,
         workdir.ceiling: lambda: evaluate._known_ceiling(workdir),

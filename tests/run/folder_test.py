@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpp_jax import files
+from dpp_jax.data.images import Images
 from dpp_jax.run.folder import WorkDir, flatten
 
 
@@ -146,10 +147,10 @@ def test_nothing_is_removed_from_folders_that_are_not_of_the_run(tmp_path):
 @pytest.mark.parametrize('name', ['config.json', 'data.json'])
 def test_a_damaged_record_is_named_with_what_to_do(tiny_config, tmp_path, name, damage):
     workdir = record(tmp_path, tiny_config())
-    images, labels = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2)
+    images, labels = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int32)
     read = {
         'config.json': lambda: workdir.check(flatten(tiny_config().to_dict())),
-        'data.json': lambda: workdir.check_fingerprint('train', images, labels),
+        'data.json': lambda: workdir.check_fingerprint('train', Images(images=images, labels=labels)),
     }[name]
     read()
     (path,) = tmp_path.rglob(name)
@@ -164,9 +165,9 @@ def test_other_images_are_refused(tmp_path, change):
     images = np.arange(6 * 4 * 2, dtype=np.uint8).reshape(6, 4, 2, 1)
     labels = np.arange(6) % 3
     with workdir.opened():
-        workdir.check_fingerprint('train', images, labels)
-        workdir.check_fingerprint('train', images.copy(), labels.copy())
-        workdir.check_fingerprint('test', images[:2], labels[:2])
+        workdir.check_fingerprint('train', Images(images=images, labels=labels))
+        workdir.check_fingerprint('train', Images(images=images.copy(), labels=labels.copy()))
+        workdir.check_fingerprint('test', Images(images=images[:2], labels=labels[:2]))
         others = {
             'pixel': (np.where(images == 7, 8, images).astype(np.uint8), labels),
             'label': (images, np.where(np.arange(6) == 2, 0, labels)),
@@ -175,7 +176,7 @@ def test_other_images_are_refused(tmp_path, change):
             'shape': (images.reshape(6, 2, 4, 1), labels),
         }
         with pytest.raises(ValueError, match='other images .* was made with .6.: their fingerprint'):
-            workdir.check_fingerprint('train', *others[change])
+            workdir.check_fingerprint('train', Images(images=others[change][0], labels=others[change][1]))
     assert stat.S_IMODE(os.stat(workdir.fingerprints).st_mode) == 0o600
 
 

@@ -1,13 +1,16 @@
 """Scores come with what one must know to read them; what cannot be computed is left out, and said before."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from dpp_jax import pipeline
+from dpp_jax.data.images import Images
+from dpp_jax.data.stored import StoredImages
 from dpp_jax.run.folder import WorkDir
-from dpp_jax.stages import report
+from dpp_jax.stages import evaluate, report
 
 
 def run(config, root, train, test, classes):
@@ -92,3 +95,14 @@ def test_without_the_ceiling_no_classifier_sees_private_images(copied_run):
     pipeline.run(config, workdir.root, 'evaluate')
     assert not workdir.ceiling.exists()
     assert 'accuracy_of_real_images' not in json.loads(workdir.evaluation.read_text())
+
+
+def test_images_that_stay_in_files_are_read_for_networks_that_learn_from_them_if_they_fit(monkeypatch):
+    array = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1), np.uint8)
+    train = Images(images=StoredImages(lambda rows: array[rows], array.shape), labels=np.arange(6) % 2)
+    read, reason = evaluate._in_memory(train)
+    assert isinstance(read.images, np.ndarray) and reason is None
+    np.testing.assert_array_equal(read.images, array)
+    monkeypatch.setattr(os, 'sysconf', lambda name: 13)  # memory of 169 bytes; the images take 96
+    same, reason = evaluate._in_memory(train)
+    assert same is train and 'more than half of the memory of this machine' in reason

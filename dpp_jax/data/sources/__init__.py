@@ -4,39 +4,47 @@ A name is '<kind>' or '<kind>:<where>', for example 'idx:/data/mnist'. Each kind
 of this folder and one entry of `SOURCES`. Checks and average pooling are the same for all kinds.
 """
 
+import dataclasses
+
 import numpy as np
 
 from dpp_jax.data.images import Images, check_groups, check_images, check_labels
 from dpp_jax.data.resize import average_pool
+from dpp_jax.data.rows import Share
 from dpp_jax.data.sources.digits import Digits
 from dpp_jax.data.sources.idx import Idx
 from dpp_jax.data.sources.npz import Npz
 from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
 from dpp_jax.data.sources.tfds import Tfds
+from dpp_jax.data.stored import StoredImages, memory_of_machine
 
+AnyRows = slice | np.ndarray | Share | None  # which rows of a split, see `load`
+IN_MEMORY = ('auto', 'yes', 'no')
 SOURCES: dict[str, type[Source]] = {'digits': Digits, 'tfds': Tfds, 'idx': Idx, 'npz': Npz}
 
 
-def describe(source: str, *, data_dir: str = '') -> SourceInfo:
+def describe(source: str, *, data_dir: str = '', processes: int = 1) -> SourceInfo:
     """Return size, shape and classes of a source; reads file headers and labels, never a pixel.
 
     Args:
         source: 'digits', 'tfds:<name>', 'idx:<folder>' or 'npz:<folder>'.
         data_dir: where tensorflow-datasets keeps its data; '' = its own default.
+        processes: that keep a share each: what this machine's memory must hold.
 
     Raises:
         FileNotFoundError: the set is not there, or tensorflow-datasets has not prepared it yet.
         ValueError: the source is unknown, or its files are damaged.
     """
-    return _find(source, data_dir).describe()
+    return _find(source, data_dir, slice(0, None, processes)).describe()
 
 
-def shape(source: str, split: str, *, data_dir: str = '') -> tuple[int | None, ...]:
+def shape(source: str, split: str, *, data_dir: str = '', rows: AnyRows = None) -> tuple[int | None, ...]:
     """Return (N, H, W, C) of the images of one split, before average pooling, from headers alone.
 
-    None stands for what is not known. Arguments and errors are those of `load`.
+    None stands for what is not known, never for N. Arguments and errors are those of `load`.
     """
-    return _find(source, data_dir).shape(_checked(split))
+    kept = rows.kept() if isinstance(rows, Share) else rows  # with groups, about so many
+    return _find(source, data_dir, kept).shape(_checked(split))
 
 
 def near_groups(source: str, name: str, *, data_dir: str = '') -> np.ndarray | None:
@@ -59,8 +67,10 @@ def load(
     average_down: int = 1,
     classes: int | None = None,
     groups: str = '',
+    rows: AnyRows = None,
+    in_memory: str = 'yes',
 ) -> Images:
-    """Return all images of one split.
+    """Return the images of one split, or some of them: what is not kept is not in memory.
 
     Args:
         source: 'digits', 'tfds:<name>', 'idx:<folder>' or 'npz:<folder>'.
@@ -70,32 +80,67 @@ def load(
         average_down: k, replaces blocks of k x k pixels by their mean, rounded.
         classes: how many the labels must have; None = as `describe` says.
         groups: name of the array that says whose a training image is; '' = not asked for.
+        rows: the numbers in the whole split of those that are kept, a slice or ascending integers; or the
+            share of a process; None = all.
+        in_memory: 'yes'; 'no': images stay in files, and rows are read when they are needed; 'auto': they
+            stay there if the source allows it and they are more than half of this machine's memory.
 
     Raises:
         FileNotFoundError: the set is not there.
         ValueError: the source or the split is unknown, files are damaged, `average_down` does not fit,
-            or `check_images` or `check_labels` refuses what was read. A class may be empty: whether it is
-            depends on single images, and must not decide whether anything is released.
+            `in_memory` is not possible, or `check_images` or `check_labels` refuses what was read. A class
+            may be empty: whether it is depends on single images, and must not decide whether anything is
+            released. Labels are those of the kept rows: of a share, another process may find nothing wrong.
     """
-    found = _find(source, data_dir)
-    images, labels = found.read(_checked(split))
+    found, name = _find(source, data_dir), f'{source} ({_checked(split)})'
+    group_of = found.groups(split, groups) if groups and split == 'train' else None
+    kept = rows.kept(group_of) if isinstance(rows, Share) else rows
+    found = dataclasses.replace(found, kept=kept)
+    total, *image_shape = found.shape(split)
+    if group_of is not None:
+        group_of = check_groups(group_of, count=total, name=f'{name}, {groups}')
+    stored = _stored(found, split, average_down, in_memory)
+    if stored is None:
+        images, labels = found.read(split)
+    else:
+        images, labels = stored, found.labels(split)
     if images.ndim == 3:
         images = images[..., None]
     if classes is None:
-        classes = found.describe().classes
-    name = f'{source} ({split})'
-    check_images(images, name=name)
-    check_labels(labels, count=len(images), classes=classes, name=name, every_class=False)
+        classes = dataclasses.replace(found, kept=slice(0)).describe().classes
+    if not total or len(images):  # a share may be empty, a split not
+        check_images(images, name=name)
+        check_labels(labels, count=len(images), classes=classes, name=name, every_class=False)
     height, width = images.shape[1:3]
     if average_down < 1 or height % average_down or width % average_down:
         raise ValueError(
             f'average_down is {average_down}; it must be at least 1 and divide the image size of '
             f'{name}, {height} x {width}'
         )
-    group_of = None
-    if groups and split == 'train':
-        group_of = check_groups(found.groups(split, groups), count=len(images), name=f'{name}, {groups}')
-    return Images(images=average_pool(images, average_down), labels=labels.astype(np.int32), groups=group_of)
+    return Images(
+        images=average_pool(images, average_down),
+        labels=labels.astype(np.int32),
+        groups=group_of,
+        rows=None if rows is None else found.rows(total),
+        stamp=None if stored is None else found.stamp(split),
+    )
+
+
+def _stored(found: Source, split: str, average_down: int, in_memory: str) -> StoredImages | None:
+    """Return the images that stay in files; None: they are to be read into memory."""
+    if in_memory not in IN_MEMORY:
+        raise ValueError(f'in_memory is {in_memory!r}; it must be one of {", ".join(IN_MEMORY)}')
+    if in_memory == 'no' and not found.has_random_access:
+        raise ValueError(
+            f"config.data.in_memory is 'no'; for {found.name} it must be 'auto' or 'yes'. Only these sources "
+            'are read row by row: '
+            + ', '.join(kind.form for kind in SOURCES.values() if kind.has_random_access)
+        )
+    if in_memory == 'yes' or not found.has_random_access:
+        return None
+    stored = found.stored(split)
+    is_large = stored.nbytes / max(1, average_down) ** 2 > memory_of_machine() / 2
+    return stored if in_memory == 'no' or is_large else None
 
 
 def _checked(split: str) -> str:
@@ -104,11 +149,11 @@ def _checked(split: str) -> str:
     return split
 
 
-def _find(source: str, data_dir: str) -> Source:
-    """Return the source of this name."""
+def _find(source: str, data_dir: str, kept: slice | np.ndarray | None = None) -> Source:
+    """Return the source of this name, of which these rows are kept."""
     kind, colon, where = source.partition(':')
     known = SOURCES.get(kind)
     if known is None or bool(colon) != (':' in known.form) or bool(colon) != bool(where):
         allowed = ', '.join(entry.form for entry in SOURCES.values())
         raise ValueError(f'the data source is {source!r}; it must be one of: {allowed}')
-    return known(name=source, where=where, data_dir=data_dir)
+    return known(name=source, where=where, data_dir=data_dir, kept=kept)

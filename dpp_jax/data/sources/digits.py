@@ -29,5 +29,6 @@ class Digits(Source):
         indices = train_test_split(
             np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target
         )[SPLITS.index(split)]
+        indices = indices[self.rows(len(indices)).numbers()]
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # from 0..16
         return images[indices], digits.target[indices]

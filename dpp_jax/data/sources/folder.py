@@ -1,19 +1,22 @@
 """What sources that read files of a folder share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import gzip
 import math
-import os
 from pathlib import Path
+from typing import BinaryIO
 import zipfile
 import zlib
 
 import numpy as np
 
 from dpp_jax.data.images import check_labels
+from dpp_jax.data.rows import Rows
 from dpp_jax.data.sources.source import SourceInfo
+from dpp_jax.data.stored import memory_of_machine
 
+_BLOCK = 2**20  # bytes of an array that are read at a time
 # What NumPy, gzip and zipfile raise for a damaged file.
 _DAMAGED = (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
 
@@ -28,13 +31,42 @@ def reading(path: Path) -> Iterator[None]:
         raise ValueError(f'{path} cannot be read ({error}); it must be {allowed}') from error
 
 
-def image_shape(path: Path, images: tuple[int, ...], labels: tuple[int, ...]) -> tuple[int, ...]:
+def read_rows(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, rows: Rows) -> tuple[np.ndarray, int]:
+    """Read some rows of an array whose bytes come in order; of the others, only a block is in memory.
+
+    Args:
+        file: at the array's first byte.
+        shape: of the whole array, (N, ...).
+        dtype: of the array.
+        rows: to keep, n of N.
+
+    Returns:
+        The rows (n, ...), and how many bytes the file has: of more than the array's, it is told by one more.
+    """
+    kept = np.empty((len(rows), *shape[1:]), dtype)
+    bytes_per_row = math.prod(shape[1:]) * dtype.itemsize
+    at_once, found = max(1, _BLOCK // max(1, bytes_per_row)), 0
+    for start in range(0, shape[0], at_once):
+        stop = min(start + at_once, shape[0])
+        block = file.read((stop - start) * bytes_per_row)
+        found += len(block)
+        if len(block) < (stop - start) * bytes_per_row:
+            return kept, found
+        places, chosen = rows.within(start, stop)
+        kept[places] = np.frombuffer(block, dtype).reshape(stop - start, *shape[1:])[chosen]
+    return kept, found + len(file.read(1))
+
+
+def image_shape(
+    path: Path, images: tuple[int, ...], labels: tuple[int, ...], rows: Callable[[int], Rows] = Rows
+) -> tuple[int, ...]:
     """Return (N, H, W, C), after a check of two headers: what they claim is read only if it can be.
 
     Args:
         path: of the images.
         images: the shape that the header of the images claims, (N, H, W) or (N, H, W, C).
         labels: likewise, (N,).
+        rows: N → those that are kept in memory.
 
     Raises:
         ValueError: the shapes do not fit each other, or more is claimed than this machine's memory holds.
@@ -44,13 +76,13 @@ def image_shape(path: Path, images: tuple[int, ...], labels: tuple[int, ...]) ->
             f'{path} has images of shape {images} and labels of shape {labels}; it must have images of shape '
             '(images, height, width) or (images, height, width, channels), and one label for each'
         )
-    check_memory(path, math.prod(images))
+    check_memory(path, len(rows(images[0])) * math.prod(images[1:]))
     return images if len(images) == 4 else (*images, 1)
 
 
 def check_memory(path: Path, size: int) -> None:
     """Refuse an array of `size` bytes that this machine's memory cannot hold."""
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    memory = memory_of_machine()
     if size > memory:
         raise ValueError(
             f'{path} claims an array of {size / 2**30:,.1f} GiB in its header; it must be less than the '

@@ -1,12 +1,16 @@
 """The four classic files of MNIST and its relatives, plain or gzipped."""
 
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import gzip
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from dpp_jax.data.rows import Rows
 from dpp_jax.data.sources import folder
 from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
 
@@ -22,31 +26,32 @@ class Idx(Source):
 
     def describe(self) -> SourceInfo:
         shapes = [self.shape(split) for split in SPLITS]
-        return folder.describe_arrays(self.name, *shapes, self._array('train', 'labels-idx1'))
+        return folder.describe_arrays(self.name, *shapes, self._array('train', 'labels-idx1', Rows))
 
     def shape(self, split: str) -> tuple[int, ...]:
         paths = {kind: self._path(split, kind) for kind in _MAGIC}
         headers = [_header(path, kind) for kind, path in paths.items()]
-        return folder.image_shape(paths['images-idx3'], *headers)
+        return folder.image_shape(paths['images-idx3'], *headers, self.rows)
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        return self._array(split, 'images-idx3'), self._array(split, 'labels-idx1')
+        return self._array(split, 'images-idx3', self.rows), self._array(split, 'labels-idx1', self.rows)
 
-    def _array(self, split: str, kind: str) -> np.ndarray:
-        """Return the whole content of one file, uint8."""
+    def _array(self, split: str, kind: str, rows: Callable[[int], Rows]) -> np.ndarray:
+        """Return some rows of the content of one file, uint8; `rows`: N → which."""
         path = self._path(split, kind)
         sizes = _header(path, kind)
-        folder.check_memory(path, math.prod(sizes))
-        start = 4 * (1 + len(sizes))
-        # One byte more than there may be: a small gzipped file can unpack to any length.
-        content = np.frombuffer(_bytes(path, start + math.prod(sizes) + 1), np.uint8)[start:]
-        if len(content) != math.prod(sizes):
-            more = ' or more' if len(content) > math.prod(sizes) else ''
+        kept = rows(sizes[0])
+        folder.check_memory(path, len(kept) * math.prod(sizes[1:]))
+        with _opened(path) as file:
+            file.read(4 * (1 + len(sizes)))
+            array, found = folder.read_rows(file, sizes, np.dtype(np.uint8), kept)
+        if found != math.prod(sizes):
+            more = ' or more' if found > math.prod(sizes) else ''
             raise ValueError(
-                f'{path} has {len(content)}{more} bytes after its header; for the sizes in it, {sizes}, it '
+                f'{path} has {found}{more} bytes after its header; for the sizes in it, {sizes}, it '
                 f'must have {math.prod(sizes)}'
             )
-        return content.reshape(sizes)
+        return array
 
     def _path(self, split: str, kind: str) -> Path:
         """Return the path of one file, plain or gzipped."""
@@ -61,7 +66,8 @@ def _header(path: Path, kind: str) -> tuple[int, ...]:
     """Return the sizes of all dimensions, the number of items first."""
     magic = _MAGIC[kind]
     length = 4 * (1 + magic % 256)  # the magic number's last byte counts the dimensions
-    header = _bytes(path, length)
+    with _opened(path) as file:
+        header = file.read(length)
     if len(header) < length or int.from_bytes(header[:4]) != magic:
         raise ValueError(
             f'{path} begins with {header[:4].hex() or "nothing"} and has {len(header)} of {length} '
@@ -70,7 +76,8 @@ def _header(path: Path, kind: str) -> tuple[int, ...]:
     return tuple(int.from_bytes(header[i : i + 4]) for i in range(4, length, 4))
 
 
-def _bytes(path: Path, length: int = -1) -> bytes:
-    """Return the first `length` bytes of a file (-1: all), unpacked if it is gzipped."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, unpacked if it is gzipped."""
     with folder.reading(path), gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
-        return file.read(length)
+        yield file

@@ -1,6 +1,6 @@
 """NumPy archives: one for each split, or one for both."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import math
@@ -10,6 +10,7 @@ import zipfile
 
 import numpy as np
 
+from dpp_jax.data.rows import Rows
 from dpp_jax.data.sources import folder
 from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
 
@@ -32,15 +33,16 @@ class Npz(Source):
 
     def describe(self) -> SourceInfo:
         shapes = [self.shape(split) for split in SPLITS]
-        return folder.describe_arrays(self.name, *shapes, self._labels('train'))
+        return folder.describe_arrays(self.name, *shapes, self._labels('train', Rows))
 
     def shape(self, split: str) -> tuple[int, ...]:
         path, images, labels = self._find(split)
-        return folder.image_shape(path, _header(path, images, np.uint8), _header(path, labels))
+        headers = _header(path, images, self.rows, np.uint8), _header(path, labels, self.rows)
+        return folder.image_shape(path, *(header.shape for header in headers), self.rows)
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         path, images, _ = self._find(split)
-        return _array(path, images), self._labels(split)
+        return _array(path, images, self.rows), self._labels(split, self.rows)
 
     def near_groups(self, name: str) -> np.ndarray:
         return self.groups('train', name)
@@ -54,11 +56,11 @@ class Npz(Source):
                 f'config.data.groups is {name!r}; it must be an array of integers in {path}, which has '
                 f'{", ".join(found)}'
             )
-        return _array(path, name)
+        return _array(path, name, Rows)
 
-    def _labels(self, split: str) -> np.ndarray:
+    def _labels(self, split: str, rows: Callable[[int], Rows]) -> np.ndarray:
         path, _, name = self._find(split)
-        labels = _array(path, name)
+        labels = _array(path, name, rows)
         return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
     def _find(self, split: str) -> tuple[Path, str, str]:
@@ -92,34 +94,69 @@ def _opened(path: Path, name: str) -> Iterator[tuple[BinaryIO, zipfile.ZipInfo]]
             yield file, member
 
 
-def _header(path: Path, name: str, wanted: type | None = None) -> tuple[int, ...]:
-    """Return the shape of one array, from its header, after a check that the file can hold so much."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What comes before the numbers of an array: their shape and order, and its own length in bytes."""
+
+    shape: tuple[int, ...]
+    is_reversed: bool
+    dtype: np.dtype
+    length: int
+
+
+def _header(path: Path, name: str, rows: Callable[[int], Rows], wanted: type | None = None) -> _Header:
+    """Read the header of one array, and check that the file can hold so much, and the memory the kept rows.
+
+    Args:
+        path: of the file.
+        name: of the array.
+        rows: N → those that are kept.
+        wanted: type of the array; None: any.
+    """
     with _opened(path, name) as (file, member):
         is_old = np.lib.format.read_magic(file) == (1, 0)
         read = np.lib.format.read_array_header_1_0 if is_old else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        shape, is_reversed, dtype = read(file)
         start = file.tell()
     if dtype.hasobject:
         raise ValueError(f'{path} cannot be read ({name} holds Python objects); it must hold numbers')
     if wanted is not None and dtype != wanted:
         raise ValueError(f'{path}: {name} are {dtype} of shape {shape}; they must be {np.dtype(wanted)}')
+    if not shape:
+        raise ValueError(f'{path}: {name} is one number; it must have a number for each image')
     claimed = math.prod(shape) * dtype.itemsize
     if start + claimed != member.file_size:
         raise ValueError(
             f'{path} cannot be read: the header of {name} claims the shape {shape} of {dtype}, '
             f'{claimed:,} bytes; the file has {max(0, member.file_size - start):,} bytes of it'
         )
-    folder.check_memory(path, claimed)
+    folder.check_memory(path, len(rows(shape[0])) * math.prod(shape[1:]) * dtype.itemsize)
     if claimed > max(_LARGE, _MOST_PACKED * member.compress_size):
         raise ValueError(
             f'{path}: {name} unpacks to {claimed:,} bytes from {member.compress_size:,}; no images are '
             f'packed so well. Allowed are {_MOST_PACKED} times its size, or 1 GiB'
         )
-    return shape
+    return _Header(shape=shape, is_reversed=is_reversed, dtype=dtype, length=start)
 
 
-def _array(path: Path, name: str) -> np.ndarray:
-    """Return one array of a file without reading the others."""
-    _header(path, name)
-    with folder.reading(path), np.load(path, allow_pickle=False) as arrays:
-        return arrays[name]
+def _array(path: Path, name: str, rows: Callable[[int], Rows]) -> np.ndarray:
+    """Return some rows of one array of a file without reading the others; `rows`: N → which."""
+    header = _header(path, name, rows)
+    shape, dtype, kept = header.shape, header.dtype, rows(header.shape[0])
+    with _opened(path, name) as (file, _):
+        file.read(header.length)
+        if header.is_reversed:
+            return _rows_of_reversed(file, shape, dtype, kept)
+        array, found = folder.read_rows(file, shape, dtype, kept)
+        if found != dtype.itemsize * math.prod(shape):
+            raise ValueError(f'{name} ends after {found:,} bytes')
+        return array
+
+
+def _rows_of_reversed(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, rows: Rows) -> np.ndarray:
+    """Read some rows of an array whose first axis runs fastest: every pixel's column of N, one by one."""
+    numbers = rows.numbers()
+    columns = np.empty((math.prod(shape[1:]), len(rows)), dtype)
+    for column in columns:
+        column[:] = np.frombuffer(file.read(shape[0] * dtype.itemsize), dtype, shape[0])[numbers]
+    return np.ascontiguousarray(columns.reshape(*reversed(shape[1:]), len(rows)).T)

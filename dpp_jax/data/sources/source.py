@@ -6,6 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from dpp_jax.data.rows import Rows
+from dpp_jax.data.stored import StoredImages
+
 SPLITS = ('train', 'test')
 
 
@@ -36,14 +39,22 @@ class Source(abc.ABC):
         name: as the user wrote it, for messages.
         where: the part of the name after the colon; '' without colon.
         data_dir: where tensorflow-datasets keeps its data; '' = its own default.
+        kept: which rows of a split are read and must fit in memory, as of `Rows`.
         has_groups: whether a set of this kind may say whose an image is, see `groups`.
+        has_random_access: whether rows of a set of this kind can be read when they are needed, see `stored`.
     """
 
     form: ClassVar[str]
     has_groups: ClassVar[bool] = False
+    has_random_access: ClassVar[bool] = False
     name: str
     where: str
     data_dir: str
+    kept: slice | np.ndarray | None = None
+
+    def rows(self, total: int) -> Rows:
+        """Return the kept rows of a split of so many."""
+        return Rows(total, self.kept)
 
     @abc.abstractmethod
     def describe(self) -> SourceInfo:
@@ -56,7 +67,9 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def shape(self, split: str) -> tuple[int | None, ...]:
-        """Return (N, H, W, C) of the images of one of `SPLITS`, from headers alone; None: not known.
+        """Return (N, H, W, C) of all images of one of `SPLITS`, from headers alone; None: not known.
+
+        N is always known.
 
         Raises:
             FileNotFoundError: the set is not there.
@@ -65,19 +78,39 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return all images and labels of one of `SPLITS`; the caller checks them.
+        """Return the kept images and labels of one of `SPLITS`; the caller checks them.
+
+        Other rows are never in memory, or only a few at a time.
 
         Returns:
-            images: uint8 (N, H, W, C) or (N, H, W).
-            labels: integers (N,).
+            images: uint8 (n, H, W, C) or (n, H, W).
+            labels: integers (n,).
 
         Raises:
             FileNotFoundError: the set is not there.
             ValueError: its files are damaged.
         """
 
+    def stored(self, split: str) -> StoredImages:
+        """Return the kept images of one of `SPLITS`, to be read when needed.
+
+        Only kinds with `has_random_access` can; the same holds for `labels` and `stamp`.
+        """
+        raise NotImplementedError(self.form)
+
+    def labels(self, split: str) -> np.ndarray:
+        """Return the kept labels alone, integers (n,), beside `stored`."""
+        raise NotImplementedError(self.form)
+
+    def stamp(self, split: str) -> str:
+        """Return what decides the pixels of `stored`, but for the files' content: a SHA-256 in hexadecimal.
+
+        These are names, sizes and times of its files, and what decodes them.
+        """
+        raise NotImplementedError(self.form)
+
     def groups(self, split: str, name: str) -> np.ndarray:
-        """Return whose each image of a split is, integers (N,); kinds with `has_groups` can.
+        """Return whose each image of a split is, kept or not, integers (N,); kinds with `has_groups` can.
 
         Args:
             split: one of `SPLITS`.

@@ -1,15 +1,21 @@
 """Sets of tensorflow-datasets, read without TensorFlow."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 import dataclasses
+import hashlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpp_jax.data.rows import Rows
 from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
+from dpp_jax.data.stored import StoredImages
 
 _BATCH = 4096  # images decoded by one call
+# Packages that decode images, of which tensorflow-datasets takes the first that is there.
+_DECODERS = ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python', 'pillow')
 _SECONDS_TO_CONNECT = 5  # to a server; tensorflow-datasets itself would try for minutes
 
 
@@ -19,6 +25,7 @@ class Tfds(Source):
 
     form = 'tfds:<name>'
     has_groups = True
+    has_random_access = True
 
     def describe(self) -> SourceInfo:
         info = self._prepared(prepare=False).info
@@ -36,27 +43,42 @@ class Tfds(Source):
         return (info.splits[split].num_examples, *info.features['image'].shape)
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        builder = self._prepared(prepare=True)
-        try:
-            records = builder.as_data_source(split=split)
-        except NotImplementedError as error:
-            raise ValueError(
-                f'{self.name} in {builder.data_path} is not in the array_record format; choose '
-                f'another data_dir. {self._how_to_prepare()}'
-            ) from error
-        images, labels = [], []
-        for start in range(0, len(records), _BATCH):
-            stop = min(start + _BATCH, len(records))
-            batch = records.__getitems__(list(range(start, stop)))
-            images += [record['image'] for record in batch]
-            labels += [record['label'] for record in batch]
-        if len({image.shape for image in images}) > 1:
-            raise ValueError(f'the images of {self.name} differ in shape; all must have the same')
-        return np.array(images), np.array(labels, np.int64)
+        records = self._records(self._prepared(prepare=True), split)
+        rows = self.rows(len(records))
+        reader = _Reader(self.name, records)
+        images = np.empty((len(rows), *reader.shape), reader.dtype)
+        labels = np.empty(len(rows), np.int64)
+        for places, batch in _batches(records, rows):
+            images[places] = reader.images_of(batch)
+            labels[places] = [record['label'] for record in batch]
+        return images, labels
+
+    def stored(self, split: str) -> StoredImages:
+        records = self._records(self._prepared(prepare=True), split)
+        rows, reader = self.rows(len(records)), _Reader(self.name, records)
+        whose = rows.numbers()
+        return StoredImages(
+            lambda numbers: reader.read(whose[numbers]), (len(rows), *reader.shape), reader.dtype
+        )
+
+    def labels(self, split: str) -> np.ndarray:
+        records = self._records(self._prepared(prepare=True), split, with_images=False)
+        labels = np.empty(len(self.rows(len(records))), np.int64)
+        for places, batch in _batches(records, self.rows(len(records))):
+            labels[places] = [record['label'] for record in batch]
+        return labels
+
+    def stamp(self, split: str) -> str:
+        from etils import epath
+
+        # What decodes is told, too: of some formats, two libraries make different pixels.
+        told: list[Any] = [(name, _version(name)) for name in _DECODERS]
+        for path in map(epath.Path, self._prepared(prepare=True).info.splits[split].filepaths):
+            found = path.stat()
+            told.append((path.name, found.length, found.mtime))
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def groups(self, split: str, name: str) -> np.ndarray:
-        from tensorflow_datasets import decode
-
         builder = self._prepared(prepare=True)
         feature = builder.info.features
         try:
@@ -67,14 +89,27 @@ class Tfds(Source):
                 f'config.data.groups is {name!r}; it must be a feature of {self.name}, which has '
                 f'{sorted(builder.info.features)}'
             ) from error
-        records = builder.as_data_source(split=split, decoders={'image': decode.SkipDecoding()})
+        records = self._records(builder, split, with_images=False)
         found = []
-        for start in range(0, len(records), _BATCH):
-            for record in records.__getitems__(list(range(start, min(start + _BATCH, len(records))))):
+        for _, batch in _batches(records, Rows(len(records))):
+            for record in batch:
                 for part in name.split('/'):
                     record = record[part]
                 found.append(record)
         return np.array(found)
+
+    def _records(self, builder: Any, split: str, *, with_images: bool = True) -> Any:
+        """Return the records of a split, to be read by their numbers; `with_images` decodes these."""
+        from tensorflow_datasets import decode
+
+        try:
+            decoders = None if with_images else {'image': decode.SkipDecoding()}
+            return builder.as_data_source(split=split, decoders=decoders)
+        except NotImplementedError as error:
+            raise ValueError(
+                f'{self.name} in {builder.data_path} is not in the array_record format; choose '
+                f'another data_dir. {self._how_to_prepare()}'
+            ) from error
 
     def _prepared(self, *, prepare: bool) -> Any:
         """Return the builder of a prepared set; `prepare` downloads and prepares it if need be."""
@@ -121,6 +156,36 @@ class Tfds(Source):
         )
 
 
+class _Reader:
+    """Reads images of records; all must have the shape of the first one."""
+
+    def __init__(self, name: str, records: Any):
+        self._name, self._records = name, records
+        first = records[0]['image']
+        self.shape, self.dtype = first.shape, first.dtype
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the images of these records, (n, H, W, C)."""
+        images = np.empty((len(numbers), *self.shape), self.dtype)
+        for places, batch in _batches(self._records, Rows(len(self._records), numbers)):
+            images[places] = self.images_of(batch)
+        return images
+
+    def images_of(self, batch: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Return the images of decoded records, (n, H, W, C)."""
+        images = [record['image'] for record in batch]
+        if any(image.shape != self.shape for image in images):
+            raise ValueError(f'the images of {self._name} differ in shape; all must have the same')
+        return np.stack(images)
+
+
+def _batches(records: Any, rows: Rows) -> Iterator[tuple[slice, Sequence[dict[str, Any]]]]:
+    """Read rows, some at once: yields their places among them, and the decoded records."""
+    for start in range(0, len(rows), _BATCH):
+        numbers = rows.numbers(start, start + _BATCH)
+        yield slice(start, start + len(numbers)), records.__getitems__(numbers.tolist())
+
+
 def _check(name: str, kind: str, found: Collection[str] | None, wanted: tuple[str, ...]) -> None:
     """Refuse a set without the features or splits that are needed."""
     if not set(wanted) <= set(found or ()):
@@ -128,6 +193,14 @@ def _check(name: str, kind: str, found: Collection[str] | None, wanted: tuple[st
             f'{name} has the {kind} {sorted(found or ())}; it must have the {kind} '
             f'{" and ".join(map(repr, wanted))}'
         )
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package; None: it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _check_network(builder: Any) -> None:

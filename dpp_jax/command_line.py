@@ -53,6 +53,8 @@ HOST_TIMEOUT = flags.DEFINE_float(
 _SHIPPED = Path(configs.__path__[0])
 _HELP = re.compile(r'--?(help|helpshort|helpfull|helpxml|\?)')
 _SETTING = re.compile(r'--?(?:no)?config\.([^=]+)')
+# How XLA's own errors begin, also those of a connection to another process that is gone.
+_OF_XLA = re.compile('(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ')
 _EXAMPLE = '--config=digits_8:10 --workdir=runs/digits'
 
 
@@ -332,8 +334,8 @@ def errors_in_one_line() -> Iterator[None]:
         _end('\nInterrupted. Run the same command to continue from what is saved.', 130)
     except Exception as error:
         line = _line(error)
-        if line is None and type(error).__name__ == 'JaxRuntimeError' and _hosts():
-            _hosts().wait_for_verdict()  # on who was lost
+        if _hosts() and _OF_XLA.match(str(error)):
+            _hosts().wait_for_verdict()  # on who was lost, of which this may be a consequence
         if verbose or line is None:
             _tell_others(f'{type(error).__name__}: {error}', 1)
             raise

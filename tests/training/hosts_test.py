@@ -17,8 +17,9 @@ TIMEOUT = 5.0
 PROGRAM = f"""
 import os, sys, time
 from dpp_jax import command_line
-from dpp_jax.training import hosts
+from dpp_jax.training import hosts, preemption
 import jax, numpy as np
+preemption.leave_at_once()
 number = int(sys.argv[1].rpartition(',')[2])
 hosts.join(hosts.asked(sys.argv[1]), timeout={TIMEOUT})
 hosts.introduce()
@@ -26,6 +27,7 @@ def act():
 {{act}}
 from absl import flags
 flags.FLAGS.mark_as_parsed()
+preemption.wait_for_steps()
 with command_line.errors_in_one_line():
     act()
     hosts.leave()

@@ -8,13 +8,13 @@ def nearest(images: np.ndarray, factor: int) -> np.ndarray:
     """Return every `factor`-th pixel of each row and column, the first included.
 
     Args:
-        images: (N, H, W, C), of any dtype.
+        images: (..., H, W, C), of any dtype.
         factor: at least 1.
 
     Returns:
-        (N, ceil(H / factor), ceil(W / factor), C), a view of `images`.
+        (..., ceil(H / factor), ceil(W / factor), C), a view of `images`.
     """
-    return images[:, ::factor, ::factor]
+    return images[..., ::factor, ::factor, :]
 
 
 def bilinear(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

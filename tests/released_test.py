@@ -286,7 +286,7 @@ def leaks(workdir, told):
         (f'{part}/{kind}', form)
         for part in keys.keys() - {'_note', '_random_bits'}
         for kind, digits in (('sampling', 32), ('noise', 16))  # of each JAX key
-        for each in textwrap.wrap(keys[part][kind], digits)
+        for each in textwrap.wrap(keys[part][kind].rpartition(':')[2], digits)
         for form in forms(int(each, 16), digits // 2)
     ]
     assert len(secrets) > 50

@@ -10,15 +10,15 @@ def nearest(images: np.ndarray | StoredImages, factor: int) -> np.ndarray | Stor
     """Return every `factor`-th pixel of each row and column, the first included.
 
     Args:
-        images: (N, H, W, C), of any dtype.
+        images: (..., H, W, C), of any dtype.
         factor: at least 1.
 
     Returns:
-        (N, ceil(H / factor), ceil(W / factor), C), a view of `images`; of stored ones, made as they are read.
+        (..., ceil(H / factor), ceil(W / factor), C), a view of `images`; of stored ones, made as they are read.
     """
     if isinstance(images, StoredImages):
         return images.mapped(lambda rows: nearest(rows, factor))
-    return images[:, ::factor, ::factor]
+    return images[..., ::factor, ::factor, :]
 
 
 def bilinear(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -18,12 +18,13 @@ example may move it by more than C (crafted gradients: 1.25 C for 4,096 examples
 gradients are therefore cut to whole multiples of a unit (`Grid`), towards zero, so that no norm grows, and
 added as integers: in any order, over microbatches and devices, with the same result. What is left of
 rounding is paid for: C is shrunk by a bound on it. Unit and bound follow from a public number of rows, never
-from who is in a batch; the sum of a batch with more rows is cut to the range of an int32 (`saturated_sum`),
+from who is in a batch; the sum of a batch with more rows is cut to the range of an int32 (`join_halves`),
 and its rounding is paid for up to that number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -31,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
+Halves = tuple[jax.Array, jax.Array]  # (high, low), int32: high · 2^16 + low, low in [0, 2^16)
 # Relative error of a float32 norm, a sum over up to millions of squares, and of scaling by it: far less.
 _NORM_ERROR = 1e-5
 _FLOAT_ERROR = 2.0**-24  # relative, of rounding to float32
@@ -72,16 +74,29 @@ class Grid:
         return units.astype(jnp.float32) * (self.clip_norm / self.steps)
 
 
-def saturated_sum(parts: jax.Array) -> jax.Array:
-    """Add int32 arrays (n, ...), n < 2^15, as if without bounds, and cut the sum to the range of int32.
+def add_to_halves(total: Halves, part: jax.Array) -> Halves:
+    """Add an int32 array exactly, as long as `total` is below 2^47: 2^15 times what an int32 holds."""
+    low = total[1] + (part & 0xFFFF)
+    return total[0] + (part >> 16) + (low >> 16), low & 0xFFFF
+
+
+def join_halves(total: Halves, axis: str | None = None) -> jax.Array:
+    """Return the sum of halves as int32, of all devices of a named axis (below 2^15), cut to its range.
 
     Where nothing is cut, the sum is exact. Cutting brings no two sums further apart, in any coordinate: the
     sensitivity stays.
     """
-    high, low = jnp.sum(parts >> 16, axis=0), jnp.sum(parts & 0xFFFF, axis=0)
+    high, low = total if axis is None else jax.lax.psum(total, axis)
     high, low = high + (low >> 16), low & 0xFFFF
     ends = jnp.where(high < 0, jnp.int32(-(2**31)), jnp.int32(2**31 - 1))
-    return jnp.where(jnp.abs(2 * high + 1) < 2**16, (high << 16) | low, ends)
+    return jnp.where((high >= -(2**15)) & (high < 2**15), (high << 16) | low, ends)
+
+
+def saturated_sum(parts: Iterable[jax.Array], axis: str | None = None) -> jax.Array:
+    """Add int32 arrays, of all devices of a named axis, as if without bounds; cut to the range of int32."""
+    first, *others = parts
+    total = add_to_halves((jnp.zeros_like(first), jnp.zeros_like(first)), first)
+    return join_halves(functools.reduce(add_to_halves, others, total), axis)
 
 
 def clip_weights(gradients: PyTree, mask: jax.Array, bound: float) -> tuple[jax.Array, jax.Array]:

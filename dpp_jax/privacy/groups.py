@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpp_jax.privacy import checks, poisson
+from dpp_jax.privacy import checks, shares
 
 IMAGE, GROUP = 'image', 'group'
 UNITS = (IMAGE, GROUP)
@@ -115,28 +115,82 @@ def choose(groups: np.ndarray, images_per_group: int, key: int) -> np.ndarray:
     return members
 
 
-def fetch(
-    arrays: Mapping[str, np.ndarray], members: np.ndarray, indices: np.ndarray, capacity: int
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Fetch the images of the groups of a batch; places of nobody hold zeros, as those of padding.
+def images_of(groups: np.ndarray, share: shares.Share) -> np.ndarray:
+    """Return the numbers of all images of a share's groups: ascending int64, (n,).
 
     Args:
-        arrays: name → (N, ...), one row per private image.
+        groups: (N,) integers, the group that each image belongs to.
+        share: of the groups, counted in the order of their numbers.
+    """
+    _, group_of = np.unique(groups, return_inverse=True)
+    return np.flatnonzero(share.has(group_of))
+
+
+def numbers(
+    members: np.ndarray,
+    indices: np.ndarray,
+    capacity: int,
+    share: shares.Share = shares.WHOLE,
+    rows: int | None = None,
+) -> np.ndarray:
+    """Return the numbers of the images of a share's groups of a batch.
+
+    Args:
         members: (groups, m), as `choose` returns it.
-        indices: (n,), which groups are in the batch.
-        capacity: groups to pad to, as of `poisson.fetch`.
+        indices: (n,), which groups are in the batch, of all shares.
+        capacity, rows: in groups, as of `shares.pad`.
+        share: whose groups are asked for.
+
+    Returns:
+        (size, m) int64; -1 in places of nobody.
+    """
+    units, mask = shares.pad(indices, capacity, share, rows)
+    return np.where(mask[:, None], members[units], -1)
+
+
+def take(
+    arrays: Mapping[str, np.ndarray], images: np.ndarray, own: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Take the rows of images; places of nobody hold zeros, as those of padding.
+
+    Args:
+        arrays: name → (n, ...), one row per private image that is here.
+        images: (size, m), as `numbers` returns it.
+        own: (n,), ascending: the numbers of the images that are here; None: all are.
+
+    Returns:
+        name → (size, m, ...).
+    """
+    is_there = images >= 0
+    places = images[is_there] if own is None else np.searchsorted(own, images[is_there])
+    taken = {}
+    for name, array in arrays.items():
+        taken[name] = np.zeros((*images.shape, *array.shape[1:]), array.dtype)
+        if len(places):  # a process may have no image at all
+            taken[name][is_there] = array[places]
+    return taken
+
+
+def fetch(
+    arrays: Mapping[str, np.ndarray],
+    members: np.ndarray,
+    indices: np.ndarray,
+    capacity: int,
+    share: shares.Share = shares.WHOLE,
+    rows: int | None = None,
+    own: np.ndarray | None = None,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Fetch the images of a share's groups of a batch.
+
+    Args:
+        arrays, own: as of `take`.
+        members, indices, capacity, share, rows: as of `numbers`.
 
     Returns:
         name → (size, m, ...), and the mask (size, m) of the places that hold an image.
     """
-    rows, mask = poisson.fetch({'members': members}, indices, capacity)
-    mask = mask[:, None] & (rows['members'] >= 0)
-    numbers = np.where(mask, rows['members'], 0)
-    fetched = {}
-    for name, array in arrays.items():
-        fetched[name] = array[numbers]
-        fetched[name][~mask] = 0
-    return fetched, mask
+    images = numbers(members, indices, capacity, share, rows)
+    return take(arrays, images, own), images >= 0
 
 
 def sum_by_class(values: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:

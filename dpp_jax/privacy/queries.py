@@ -24,7 +24,7 @@ A new query is one class here and one entry in `QUERIES`. Its fields are setting
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
 from typing import Any
@@ -41,6 +41,20 @@ PyTree = Any
 # Of a noisy class count, relative to the image's norm: 2 % more noise on the image, and on the count of a
 # class noise of 5 σ images (MNIST in the paper's query: 26 of 600).
 COUNT_WEIGHT = 0.2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How the rows of a sample are spread over devices, by public numbers.
+
+    Attributes:
+        rows: of a device's arrays, of a usual sample: all devices together have no more than the sum has
+            room for (`rows` of `Query.sums`). A sample with more has larger arrays (`shares.pad`).
+        axis: the devices' named axis; None: there is one device.
+    """
+
+    rows: int
+    axis: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,31 +85,44 @@ class Query(abc.ABC):
     def sensitivity(self) -> float:
         """Δ: the largest L2 norm of one unit's contribution to the sums of all classes together."""
 
-    def sums(self, images: jax.Array, labels: jax.Array, mask: jax.Array, rows: int | None = None) -> PyTree:
-        """Add up the contributions of a sample.
+    def sums(
+        self,
+        images: jax.Array,
+        labels: jax.Array,
+        mask: jax.Array,
+        rows: int | None = None,
+        spread: Spread | None = None,
+    ) -> PyTree:
+        """Add up the contributions of a sample: with the same result, bit for bit, on any devices.
 
         Args:
             images: (n, ...) uint8 with `dimensions` values each; of groups, (n, m, ...).
             labels: (n,) int32 in [0, classes); of groups, (n, m).
             mask: as labels, bool, False for padding, whose images count as nothing.
             rows: a public number, from which the unit of the sum follows; None: n, where that is public.
+            spread: over which devices the sample's rows are spread, of which n are here; None: all are here.
 
         Returns:
             float32 arrays with a leading axis of the classes.
         """
         rows = rows or len(images)
+        adder = _Adder(rows=rows, classes=self.classes, spread=spread or Spread(rows=rows))
         if self.images_per_group is None:
-            return self._sums_of_images(images, labels, mask, rows)
+            return self._sums_of_images(images, labels, mask, adder)
         if self.images_per_group == 1:
-            return self._sums_of_images(images[:, 0], labels[:, 0], mask[:, 0], rows)
-        return self._sums_of_groups(images, labels, mask, rows)
+            return self._sums_of_images(images[:, 0], labels[:, 0], mask[:, 0], adder)
+        return self._sums_of_groups(images, labels, mask, adder)
 
     @abc.abstractmethod
-    def _sums_of_images(self, images: jax.Array, labels: jax.Array, mask: jax.Array, rows: int) -> PyTree:
+    def _sums_of_images(
+        self, images: jax.Array, labels: jax.Array, mask: jax.Array, adder: '_Adder'
+    ) -> PyTree:
         """Compute `sums` where the unit is one image."""
 
     @abc.abstractmethod
-    def _sums_of_groups(self, images: jax.Array, labels: jax.Array, mask: jax.Array, rows: int) -> PyTree:
+    def _sums_of_groups(
+        self, images: jax.Array, labels: jax.Array, mask: jax.Array, adder: '_Adder'
+    ) -> PyTree:
         """Compute `sums` where the unit is a group of m > 1 images."""
 
     def _group_bound(self, rows: int) -> float:
@@ -118,7 +145,14 @@ class Query(abc.ABC):
         """
 
     def noisy(
-        self, mechanism: GaussianMechanism, noise_key: NoiseKey, expected_size: float, rows: int
+        self,
+        mechanism: GaussianMechanism,
+        noise_key: NoiseKey,
+        expected_size: float,
+        rows: int,
+        *,
+        spread: Spread | None = None,
+        compiled: Callable[[Callable], Callable] = jax.jit,
     ) -> NoisySum:
         """Join the query with its noise: (index, batch, mask) → (central images, ledger entry).
 
@@ -128,7 +162,8 @@ class Query(abc.ABC):
             mechanism: adds the noise.
             noise_key: secret.
             expected_size: as for `estimate`.
-            rows: as for `sums`.
+            rows, spread: as for `sums`.
+            compiled: makes a program of a function (batch, mask, keys, index).
 
         Raises:
             ValueError: the mechanism's sensitivity is below the query's.
@@ -137,9 +172,10 @@ class Query(abc.ABC):
         allowed = f'at least {self.sensitivity!r}, the sensitivity of the query'
         checks.require('sensitivity', mechanism.sensitivity, is_covered, allowed)
         return mechanism.noisy(
-            lambda batch, mask: (self.sums(batch['images'], batch['labels'], mask, rows), None),
+            lambda batch, mask: (self.sums(batch['images'], batch['labels'], mask, rows, spread), None),
             noise_key,
             then=lambda noisy, *_: self.estimate(noisy, expected_size),
+            compiled=compiled,
         )
 
 
@@ -185,22 +221,22 @@ class MeanQuery(Query):
         # NumPy's, not math's: ledgers of earlier versions hold its last digit.
         return float(np.hypot(self.image_norm, self.count_weight))
 
-    def _sums_of_images(self, images, labels, mask, rows):
+    def _sums_of_images(self, images, labels, mask, adder):
         centered = images / jnp.float32(255) - self.pixel_center
         # Pays for the rounding of the pixels and, once, of each sum to float32 (see `clipping.Grid.bound`).
-        shrink = 1 - 1e-6 - 2 * rows * 2.0**-24
+        shrink = 1 - 1e-6 - 2 * adder.rows * 2.0**-24
         weights = jnp.ones(len(images), jnp.float32)
         if self.clip_norm is not None:
             weights, _ = clip_weights(centered, mask, self.clip_norm * (1 - 1e-5))
         centered = (shrink * weights).reshape((-1,) + (1,) * (images.ndim - 1)) * centered
         own_class = jnp.where(mask, labels, self.classes)
-        total = _exact_sums(centered, own_class, self.classes, rows)
+        total = adder.exact(centered, own_class)
         if self.count_weight is None:
             return total
-        counts = _sums(mask.astype(jnp.int32), own_class, self.classes)
+        counts = adder.counts(mask.astype(jnp.int32), own_class)
         return total, shrink * self.count_weight * counts.astype(jnp.float32)
 
-    def _sums_of_groups(self, images, labels, mask, rows):
+    def _sums_of_groups(self, images, labels, mask, adder):
         centered = images / jnp.float32(255) - self.pixel_center
         if self.clip_norm is not None:  # each image, as if it were alone
             each = centered.reshape((-1, *images.shape[2:]))
@@ -209,15 +245,15 @@ class MeanQuery(Query):
         pixels = groups.sum_by_class(centered, labels, mask)
         counts = groups.sum_by_class(mask.astype(jnp.float32), labels, mask)
         weighted = (self.count_weight or 0.0) * counts
-        weights, _ = clip_weights((pixels, weighted), mask.any(axis=1), self._group_bound(rows))
+        weights, _ = clip_weights((pixels, weighted), mask.any(axis=1), self._group_bound(adder.rows))
         weights = weights[:, None]
         own_class = jnp.where(counts > 0, labels, self.classes)
         # Of one class, a group's pixels are at most `most` each, and so are its images.
         most = _power_of_two(self.images_per_group)
-        total = _exact_sums(_along(weights, pixels) * pixels / most, own_class, self.classes, rows)
+        total = adder.exact(_along(weights, pixels) * pixels / most, own_class)
         if self.count_weight is None:
             return most * total
-        numbers = _exact_sums(weights * counts / most, own_class, self.classes, rows)
+        numbers = adder.exact(weights * counts / most, own_class)
         return most * total, self.count_weight * most * numbers
 
     def estimate(self, noisy, expected_size):
@@ -247,23 +283,21 @@ class ModeQuery(Query):
     def sensitivity(self) -> float:
         return math.sqrt(self.dimensions)
 
-    def _sums_of_images(self, images, labels, mask, rows):
-        del rows  # counts are exact
+    def _sums_of_images(self, images, labels, mask, adder):
         own_class = jnp.where(mask, labels, self.classes)
         values = (images.astype(jnp.int32) * self.bins) // 256
-        votes = [_sums((values == b).astype(jnp.int32), own_class, self.classes) for b in range(self.bins)]
+        votes = [adder.counts((values == b).astype(jnp.int32), own_class) for b in range(self.bins)]
         return jnp.stack(votes, axis=-1).astype(jnp.float32)
 
-    def _sums_of_groups(self, images, labels, mask, rows):
+    def _sums_of_groups(self, images, labels, mask, adder):
         own_class = jnp.where(mask, labels, self.classes)
         values = (images.astype(jnp.int32) * self.bins) // 256
         norms = groups.norms_of_votes(values, labels, mask)
-        bound = self._group_bound(rows)
+        bound = self._group_bound(adder.rows)
         weights = (bound / jnp.maximum(norms, bound))[:, None]
         most = _power_of_two(self.images_per_group)  # votes of one group for a bin
         votes = [
-            _exact_sums(_along(weights, values) * (values == b) / most, own_class, self.classes, rows)
-            for b in range(self.bins)
+            adder.exact(_along(weights, values) * (values == b) / most, own_class) for b in range(self.bins)
         ]
         return most * jnp.stack(votes, axis=-1)
 
@@ -322,29 +356,39 @@ def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def _sums(values: jax.Array, own_class: jax.Array, classes: int) -> jax.Array:
-    """Add up integers per class in [0, classes); class `classes` is left out.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Adder:
+    """Adds up values per class in [0, classes), over all devices; class `classes` is left out.
 
-    Args:
-        values: (n, ...), or (n, m, ...).
-        own_class: (n,), or (n, m).
+    Values are (n, ...), or (n, m, ...), and their own class (n,), or (n, m), as of `Query.sums`.
     """
-    values = values.reshape((-1, *values.shape[own_class.ndim :]))
-    return jax.ops.segment_sum(values, own_class.ravel(), classes + 1)[:-1]
 
+    rows: int
+    classes: int
+    spread: Spread
 
-def _exact_sums(values: jax.Array, own_class: jax.Array, classes: int, rows: int) -> jax.Array:
-    """Add up values per class as if without error, and round once; those of one row in [-1, 1] together.
+    def counts(self, values: jax.Array, own_class: jax.Array) -> jax.Array:
+        """Add up whole numbers, (classes, ...) int32: fewer than 2^31 ones."""
+        total = self._here(values, own_class)
+        return total if self.spread.axis is None else jax.lax.psum(total, self.spread.axis)
 
-    The values are cut, towards zero, so that no norm grows, to whole multiples of the smallest power of two
-    with which an int32 holds the sum of `rows`. Sums of integers are exact in any order; float32 takes the
-    result with a relative error of 2^-24. A sum of more rows is cut to what an int32 holds.
-    """
-    scale = 2.0 ** math.floor(math.log2((2**31 - 1) / rows))
-    whole = (values * scale).astype(jnp.int32)
-    parts = [
-        _sums(whole[start : start + rows], own_class[start : start + rows], classes)
-        for start in range(0, len(values), rows)
-    ]
-    total = saturated_sum(jnp.stack(parts)) if len(parts) > 1 else parts[0]
-    return total.astype(jnp.float32) / scale
+    def exact(self, values: jax.Array, own_class: jax.Array) -> jax.Array:
+        """Add up values as if without error, and round once, (classes, ...) float32.
+
+        The values of one row, together in [-1, 1], are cut, towards zero, so that no norm grows, to whole
+        multiples of the smallest power of two with which an int32 holds the sum of `rows`. Sums of integers
+        are exact in any order; float32 takes the result with a relative error of 2^-24. A sum of more rows is
+        cut to what an int32 holds.
+        """
+        scale = 2.0 ** math.floor(math.log2((2**31 - 1) / self.rows))
+        whole = (values * scale).astype(jnp.int32)
+        if len(values) <= self.spread.rows:  # all devices together have `rows` at most
+            return self.counts(whole, own_class).astype(jnp.float32) / scale
+        parts = [slice(start, start + self.rows) for start in range(0, len(values), self.rows)]
+        sums = (self._here(whole[part], own_class[part]) for part in parts)
+        return saturated_sum(sums, self.spread.axis).astype(jnp.float32) / scale
+
+    def _here(self, values: jax.Array, own_class: jax.Array) -> jax.Array:
+        """Add up the whole numbers of this device."""
+        values = values.reshape((-1, *values.shape[own_class.ndim :]))
+        return jax.ops.segment_sum(values, own_class.ravel(), self.classes + 1)[:-1]

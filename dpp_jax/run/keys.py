@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from dpp_jax import files
-from dpp_jax.privacy import groups
+from dpp_jax.privacy import groups, poisson
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import NOISE_KEYS, NoiseKey
@@ -34,7 +34,8 @@ NOTE = (
 _FORM = {
     '*': {
         'identifier': str,
-        'sampling': re.compile('[0-9a-f]{32}'),
+        # An earlier version of the program refuses a text that says how to draw: it would draw other batches.
+        'sampling': re.compile(f'({poisson.COUNT}:)?[0-9a-f]{{32}}'),
         'noise': re.compile('([0-9a-f]{16})+'),
         'released?': str,
     }
@@ -50,10 +51,12 @@ class MechanismKeys:
     Attributes:
         sampling: 128 bits, for Poisson sampling (Philox).
         noise: for the noise.
+        drawing: how batches are drawn, see `poisson`: as by the version of the program that made the keys.
     """
 
     sampling: int = dataclasses.field(repr=False)
     noise: NoiseKey
+    drawing: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,8 @@ class Keys:
 
         found = hosts.from_first(get)
         noise = NoiseKey(identifier=found['identifier'], keys=_jax_keys(found['noise']))
-        return MechanismKeys(sampling=int(found['sampling'], 16), noise=noise)
+        drawing, _, sampling = found['sampling'].rpartition(':')
+        return MechanismKeys(sampling=int(sampling, 16), noise=noise, drawing=drawing or poisson.COINS)
 
     def of_part(self, name: str) -> PartKeys:
         """Return the keys of a part of the run ('pretrain', 'generate/images', ...), made on first use.
@@ -235,17 +239,21 @@ def _check_random_bits(path: Path, known: dict[str, Any]) -> bool:
 
 
 def _fresh_secrets(name: str, seed: int | None, keys: int) -> dict[str, str]:
-    """Make 128 bits for sampling and 64 for each JAX key, in hexadecimal, and a name for all of them."""
+    """Make 128 bits for sampling and 64 for each JAX key, in hexadecimal, and a name for all of them.
+
+    The former of a mechanism also say how batches are drawn.
+    """
+    drawing = f'{poisson.COUNT}:' if name in (CENTRAL_QUERY, DP_SGD) else ''
     if seed is None:
         return {
             'identifier': secrets.token_hex(8),
-            'sampling': secrets.token_hex(16),
+            'sampling': drawing + secrets.token_hex(16),
             'noise': secrets.token_hex(8 * keys),
         }
     text = f'{seed}/{name}'.encode()
     first = hashlib.sha256(text).hexdigest()
     noise = first[32:48] if keys == 1 else hashlib.sha512(text).hexdigest()[: 16 * keys]
-    return {'identifier': seeded_identifier(seed), 'sampling': first[:32], 'noise': noise}
+    return {'identifier': seeded_identifier(seed), 'sampling': drawing + first[:32], 'noise': noise}
 
 
 def _jax_keys(noise: str) -> jax.Array:

@@ -45,8 +45,9 @@ ASSUMPTIONS = (
     'noise is float32. Each value is half the sum of four normal draws, so it has the granularity of '
     'float32 and ends beyond 10 standard deviations. The guarantee is that of exact normal noise; sums are '
     'exact, and what rounding adds to them is paid for by a smaller bound (for as many images as planned)',
-    'Poisson samples are drawn by Philox from a secret 128-bit key, one independent 53-bit uniform '
-    'number per image (or group, where that is the unit)',
+    'Poisson samples are drawn by Philox from a secret 128-bit key: the size of a batch first, from its '
+    'binomial distribution, and then so many images (or groups, where that is the unit); in a run that an '
+    'earlier version began, by one independent 53-bit uniform number for each',
     'the keys in private/ stay secret, during the run and after it',
     'the keys serve one run only: nobody continues a copy of private/ elsewhere, and nobody makes a '
     'deleted release again on other devices or with other versions',

@@ -18,11 +18,13 @@ from dpp_jax.privacy import groups, poisson
 from dpp_jax.privacy.budget import CENTRAL_QUERY, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.privacy.queries import Query
+from dpp_jax.privacy.queries import Query, Spread
+from dpp_jax.privacy.shares import WHOLE, Share
+from dpp_jax.run import batches as batches_lib
 from dpp_jax.run import digests
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
-from dpp_jax.training import hosts, progress
+from dpp_jax.training import devices, hosts, progress
 
 
 def run(
@@ -36,6 +38,7 @@ def run(
     query: Query,
     releases: Releases,
     unit: Unit,
+    share: Share = WHOLE,
 ) -> None:
     """Ask all queries and save images, labels and a picture in release/.
 
@@ -44,34 +47,41 @@ def run(
         workdir: to write to.
         keys: of the run.
         ledger: gets every query before its answer is used; None but in process 0.
-        private: the private images.
+        private: the private images, of this process's share.
         before_release: called when the ledger holds all queries and nothing of them is in release/.
         query: what is asked.
         releases: the budget's queries.
         unit: of privacy.
+        share: the units of this process.
     """
     settings, classes, mechanism = config.query, config.data.classes, releases.mechanism
     own_keys = keys.of_mechanism(CENTRAL_QUERY, ledger)
-    members = keys.members(private.groups, unit.images_per_group)
-    sample = poisson.PoissonSampler(
-        size=len(private.images if members is None else members),
-        probability=mechanism.sampling_probability,
-        key=own_keys.sampling,
-        public_size=unit.size,
+    batches = batches_lib.of_mechanism(private, unit, share, keys, own_keys, mechanism.sampling_probability)
+    sampler, arrays = batches.sampler, {'images': private.images, 'labels': private.labels}
+    rows = sampler.capacity(1)
+    capacity = sampler.capacity(len(devices.local()), share.count)
+    ask = query.noisy(
+        mechanism,
+        own_keys.noise,
+        mechanism.sampling_probability * unit.used_images,
+        rows,
+        spread=Spread(rows=capacity // len(devices.local()), axis=devices.AXIS),
+        compiled=lambda release: devices.parallel(release, in_axes=(0, 0, None, None)),
     )
-    arrays = {'images': resize.nearest(private.images, settings.downsample), 'labels': private.labels}
-    rows = sample.capacity(1)
-    expected_images = mechanism.sampling_probability * unit.used_images
-    ask = query.noisy(mechanism, own_keys.noise, expected_images, rows)
-    fetch = poisson.fetch if members is None else functools.partial(groups.fetch, members=members)
+    fetch = poisson.fetch
+    if batches.members is not None:
+        fetch = functools.partial(groups.fetch, members=batches.members, own=batches.own)
     answers = []
     with progress.bar(releases.count, 'central', 'query') as bar:
         for number in range(releases.count):
-            batch, mask = fetch(arrays, indices=sample.indices(number), capacity=rows)
-            answer, entry = ask(number, batch, mask)
+            batch, mask = fetch(
+                arrays, indices=sampler.indices(number), capacity=capacity, share=share, rows=rows
+            )
+            batch['images'] = resize.nearest(batch['images'], settings.downsample)
+            answer, entry = ask(number, *devices.deal_own((batch, mask)))
             if hosts.is_first():
                 ledger.append(entry)
-            answers.append(np.asarray(answer))
+            answers.append(devices.first(answer))
             bar.update()
     size = private.images.shape[1:3]
     central = to_images(np.concatenate(answers), size, post_process=settings.post_process)

@@ -12,7 +12,9 @@ from dpp_jax.privacy import poisson
 from dpp_jax.privacy.budget import DP_SGD, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.privacy.shares import WHOLE, Share
 from dpp_jax.run import artefacts, digests
+from dpp_jax.run import batches as batches_lib
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
@@ -38,6 +40,7 @@ def run(
     unit: Unit,
     model: Model,
     sizes: Sizes,
+    share: Share = WHOLE,
 ) -> None:
     """Take the budget's steps; save weights and averaged weights in release/.
 
@@ -46,23 +49,23 @@ def run(
         workdir: to write to.
         keys: of the run.
         ledger: gets every step before its result is used; None but in process 0.
-        private: the private images.
+        private: the private images, of this process's share.
         before_release: called when the ledger holds all steps and nothing of them is in release/.
         releases: the budget's steps.
         unit: of privacy.
         model: to train.
         sizes: what is in work at once.
+        share: the units of this process.
     """
     settings, mechanism = config.finetune, releases.mechanism
     own_keys = keys.of_mechanism(DP_SGD, ledger)
-    members = keys.members(private.groups, unit.images_per_group)
-    sample = poisson.PoissonSampler(
-        size=len(private.images if members is None else members),
-        probability=mechanism.sampling_probability,
-        key=own_keys.sampling,
-        public_size=unit.size,
-    )
-    capacity = sample.capacity(sizes.microbatch * devices.count())
+    batches = batches_lib.of_mechanism(private, unit, share, keys, own_keys, mechanism.sampling_probability)
+    sampler = batches.sampler
+    capacity = sampler.capacity(sizes.microbatch * len(devices.local()), share.count)
+    # The unit of sums and the bound follow from it: the same for any devices, but in runs that an earlier
+    # version began, whose steps may be taken again.
+    is_new = sampler.drawing == poisson.COUNT
+    rows = sampler.capacity(1 if is_new else sizes.microbatch * devices.count())
     optimizer = optax.adam(settings.learning_rate)
     dp_step = steps.make_dp_step(
         model.example_loss(
@@ -72,17 +75,26 @@ def run(
         mechanism,
         own_keys.noise,
         expected_batch_size=mechanism.sampling_probability * unit.used_images,
-        rows=capacity,
+        rows=rows,
+        capacity=share.count * capacity,
         microbatch=sizes.microbatch,
         ema_decay=settings.ema_decay,
     )
 
     def step(state, number):
-        indices = sample.indices(number)
-        rows = steps.make_batch(private.images, private.labels, indices, capacity, members)
-        batch = devices.deal(rows)
-        used = steps.used_microbatches(len(indices), sizes.microbatch)
-        result, entry = dp_step(number, state, batch, used)
+        indices = sampler.indices(number)
+        batch = steps.make_batch(
+            private.images,
+            private.labels,
+            indices,
+            capacity,
+            batches.members,
+            share=share,
+            rows=rows,
+            own=batches.own,
+        )
+        used = steps.used_microbatches(share.largest(indices), sizes.microbatch)
+        result, entry = dp_step(number, state, devices.deal_own(batch), used)
         if hosts.is_first():
             # The device computes on meanwhile. All processes meet after this, see `loop.train`.
             ledger.append(entry)

@@ -162,13 +162,18 @@ def deal(batch: PyTree) -> PyTree:
     """Deal rows (n, ...), n divisible by the devices → this process's part (local, n / D, ...)."""
     start = 0 if _limit else jax.process_index() * len(local())
     part = slice(start, start + len(local()))
+    return jax.tree.map(lambda rows: np.ascontiguousarray(_dealt(rows, count())[part]), batch)
 
-    def split(rows):
-        rows = np.asarray(rows)
-        dealt = rows.reshape((rows.shape[0] // count(), count()) + rows.shape[1:])
-        return np.ascontiguousarray(np.moveaxis(dealt, 1, 0)[part])
 
-    return jax.tree.map(split, batch)
+def deal_own(batch: PyTree) -> PyTree:
+    """Deal rows (n, ...) that this process alone has to its L devices: (L, n / L, ...); L divides n."""
+    return jax.tree.map(lambda rows: np.ascontiguousarray(_dealt(rows, len(local()))), batch)
+
+
+def _dealt(rows: np.ndarray, number: int) -> np.ndarray:
+    """Put row i to device i mod `number`: (n, ...) → (number, n / number, ...)."""
+    rows = np.asarray(rows)
+    return np.moveaxis(rows.reshape((rows.shape[0] // number, number) + rows.shape[1:]), 1, 0)
 
 
 def collect(rows: jax.Array) -> np.ndarray:

@@ -20,9 +20,10 @@ import numpy as np
 import optax
 
 from dpp_jax.diffusion import microbatch as parts_lib
-from dpp_jax.privacy import groups, poisson
-from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum, saturated_sum
+from dpp_jax.privacy import groups, poisson, shares
+from dpp_jax.privacy.clipping import Grid, add_to_halves, clipped_gradient_sum, join_halves
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey, NoisySum
+from dpp_jax.privacy.shares import WHOLE, Share
 from dpp_jax.training import devices
 from dpp_jax.training.state import TrainState, apply_gradient
 
@@ -39,28 +40,35 @@ def make_batch(
     indices: np.ndarray,
     capacity: int,
     members: np.ndarray | None = None,
+    *,
+    share: Share = WHOLE,
+    rows: int | None = None,
+    own: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Fetch the rows `indices` of images and labels, padded with zeros to a multiple of `capacity` rows.
 
     With `members` (see `groups.choose`), `indices` are groups, and rows have the images of each.
+
+    Args:
+        images, labels: of all units; of the share's own, if there are several.
+        indices: (n,), of all shares.
+        capacity, rows: as of `shares.pad`.
+        members: (groups, m), of all shares.
+        share: whose rows are fetched. They keep the numbers that they have among all.
+        own: as of `groups.take`.
     """
     arrays = {'image': images, 'label': labels}
-    if members is not None:
-        arrays['index'] = np.arange(len(images), dtype=np.int32)
-        batch, present = groups.fetch(arrays, members, indices, capacity)
-        return batch | {
-            'label': batch['label'].astype(np.int32),
-            'position': np.arange(len(present), dtype=np.int32),
-            'present': present,
-            'mask': np.arange(len(present)) < len(indices),
-        }
-    batch, mask = poisson.fetch(arrays, indices, capacity)
-    index = np.zeros(len(mask), np.int32)
-    index[: len(indices)] = indices
-    return {
-        'image': batch['image'],
+    units, mask = shares.pad(indices, capacity, share, rows)
+    if members is None:
+        batch, _ = poisson.fetch(arrays, indices, capacity, share, rows)
+        batch['index'] = units
+    else:
+        numbers = groups.numbers(members, indices, capacity, share, rows)
+        batch = groups.take(arrays, numbers, own)
+        batch |= {'index': np.maximum(numbers, 0), 'present': numbers >= 0}
+    return batch | {
         'label': batch['label'].astype(np.int32),
-        'index': index,
+        'index': batch['index'].astype(np.int32),
         'position': np.arange(len(mask), dtype=np.int32),
         'mask': mask,
     }
@@ -156,6 +164,7 @@ def make_dp_step(
     rows: int,
     microbatch: int,
     ema_decay: float,
+    capacity: int | None = None,
 ) -> NoisySum:
     """Make (index, state, batch, microbatches) → ((state, metrics), ledger entry), for devices.
 
@@ -175,12 +184,15 @@ def make_dp_step(
         noise_key: secret; the loss draws its random numbers from it, too, by the image's own number.
         expected_batch_size: q N images, a public constant. Images, also where a row is a group: the update is
             then the mean gradient of an image, and a learning rate means the same.
-        rows: of a padded batch, of all devices: a public constant. Batches have so many, or a multiple.
+        rows: of all devices, that the sum has room for: a public constant.
         microbatch: examples of a device whose gradients exist at once; of a group, one image after the other.
         ema_decay: of the averaged weights.
+        capacity: rows of the arrays of all devices, divisible by `microbatch` times the devices: a public
+            constant. A batch with more than `rows` has larger arrays (`shares.pad`). None: `rows`.
 
     Returns:
-        the steps; `microbatches` (int32) is how many microbatches per device hold real rows.
+        the steps; `microbatches` (int32) is how many microbatches per device hold real rows, the same in
+        every process.
     """
 
     grid = Grid(clip_norm=mechanism.sensitivity, rows=rows)
@@ -196,7 +208,7 @@ def make_dp_step(
             of_row = image_loss if example['label'].ndim == 0 else functools.partial(_group_loss, image_loss)
             return of_row(params.tree(), example)
 
-        def device_sums(part, microbatches):
+        def device_sums(part, microbatch, microbatches):
             return clipped_gradient_sum(
                 example_loss,
                 state.params,
@@ -207,17 +219,15 @@ def make_dp_step(
                 microbatches=microbatches,
             )
 
-        own_rows = rows // jax.lax.psum(1, devices.AXIS)
-        parts = math.ceil(batch['mask'].size / own_rows)
-        if parts == 1:
-            units, sums = jax.lax.psum(device_sums(batch, microbatches), devices.AXIS)
+        device_rows = (capacity or rows) // jax.lax.psum(1, devices.AXIS)
+        if batch['mask'].size <= device_rows:
+            units, sums = jax.lax.psum(device_sums(batch, microbatch, microbatches), devices.AXIS)
         else:  # more images than anybody expected: an int32 may not hold their sum
-            batch = jax.tree.map(lambda leaf: leaf.reshape(parts, own_rows, *leaf.shape[1:]), batch)
-            full = own_rows // microbatch
-            left = jnp.clip(microbatches - full * jnp.arange(parts), 0, full)
-            device_parts = jax.lax.map(lambda part: device_sums(*part), (batch, left))
-            units, sums = jax.lax.psum(device_parts, devices.AXIS)
-            units, sums = jax.tree.map(saturated_sum, units), jax.tree.map(lambda s: s.sum(0), sums)
+            halves, sums = _in_halves(
+                device_sums, batch, _fitting(microbatch, rows), microbatch, microbatches
+            )
+            units = jax.tree.map(lambda *pair: join_halves(pair, devices.AXIS), *halves)
+            sums = jax.lax.psum(sums, devices.AXIS)
         return jax.tree.map(grid.decode, units), sums
 
     def update(noisy_sum, sums, state: TrainState, *_):
@@ -232,6 +242,43 @@ def make_dp_step(
         compiled=lambda step: devices.parallel(step, in_axes=(0, 0, None, None, None), donate=(0,)),
         is_random=True,
     )
+
+
+def _fitting(microbatch: int, rows: int) -> int:
+    """Return the largest divisor of `microbatch` that is at most `rows`."""
+    return max(part for part in range(1, min(microbatch, rows) + 1) if microbatch % part == 0)
+
+
+def _in_halves(
+    device_sums: Callable, batch: dict, part_rows: int, microbatch: int, microbatches: jax.Array
+) -> tuple[tuple[PyTree, PyTree], dict[str, jax.Array]]:
+    """Compute `device_sums` of a device's batch in parts whose sums an int32 holds.
+
+    Args:
+        device_sums: (batch, rows of a microbatch, microbatches) → units (int32), sums.
+        batch: of the device.
+        part_rows: rows of a part; a divisor of `microbatch`.
+        microbatch, microbatches: rows, and how many of so many rows are visited.
+
+    Returns:
+        the units as halves (see `clipping.add_to_halves`), and the sums.
+    """
+
+    def visit(number, carry):
+        (high, low), sums = carry
+        part = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number * part_rows, part_rows), batch
+        )
+        units, news = device_sums(part, part_rows, 1)
+        pairs = jax.tree.map(lambda *leaf: add_to_halves(leaf[:2], leaf[2]), high, low, units)
+        halves = jax.tree.transpose(jax.tree.structure(units), None, pairs)
+        return tuple(halves), jax.tree.map(jnp.add, sums, news)
+
+    first = jax.tree.map(lambda leaf: leaf[:part_rows], batch)
+    units, sums = jax.eval_shape(lambda part: device_sums(part, part_rows, 1), first)
+    zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+    start = ((zeros(units), zeros(units)), zeros(sums))
+    return jax.lax.fori_loop(0, microbatches * (microbatch // part_rows), visit, start)
 
 
 def _group_loss(image_loss: Callable[[PyTree, dict], jax.Array], params: PyTree, group: dict) -> jax.Array:
@@ -265,6 +312,6 @@ def _dp_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def used_microbatches(rows: int, microbatch: int) -> np.int32:
-    """Return the microbatches per device that hold real rows when `rows` rows are dealt to all devices."""
-    per_device = -(-rows // devices.count())
+    """Return the microbatches per device that hold real rows, of the process with most of them: `rows`."""
+    per_device = -(-rows // len(devices.local()))
     return np.int32(-(-per_device // microbatch))

@@ -149,6 +149,11 @@ def test_a_sum_beyond_int32_is_cut_and_every_other_one_exact(most):
     parts[:, :40] = most * np.sign(rng.integers(0, 2, 40) - 0.5).astype(np.int32)
     parts[1:, 40:80] = 0  # one part alone
     np.testing.assert_array_equal(saturated_sum(jnp.asarray(parts)), exact_then_cut(parts))
+    # The same of eight devices, of which each has some.
+    of_devices = jax.pmap(lambda own: saturated_sum(own, 'devices'), axis_name='devices')(
+        parts[:16].reshape(8, 2, -1)
+    )
+    np.testing.assert_array_equal(of_devices, np.tile(exact_then_cut(parts[:16]), (8, 1)))
 
 
 GRID = Grid(clip_norm=2.0, rows=24)

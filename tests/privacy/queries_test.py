@@ -16,8 +16,11 @@ import jax
 import numpy as np
 import pytest
 
+from dpp_jax.privacy import groups, poisson
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
-from dpp_jax.privacy.queries import QUERIES, MeanQuery, ModeQuery, Query, make_query
+from dpp_jax.privacy.queries import QUERIES, MeanQuery, ModeQuery, Query, Spread, make_query
+from dpp_jax.privacy.shares import Share
+from dpp_jax.training import devices
 
 CLASSES, SHAPE = 3, (4, 5, 1)
 DIMENSIONS = 20
@@ -380,3 +383,68 @@ def test_a_query_takes_the_settings_that_are_its_own():
 def test_a_promise_that_a_query_cannot_keep_is_refused(promise, text):
     with pytest.raises(ValueError, match=f'^{text}'):
         make_query('mode', **SIZES, settings=promise)
+
+
+# --- Over devices and processes
+
+
+def spread_release(query, rows, device_rows):
+    """The query's program for so many devices."""
+    return query.noisy(
+        make_mechanism(query, noise_multiplier=0.3),
+        NoiseKey(identifier='k', keys=jax.random.split(jax.random.key(1), 4)),
+        6.0,
+        rows,
+        spread=Spread(rows=device_rows, axis=devices.AXIS),
+        compiled=lambda function: devices.parallel(function, in_axes=(0, 0, None, None)),
+    )
+
+
+def central_images(query, release, arrays, members, indices, processes, number, rows):
+    """What `central` gets: every process fetches its share, and each of its devices takes a part of that."""
+    parts = []
+    people = np.arange(len(arrays['labels'])) % len(members)
+    with devices.limited_to(number):
+        for index in range(processes):
+            share = Share(index, processes, len(members))
+            keywords = {'capacity': number * -(-rows // number), 'share': share, 'rows': rows}
+            own = groups.images_of(people, share)
+            own_arrays = {name: array[own] for name, array in arrays.items()}
+            if query.images_per_group:
+                fetched = groups.fetch(own_arrays, members, indices, own=own, **keywords)
+            else:
+                fetched = poisson.fetch(own_arrays, indices, **keywords)
+            parts.append(devices.deal_own(fetched))
+    result, _ = release(0, *jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts))
+    of_devices = np.asarray(result)
+    assert (of_devices == of_devices[0]).all()  # the same noise on each
+    return of_devices[0]
+
+
+@pytest.mark.parametrize('m', [None, 3])
+@pytest.mark.parametrize(
+    ('kind', 'own'),
+    [('mean', {'clip_norm': 1.5, 'class_counts': 'noisy', 'pixel_center': 0.5}), ('mode', {'bins': 2})],
+)
+def test_central_images_are_the_same_bits_on_any_devices_of_any_processes(kind, own, m):
+    """Also of a sample with more rows than a sum has room for, and if one process has all rows."""
+    query = QUERIES[kind](**SIZES, **own, images_per_group=m)
+    units, rows = 40, 15
+    images, labels = random_images(units * (m or 1), seed=3)
+    arrays = {'images': images, 'labels': labels}
+    members = np.arange(units)[:, None] + units * np.arange(m or 1)
+    members[::3, 1:] = -1
+    samples = np.arange(5, 18), np.arange(units), np.arange(0, units, 4), np.arange(0)
+    found = []
+    for processes, number in ((1, 1), (1, 8), (2, 4), (4, 2)):
+        with devices.limited_to(processes * number):
+            release = spread_release(query, rows, -(-rows // number))
+        found.append(
+            [
+                central_images(query, release, arrays, members, indices, processes, number, rows)
+                for indices in samples
+            ]
+        )
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+    assert len({images.tobytes() for images in found[0]}) == len(samples)

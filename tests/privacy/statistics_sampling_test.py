@@ -1,11 +1,11 @@
 """Poisson sampling: inclusion, independence, and the same batch for any devices and hosts."""
 
-import jax
 import numpy as np
 import pytest
 from scipy import stats
 
 from dpp_jax.privacy import poisson
+from dpp_jax.privacy.shares import WHOLE, Share
 from dpp_jax.training import devices, steps
 
 KEY = 0x0123456789ABCDEF0123456789ABCDEF
@@ -19,7 +19,7 @@ def inclusions(sampler, batches):
     return included
 
 
-@pytest.mark.parametrize('q', [1 / 15, 0.3])
+@pytest.mark.parametrize('q', [0.01, 1 / 15, 0.3, 0.8])
 def test_every_example_is_included_with_probability_q_in_every_batch(q, statistics):
     size, batches = 2000, 6000
     included = inclusions(poisson.PoissonSampler(size=size, probability=q, key=KEY), range(batches))
@@ -29,6 +29,11 @@ def test_every_example_is_included_with_probability_q_in_every_batch(q, statisti
         statistics.assert_plausible(stats.binom(n, q), counts, tests=counts.size)
         spread = np.sum((counts - n * q) ** 2) / (n * q * (1 - q))
         statistics.assert_plausible(stats.chi2(counts.size), spread)
+    # The sizes' whole distribution, in ten bins that are alike.
+    borders = stats.binom(size, q).ppf(np.arange(1, 10) / 10)
+    expected = batches * np.diff([0, *stats.binom(size, q).cdf(borders), 1])
+    found = np.bincount(np.searchsorted(borders, included.sum(1)), minlength=10)
+    assert stats.chisquare(found, expected).pvalue > statistics.FALSE_ALARM
 
 
 def test_inclusions_are_independent_between_examples_batches_and_keys(statistics):
@@ -52,11 +57,12 @@ def test_no_batch_is_another_one_shifted(statistics):
             statistics.assert_plausible(stats.norm, z[i == j :], tests=100 * size)
 
 
-def visited(indices, microbatch, capacity):
-    """The images that the step's microbatches meet on this host's devices, in any order."""
-    numbers = np.arange(500)
-    batch = devices.deal(steps.make_batch(np.zeros((500, 4, 4, 1), np.uint8), numbers, indices, capacity))
-    rows = microbatch * steps.used_microbatches(len(indices), microbatch)
+def visited(indices, microbatch, capacity, share=WHOLE):
+    """The images that the step's microbatches meet on this process's devices, in any order."""
+    numbers = share.own(np.arange(500))
+    images = np.zeros((len(numbers), 4, 4, 1), np.uint8)
+    batch = devices.deal_own(steps.make_batch(images, numbers, indices, capacity, share=share))
+    rows = microbatch * steps.used_microbatches(share.largest(indices), microbatch)
     return batch['label'][:, :rows][batch['mask'][:, :rows]]
 
 
@@ -72,15 +78,22 @@ def test_a_batch_is_the_same_for_any_devices_microbatch_and_padding(number, micr
             np.testing.assert_array_equal(np.sort(met), indices)
 
 
-def test_hosts_meet_parts_of_one_batch(monkeypatch):
-    """Two hosts of four devices: together every image of the batch once."""
+def test_images_of_all_pairs_are_together_as_often_as_two_coins_say(statistics):
+    """Few of many, where they are sorted, and most of them, where those that stay away are drawn."""
+    for size, q in ((150, 0.02), (40, 0.9)):
+        included = inclusions(poisson.PoissonSampler(size=size, probability=q, key=KEY), range(20000))
+        together = included.T.astype(np.float64) @ included
+        pairs = together[np.triu_indices(size, 1)]
+        statistics.assert_plausible(stats.binom(20000, q * q), pairs, tests=pairs.size)
+        statistics.assert_unrelated((included - q) / np.sqrt(q * (1 - q)))
+
+
+def test_processes_meet_parts_of_one_batch():
+    """Two of four devices: together every image of the batch once, each about half."""
     sampler = poisson.PoissonSampler(size=500, probability=0.25, key=KEY)
-    monkeypatch.setattr(devices, 'local', lambda: jax.local_devices()[:4])
-    monkeypatch.setattr(devices, 'count', lambda: 8)
-    for number in range(20):
-        parts = []
-        for host in range(2):
-            monkeypatch.setattr(jax, 'process_index', lambda: host)
-            parts.append(visited(sampler.indices(number), 4, 160))
-        np.testing.assert_array_equal(np.sort(np.concatenate(parts)), sampler.indices(number))
-        assert min(map(len, parts)) > 0.4 * len(sampler.indices(number))
+    with devices.limited_to(4):
+        for number in range(20):
+            indices = sampler.indices(number)
+            parts = [visited(indices, 4, 80, Share(index, 2, 500)) for index in range(2)]
+            np.testing.assert_array_equal(np.sort(np.concatenate(parts)), indices)
+            assert min(map(len, parts)) > 0.3 * len(indices)

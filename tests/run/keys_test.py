@@ -195,6 +195,23 @@ def test_a_run_that_began_with_a_single_noise_key_goes_on_with_it(path, ledger):
     np.testing.assert_array_equal(noise, expected)
 
 
+def test_keys_tell_how_batches_are_drawn_and_those_of_earlier_versions_go_on_as_they_did(path, ledger):
+    """A step that is taken again must draw the same batch."""
+    new = Keys(path, None).of_mechanism('dp_sgd', ledger)
+    assert new.drawing == poisson.COUNT
+    assert Keys(path, None).of_mechanism('dp_sgd', ledger).drawing == poisson.COUNT
+    known = json.loads(path.read_text())
+    known['dp_sgd']['sampling'] = known['dp_sgd']['sampling'].removeprefix('count:')
+    assert len(known['dp_sgd']['sampling']) == 32  # as an earlier version wrote it, and no other can be read
+    path.write_text(json.dumps(known))
+    old = Keys(path, None).of_mechanism('dp_sgd', ledger)
+    assert (old.sampling, old.drawing) == (new.sampling, poisson.COINS)
+    known['dp_sgd']['sampling'] = 'dice:' + known['dp_sgd']['sampling']  # of a later version
+    path.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match='field dp_sgd.sampling is "dice:.*Restore the file'):
+        Keys(path, None).of_mechanism('dp_sgd', ledger)
+
+
 @pytest.mark.parametrize(
     'flag, value, told',
     [

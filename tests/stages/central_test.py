@@ -15,6 +15,7 @@ from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.stages import central
+from dpp_jax.training import devices
 
 # What the PyTorch code computes: full images, their halves with noise, and every step after it.
 REFERENCE = Path(__file__).parents[1] / 'golden' / 'central_images.npz'
@@ -58,19 +59,20 @@ def test_every_query_gets_the_plans_mechanism_and_the_samplers_batch(
     ledger, keys = Ledger(workdir.ledger), Keys(workdir.keys, config.seed)
     seen, asked, noisy = [], [], GaussianMechanism.noisy
 
-    def watched(mechanism, sum_function, noise_key, *, then):
+    def watched(mechanism, sum_function, noise_key, *, then, compiled):
         asked.append((mechanism, noise_key))
 
-        def compiled(release):
-            program = jax.jit(release)
+        def and_seen(release):
+            program = compiled(release)
 
             def run(batch, mask, key, index):
-                seen.append((batch, mask, key, int(index), len(ledger.entries)))
+                flat = {name: devices.collect(rows) for name, rows in batch.items()}
+                seen.append((flat, devices.collect(mask), key, int(index), len(ledger.entries)))
                 return program(batch, mask, key, index)
 
             return run
 
-        return noisy(mechanism, sum_function, noise_key, then=then, compiled=compiled)
+        return noisy(mechanism, sum_function, noise_key, then=then, compiled=and_seen)
 
     monkeypatch.setattr(GaussianMechanism, 'noisy', watched)
     recorded_before_release = []

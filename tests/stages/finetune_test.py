@@ -1,5 +1,7 @@
 """What the stage hands to the private step is what the plan accounts for."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from dpp_jax.data.images import Images
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.privacy.shares import WHOLE, Share
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.stages import finetune
@@ -28,6 +31,31 @@ class Loop:
 def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
     tiny_config, tiny_model, tmp_path, monkeypatch
 ):
+    check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, WHOLE)
+
+
+def test_processes_take_the_same_steps_with_the_rows_of_their_own_shares(
+    tiny_config, tiny_model, tmp_path, monkeypatch
+):
+    count, seen = tiny_config().data.train_images, []
+    for index in range(3):
+        folder = tmp_path / str(index)
+        (folder / 'private').mkdir(parents=True)
+        if index:  # the keys of the first process
+            shutil.copy(tmp_path / '0' / 'private' / 'keys.json', folder / 'private')
+        share = Share(index, 3, count)
+        seen.append(check_steps(tiny_config, tiny_model, folder, monkeypatch, share))
+    for settings in ('rows', 'capacity', 'expected_batch_size'):
+        assert len({process[settings] for process in seen}) == 1
+    for steps_of_all in zip(*(process['steps'] for process in seen)):
+        assert len({(len(batch['mask']), used) for batch, used, *_ in steps_of_all}) == 1
+    q = seen[0]['mechanism'].sampling_probability
+    one = poisson.PoissonSampler(size=count, probability=q, key=1)
+    assert seen[0]['rows'] == one.capacity(1)  # the unit of sums does not depend on shares and devices
+
+
+def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share):
+    """Run the stage in one process; its settings and batches."""
     config = tiny_config(pretrain__enabled=False)
     config.seed = None
     workdir, plan = WorkDir(tmp_path), build.plan(config, tiny_model)
@@ -36,6 +64,7 @@ def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
     count = config.data.train_images
     images = rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
     labels = rng.integers(0, 10, count)
+    own = share.own(np.arange(count))
     ledger, keys = Ledger(workdir.ledger), Keys(workdir.keys, config.seed)
     seen, settings = [], {}
 
@@ -63,12 +92,13 @@ def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
         workdir,
         keys,
         ledger,
-        Images(images=images, labels=labels),
+        Images(images=images[own], labels=labels[own]),
         before_release,
         releases=releases,
         unit=plan.unit,
         model=tiny_model,
         sizes=sizes,
+        share=share,
     )
 
     own_keys = keys.of_mechanism(DP_SGD, ledger)
@@ -86,13 +116,13 @@ def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
     )
     assert len(seen) == figures['steps'] == ledger.count(DP_SGD)
     for number, (batch, used, key, index, recorded) in enumerate(seen):
-        drawn = sampler.indices(number)
+        most, drawn = share.largest(sampler.indices(number)), share.own(sampler.indices(number))
         rows = batch['mask']
         np.testing.assert_array_equal(batch['index'][rows], drawn)
         np.testing.assert_array_equal(batch['image'][rows], images[drawn])
         np.testing.assert_array_equal(batch['label'][rows], labels[drawn])
         assert not batch['image'][~rows].any() and not batch['label'][~rows].any()
-        assert used * settings['microbatch'] * devices.count() >= len(drawn)
+        assert used * settings['microbatch'] * devices.count() >= most
         np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(own_keys.noise.keys))
         # The step before is in the ledger when its result is used.
         assert index == recorded == number
@@ -102,3 +132,4 @@ def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
     assert {entry.randomness for entry in ledger.entries} == {own_keys.noise.identifier}
     assert recorded_before_release == [figures['steps']]
     assert workdir.model('finetune').exists()
+    return settings | {'steps': seen}

@@ -15,6 +15,7 @@ from dpp_jax.data import augment
 from dpp_jax.diffusion import winograd
 from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum, clipped_sum
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
+from dpp_jax.privacy.shares import Share
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
 
@@ -44,7 +45,16 @@ def make_mechanism(sigma=1.0, clip_norm=0.5):
 
 
 def dp_step(
-    tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2, at_once=None, rows=32
+    tiny_model,
+    *,
+    sigma=1.0,
+    clip_norm=0.5,
+    microbatch=4,
+    optimizer=SGD,
+    draws=2,
+    at_once=None,
+    rows=32,
+    capacity=None,
 ):
     return steps.make_dp_step(
         tiny_model.example_loss(draws=draws, label_dropout=0.1, draws_at_once=at_once),
@@ -55,6 +65,7 @@ def dp_step(
         rows=rows,
         microbatch=microbatch,
         ema_decay=0.9,
+        capacity=capacity,
     )
 
 
@@ -112,6 +123,61 @@ def test_more_images_than_the_public_size_of_a_batch_take_the_same_step_in_parts
     one, other = flat(by_devices[1][0]), flat(found[0])
     assert np.linalg.norm(other - one) < 1e-5 * np.linalg.norm(one)
     assert found[1]['batch_size'] == 19
+
+
+def take_in_shares(step, params, digits, indices, *, processes, number, microbatch, capacity, rows):
+    """One step as by so many processes with `number` devices each: every one has its own images alone."""
+    parts, used = [], set()
+    with devices.limited_to(number):
+        for index in range(processes):
+            share, own = Share(index, processes, 60), slice(index, None, processes)
+            batch = steps.make_batch(
+                digits[0][own], digits[1][own], indices, capacity, share=share, rows=rows
+            )
+            parts.append(devices.deal_own(batch))
+            used.add(int(steps.used_microbatches(share.largest(indices), microbatch)))
+    (microbatches,) = used
+    state = devices.replicate(state_lib.create(params, SGD))
+    batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    (new, metrics), _ = step(0, state, batch, np.int32(microbatches))
+    return flat(jax.tree.map(np.subtract, devices.first(new).params.tree(), params)), devices.first(metrics)
+
+
+@pytest.mark.parametrize(
+    ('processes', 'number', 'microbatch', 'rows'), [(4, 2, 4, 24), (2, 4, 8, 4)], ids=str
+)
+def test_processes_with_their_own_images_take_the_step_of_one(
+    by_devices, tiny_model, params, digits, processes, number, microbatch, rows
+):
+    """Also with room for fewer rows than there are, and less than a microbatch."""
+    capacity = microbatch * number
+    step = dp_step(tiny_model, microbatch=microbatch, rows=rows, capacity=processes * capacity)
+    update, metrics = take_in_shares(
+        step,
+        params,
+        digits,
+        np.arange(3, 22),
+        processes=processes,
+        number=number,
+        microbatch=microbatch,
+        capacity=capacity,
+        rows=rows,
+    )
+    one = flat(by_devices[1][0])
+    assert np.linalg.norm(update - one) < 1e-5 * np.linalg.norm(one)
+    assert metrics['batch_size'] == 19
+
+
+def test_a_process_without_a_row_and_one_with_all_take_the_step_of_one(tiny_model, params, digits):
+    indices = np.arange(1, 60, 4)  # all of the second of four processes
+    step = dp_step(tiny_model, microbatch=4, rows=24, capacity=32)
+    with devices.limited_to(8):
+        expected = flat(take(step, params, digits, indices, number=8, microbatch=4)[0])
+    update, metrics = take_in_shares(
+        step, params, digits, indices, processes=4, number=2, microbatch=4, capacity=8, rows=24
+    )
+    assert np.linalg.norm(update - expected) < 1e-5 * np.linalg.norm(expected)
+    assert metrics['batch_size'] == 15
 
 
 def test_the_average_is_part_of_the_state(by_devices, params):

@@ -156,6 +156,31 @@ def deal(batch: PyTree) -> PyTree:
     return jax.tree.map(split, batch)
 
 
+def deal_to_teams(batch: PyTree, size: int) -> PyTree:
+    """Deal rows to teams of `size` neighboring devices: each device of a team has the same rows.
+
+    Row i goes to team i mod T, T = D / size. A team lies within one process. With teams of one it is `deal`.
+
+    Args:
+        batch: leaves (n, ...), n divisible by T.
+        size: divides the devices of every process.
+
+    Returns:
+        this process's part, leaves (local, n / T, ...).
+    """
+    if size == 1:
+        return deal(batch)
+    own_teams, teams = len(local()) // size, count() // size
+    start = jax.process_index() * own_teams
+
+    def split(rows):
+        rows = np.asarray(rows)
+        dealt = rows.reshape((rows.shape[0] // teams, teams) + rows.shape[1:])
+        return np.repeat(np.moveaxis(dealt, 1, 0)[start : start + own_teams], size, axis=0)
+
+    return jax.tree.map(split, batch)
+
+
 def collect(rows: jax.Array) -> np.ndarray:
     """Undo `deal` within one process: (D, n / D, ...) → (n, ...)."""
     rows = np.asarray(rows)

@@ -99,7 +99,9 @@ class Run:
             artefacts.check_inputs(self.workdir, self.model.shapes(), todo)
             artefacts.write_parameters(self.workdir, self.model)
             if {'pretrain', 'finetune', 'generate'} & set(todo):
-                _ = self._sizes  # settled before anything is spent
+                sizes = self._sizes  # settled before anything is spent
+                if 'finetune' in todo:
+                    sizes.check_devices()
         preemption.wait_for_steps()
         for stage in todo:
             preemption.check()

@@ -20,6 +20,7 @@ FREE_SETTINGS = (
     'loop.checkpoint_every_seconds',
     'loop.images_at_once',
     'finetune.microbatch',
+    'finetune.devices_per_image',
     'generate.batch_size',
     'generate.png_tree',
 )

@@ -62,11 +62,14 @@ def run(
         key=own_keys.sampling,
         public_size=unit.size,
     )
-    capacity = sample.capacity(sizes.microbatch * devices.count())
+    capacity = sample.capacity(sizes.microbatch * devices.count() // sizes.devices_per_image)
     optimizer = optax.adam(settings.learning_rate)
     dp_step = steps.make_dp_step(
         model.example_loss(
-            draws=settings.draws, label_dropout=settings.label_dropout, draws_at_once=sizes.draws
+            draws=settings.draws,
+            label_dropout=settings.label_dropout,
+            draws_at_once=sizes.draws,
+            shares=sizes.devices_per_image,
         ),
         optimizer,
         mechanism,
@@ -75,13 +78,14 @@ def run(
         rows=capacity,
         microbatch=sizes.microbatch,
         ema_decay=settings.ema_decay,
+        devices_per_image=sizes.devices_per_image,
     )
 
     def step(state, number):
         indices = sample.indices(number)
         rows = steps.make_batch(private.images, private.labels, indices, capacity, members)
-        batch = devices.deal(rows)
-        used = steps.used_microbatches(len(indices), sizes.microbatch)
+        batch = devices.deal_to_teams(rows, sizes.devices_per_image)
+        used = steps.used_microbatches(len(indices), sizes.microbatch, sizes.devices_per_image)
         result, entry = dp_step(number, state, batch, used)
         ledger.append(entry)  # the device computes on meanwhile
         return result

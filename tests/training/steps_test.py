@@ -46,7 +46,16 @@ def make_mechanism(sigma=1.0, clip_norm=0.5):
 
 
 def dp_step(
-    tiny_model, *, sigma=1.0, clip_norm=0.5, microbatch=4, optimizer=SGD, draws=2, at_once=None, rows=32, team=1
+    tiny_model,
+    *,
+    sigma=1.0,
+    clip_norm=0.5,
+    microbatch=4,
+    optimizer=SGD,
+    draws=2,
+    at_once=None,
+    rows=32,
+    team=1,
 ):
     return steps.make_dp_step(
         tiny_model.example_loss(draws=draws, label_dropout=0.1, draws_at_once=at_once, shares=team),

@@ -2,7 +2,7 @@
 
     T(D) = s · r · K / g      noised images: r rows on a device, padding included; K / g noise draws of each
          + u                  what every device does once: noise, optimizer, average of the weights
-         + bytes / b + a      the sum over all devices, and within teams that share an image
+         + bytes / b + a      for the sum over all devices, and for those of teams that share an image
 
 Rows are dealt evenly. r is m E[ceil(n / (T m))], for a batch of n rows, T = D / g teams and a microbatch of
 m: what Poisson sampling costs is the last microbatch, which all devices compute and few fill. The sum of all
@@ -19,11 +19,12 @@ from scipy import stats
 _BYTES = 4  # of a float32 or an int32
 _SURE = 8.0  # standard deviations within which all batches lie
 _WORTH = 0.95  # a larger team must compute so much less, at least
-# Assumptions: bytes per second that a device sends in a ring, within a host and between hosts; and seconds in
-# which a message passes from one device to the next. Those of a CPU are fitted (docs/scaling.md).
+# Assumptions: bytes per second that a device sends in a ring, within a host and between hosts; and seconds of
+# a collective, however little it sends. Those of a CPU are fitted (docs/scaling.md).
 _WITHIN_HOST = {'cpu': 1e9, 'tpu': 5e10, 'gpu': 2e11}
 _BETWEEN_HOSTS = {'cpu': 1e8, 'tpu': 5e10, 'gpu': 1e10}
-_HOP = {'cpu': 1e-4, 'tpu': 5e-6, 'gpu': 1e-5}
+_COLLECTIVE = {'cpu': 1e-3, 'tpu': 5e-5, 'gpu': 5e-5}
+COLLECTIVES_OF_TEAM = 3  # for a microbatch: losses, gradients, norms
 # Seconds of a device for each parameter: noise, optimizer, average.
 _UPDATE = {'cpu': 1.5e-7, 'tpu': 3e-10, 'gpu': 3e-10}
 _OPERATIONS_PER_SECOND = {'cpu': 3.5e10, 'tpu': 2e13, 'gpu': 2e13}  # of a device, in gradients
@@ -92,14 +93,14 @@ class Machine:
         update_seconds: u.
         bytes_per_second: b, that a device sends to the next in the sum over all devices.
         team_bytes_per_second: the same within a team.
-        hop_seconds: a message takes from one device to another.
+        collective_seconds: a, of a collective.
     """
 
     image_seconds: float
     update_seconds: float
     bytes_per_second: float
     team_bytes_per_second: float
-    hop_seconds: float
+    collective_seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,11 +169,10 @@ def _parts(step: Step, machine: Machine, layout: Layout) -> tuple[float, float, 
     row_seconds = machine.image_seconds * step.noised_images / g
     images = row_seconds * step.batch.expected * g / d
     gradient = _BYTES * step.parameters
-    hops = 2 * math.ceil(math.log2(d)) if d > 1 else 0
-    sending = 2 * (d - 1) / d * gradient / machine.bytes_per_second + hops * machine.hop_seconds
-    of_team = rows * (g - 1) / g * gradient / machine.team_bytes_per_second
-    of_team += rows / layout.microbatch * 2 * math.ceil(math.log2(g)) * machine.hop_seconds
-    return images, row_seconds * rows - images, sending + of_team
+    sending = 2 * (d - 1) / d * gradient / machine.bytes_per_second
+    sending += rows * (g - 1) / g * gradient / machine.team_bytes_per_second
+    collectives = (d > 1) + (g > 1) * COLLECTIVES_OF_TEAM * rows / layout.microbatch
+    return images, row_seconds * rows - images, sending + collectives * machine.collective_seconds
 
 
 def machine(
@@ -194,14 +194,14 @@ def machine(
         image_seconds: of a device for a noised image, where it was measured.
         operations: for a noised image, from which its time follows otherwise.
     """
-    known = backend if backend in _HOP else 'gpu'
+    known = backend if backend in _COLLECTIVE else 'gpu'
     link = _WITHIN_HOST if devices <= devices_of_host else _BETWEEN_HOSTS
     return Machine(
         image_seconds=image_seconds or operations / _OPERATIONS_PER_SECOND[known],
         update_seconds=_UPDATE[known] * parameters,
         bytes_per_second=link[known],
         team_bytes_per_second=_WITHIN_HOST[known],
-        hop_seconds=_HOP[known],
+        collective_seconds=_COLLECTIVE[known],
     )
 
 
@@ -227,7 +227,7 @@ def choose(
         dataclasses.replace(layout, devices_per_image=size) for size in teams(step.draws, devices_of_host)
     ]
     if not is_microbatch_set:
-        layouts = [even(step.batch, each) for each in layouts]
+        layouts = [layout, *(even(step.batch, each) for each in layouts)]
     seconds = [predict(step, assumed, each).seconds for each in layouts]
     return next(each for each, own in zip(layouts, seconds) if _WORTH * own <= min(seconds))
 

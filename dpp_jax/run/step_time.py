@@ -20,10 +20,10 @@ _BYTES = 4  # of a float32 or an int32
 _SURE = 8.0  # standard deviations within which all batches lie
 _WORTH = 0.95  # a larger team must compute so much less, at least
 # Assumptions: bytes per second that a device sends in a ring, within a host and between hosts; and seconds of
-# a collective, however little it sends. Those of a CPU are fitted (docs/scaling.md).
-_WITHIN_HOST = {'cpu': 1e9, 'tpu': 5e10, 'gpu': 2e11}
+# a collective, however little it sends. Those of a CPU within a host are fitted (docs/scaling.md).
+_WITHIN_HOST = {'cpu': 1e8, 'tpu': 5e10, 'gpu': 2e11}
 _BETWEEN_HOSTS = {'cpu': 1e8, 'tpu': 5e10, 'gpu': 1e10}
-_COLLECTIVE = {'cpu': 1e-3, 'tpu': 5e-5, 'gpu': 5e-5}
+_COLLECTIVE = {'cpu': 1e-4, 'tpu': 5e-5, 'gpu': 5e-5}
 COLLECTIVES_OF_TEAM = 3  # for a microbatch: losses, gradients, norms
 # Seconds of a device for each parameter: noise, optimizer, average.
 _UPDATE = {'cpu': 1.5e-7, 'tpu': 3e-10, 'gpu': 3e-10}

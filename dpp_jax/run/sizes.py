@@ -88,7 +88,7 @@ def choose(
         images_at_once: as set by the user; None: by the rule.
         microbatch: likewise.
         devices_per_image: likewise; a divisor of the draws.
-        batch: of fine-tuning, from which the rule takes the last two; None: a large one.
+        batch: of fine-tuning, by which the rule decides the last two; None: a large one.
         images_per_row: of a batch.
     """
     images = images_at_once or _by_rule(model)
@@ -97,7 +97,7 @@ def choose(
         microbatch=microbatch or max(1, images // draws),
         devices_per_image=devices_per_image or 1,
     )
-    if batch is not None and not devices_per_image and batch.expected < layout.rows_at_once:
+    if batch is not None and batch.expected < layout.rows_at_once:
         parameters = model_lib.size(model.shapes())
         step = step_time.Step(batch=batch, draws=draws, parameters=parameters, images_per_row=images_per_row)
         layout = step_time.choose(
@@ -110,7 +110,7 @@ def choose(
                 operations=hours.operations(model),
             ),
             layout,
-            devices_of_host=len(devices.local()),
+            sizes=[devices_per_image] if devices_per_image else step_time.teams(draws, len(devices.local())),
             is_microbatch_set=microbatch is not None,
         )
     own = draws // layout.devices_per_image

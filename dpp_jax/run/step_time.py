@@ -206,7 +206,7 @@ def machine(
 
 
 def choose(
-    step: Step, assumed: Machine, layout: Layout, *, devices_of_host: int, is_microbatch_set: bool = False
+    step: Step, assumed: Machine, layout: Layout, *, sizes: Sequence[int], is_microbatch_set: bool = False
 ) -> Layout:
     """Choose how many devices share an image, and the microbatch then.
 
@@ -217,15 +217,13 @@ def choose(
     Args:
         step: the work.
         assumed: of a device, not measured: a measurement is another one each time.
-        layout: one device for an image, with the most rows that it may have at once.
-        devices_of_host: in which a team must fit.
+        layout: with the most rows that a device may have at once, and the smallest team.
+        sizes: of teams, in rising order.
         is_microbatch_set: whether the microbatch stays.
     """
     if step.batch.expected >= layout.rows_at_once:
         return layout
-    layouts = [
-        dataclasses.replace(layout, devices_per_image=size) for size in teams(step.draws, devices_of_host)
-    ]
+    layouts = [dataclasses.replace(layout, devices_per_image=size) for size in sizes]
     if not is_microbatch_set:
         layouts = [layout, *(even(step.batch, each) for each in layouts)]
     seconds = [predict(step, assumed, each).seconds for each in layouts]

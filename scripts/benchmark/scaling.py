@@ -210,7 +210,9 @@ def predictions(
         layouts = {
             'largest': most,
             'lower': step_time.even(step.batch, most) if step.batch.expected < most.rows_at_once else most,
-            'by the rule': step_time.choose(step, machine, most, devices_of_host=min(count, per_host)),
+            'by the rule': step_time.choose(
+                step, machine, most, sizes=step_time.teams(step.draws, min(count, per_host))
+            ),
         }
         for name, layout in layouts.items():
             predicted = step_time.predict(step, machine, layout)

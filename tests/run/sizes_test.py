@@ -41,25 +41,28 @@ def test_a_trial_does_two_microbatches(tiny_config):
     assert at_once.microbatch == 2
 
 
-@pytest.mark.parametrize('size', [None, 1, 2, 8])
-@pytest.mark.parametrize('batch_size', [4, 60, 4000])
-def test_devices_share_an_image_as_set_or_where_they_lack_images(size, batch_size, monkeypatch):
+@pytest.mark.parametrize(
+    'size, count, expected',
+    [
+        (None, 8, sizes.Sizes(images=512, microbatch=16, draws=32)),
+        (None, 1024, sizes.Sizes(images=512, microbatch=9, draws=16, devices_per_image=2)),
+        (1, 1024, sizes.Sizes(images=512, microbatch=5, draws=32)),
+        (8, 8, sizes.Sizes(images=512, microbatch=16, draws=4, devices_per_image=8)),
+    ],
+)
+def test_devices_share_an_image_as_set_or_where_they_lack_images(size, count, expected, monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+    monkeypatch.setattr(devices, 'count', lambda: count)
     config = mnist_28.get_config('1')
-    config.loop.images_at_once = 256
-    config.finetune.update(batch_size=batch_size, devices_per_image=size)
-    found = choose(config)
-    assert found.devices_per_image == (size or found.devices_per_image)
-    assert 32 // found.devices_per_image % found.draws == 0
-    if batch_size == 4000:
-        assert found == sizes.Sizes(
-            images=256, microbatch=8, draws=32 // (size or 1), devices_per_image=size or 1
-        )
-    if batch_size == 4 and size is None:  # with one device for an image, half of eight would have none
-        assert found.devices_per_image > 1
-    found.check_devices()
+    config.loop.images_at_once, config.finetune.devices_per_image = 512, size
+    assert choose(config) == expected
+
+
+def test_devices_that_cannot_form_teams_are_told():
+    shared = sizes.Sizes(images=1, microbatch=1, draws=1, devices_per_image=2)
+    shared.check_devices()
     with devices.limited_to(7), pytest.raises(ValueError, match='_per_image is 2; it must divide the 7 dev'):
-        sizes.Sizes(images=1, microbatch=1, draws=1, devices_per_image=2).check_devices()
+        shared.check_devices()
 
 
 def test_small_images_go_in_greater_numbers(monkeypatch):

@@ -100,7 +100,7 @@ def test_the_choice_is_one_device_for_an_image_until_devices_lack_images(count, 
         'tpu', parameters=1_485_217, devices=count, devices_of_host=8, operations=3.46e9
     )
     most = Layout(devices=count, microbatch=16)
-    found = step_time.choose(MNIST, assumed, most, devices_of_host=min(8, count), is_microbatch_set=is_set)
+    found = step_time.choose(MNIST, assumed, most, sizes=[1, 2, 4, 8], is_microbatch_set=is_set)
     seconds = lambda layout: step_time.predict(MNIST, assumed, layout).seconds
     if count * 16 <= 4000:
         assert found == most

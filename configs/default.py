@@ -106,6 +106,9 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     finetune.label_dropout = 0.1
     # Private images whose gradients a device holds at once; unset: as loop.images_at_once allows.
     finetune.microbatch = placeholder(int)
+    # Devices that share the noise draws of an image, where a batch has fewer images than fill all devices;
+    # divides draws, and the devices of each host. Unset: 1, or what is predicted to be faster.
+    finetune.devices_per_image = placeholder(int)
 
     config.generate = generate = ConfigDict()
     generate.images = 60000  # synthetic images, balanced over the classes

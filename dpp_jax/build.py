@@ -19,7 +19,7 @@ from dpp_jax.privacy import budget as budget_lib
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import already_spent
+from dpp_jax.run import already_spent, step_time
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run import sizes as sizes_lib
 
@@ -162,14 +162,25 @@ def _query_releases(config: ConfigDict, sigma: float) -> Releases:
     return Releases(mechanism=mechanism, count=config.query.queries)
 
 
-def sizes(config: ConfigDict, run_model: Model) -> sizes_lib.Sizes:
-    """Choose what is in work at once, as set or by the rule."""
+def sizes(config: ConfigDict, run_model: Model, images_at_once: int | None = None) -> sizes_lib.Sizes:
+    """Choose what is in work at once, as set or by the rule; `images_at_once` replaces the setting."""
+    settings = config.finetune
     return sizes_lib.choose(
         run_model,
-        draws=config.finetune.draws,
-        images_at_once=config.loop.images_at_once,
-        microbatch=config.finetune.microbatch,
+        draws=settings.draws,
+        images_at_once=images_at_once or config.loop.images_at_once,
+        microbatch=settings.microbatch,
+        devices_per_image=settings.devices_per_image,
+        batch=batch(config),
+        images_per_row=config.dp.images_per_group or 1,
     )
+
+
+def batch(config: ConfigDict) -> step_time.Batch:
+    """Describe how many rows a step of fine-tuning has."""
+    counted, settings = unit(config), config.finetune
+    q, _ = budget_lib.schedule(counted.used_images, settings.batch_size, settings.epochs)
+    return step_time.Batch(units=counted.size, probability=q)
 
 
 def settled_sizes(config: ConfigDict, run_model: Model, path: Path, noised_images: int) -> sizes_lib.Sizes:
@@ -183,9 +194,7 @@ def settled_sizes(config: ConfigDict, run_model: Model, path: Path, noised_image
         microbatch=settings.microbatch,
         label_dropout=settings.label_dropout,
     )
-    return sizes_lib.choose(
-        run_model, draws=settings.draws, images_at_once=images, microbatch=settings.microbatch
-    )
+    return sizes(config, run_model, images)
 
 
 def augmentation(config: ConfigDict) -> Callable:

@@ -112,7 +112,9 @@ class Run:
                 print(f'WARNING: {warning}.')
             hosts.at_first(lambda: self._record(todo))
             if {'pretrain', 'finetune', 'generate'} & set(todo):
-                _ = self._sizes  # settled before anything is spent
+                sizes = self._sizes  # settled before anything is spent
+                if 'finetune' in todo:
+                    sizes.check_devices()
             hosts.agree('plans', self.plan.figures())
         preemption.wait_for_steps()
         for stage in todo:

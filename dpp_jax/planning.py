@@ -45,6 +45,9 @@ def run(config: ConfigDict, root: str | Path) -> None:
             lambda: gate.read(config, workdir, model, images, read_only=True, changed=changed or ()),
         )
         if found is not None:
+            sizes = build.sizes(config, model)
+            if not found.done['finetune']:
+                _try(problems, sizes.check_devices)
             _try(
                 problems,
                 lambda: plan.run(
@@ -53,7 +56,7 @@ def run(config: ConfigDict, root: str | Path) -> None:
                     plan=found.plan,
                     todo=[name for name in gate.STAGES if not found.done[name]],
                     model=model,
-                    sizes=build.sizes(config, model),
+                    sizes=sizes,
                     made=len(found.ledger.entries),
                     source=_words(config, info),
                 ),

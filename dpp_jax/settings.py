@@ -222,6 +222,7 @@ def _table() -> dict[str, _Rule]:
         'finetune.ema_decay': _SHARE,
         'finetune.label_dropout': _SHARE,
         'finetune.microbatch': _unset_or(_COUNT),
+        'finetune.devices_per_image': _unset_or(_COUNT),
         # generate
         'generate.images': _COUNT,
         'generate.batch_size': _COUNT,
@@ -366,6 +367,12 @@ _RELATIONS = (
         ('data.train_images',),
         lambda size, images: size <= images,
         lambda images: f'at most data.train_images = {images}',
+    ),
+    _Relation(
+        'finetune.devices_per_image',
+        ('finetune.draws',),
+        lambda devices, draws: devices is None or draws % devices == 0,
+        lambda draws: f'a divisor of finetune.draws = {draws}, or not set',
     ),
     _Relation(
         'generate.images',

@@ -6,6 +6,8 @@ from pathlib import Path
 import subprocess
 import sys
 
+from scripts.benchmark import scaling
+
 ROOT = Path(__file__).resolve().parents[1]
 # As little to compile as there can be: what the figures are is of no interest here.
 SETTINGS = {
@@ -41,3 +43,16 @@ def test_every_figure_is_positive_and_finite(tmp_path):
         # Steps as short as these hide nothing of the loop's work, at worst.
         assert 0 <= value < math.inf and (value > 0 or name in HIDDEN), name
         assert name in done.stdout
+
+
+def test_step_time_is_measured_on_any_number_of_devices_and_the_model_is_fitted(tiny_config):
+    config = tiny_config(model__blocks=1, model__attention_resolutions=())
+    report = scaling.measure(config, [2], images=4, draws=2, repeats=1, turn_seconds=0)
+    layouts = [(step['devices'], step['devices_per_image']) for step in report['steps']]
+    assert layouts == [(2, 1), (2, 2)]
+    for step in report['steps']:
+        for name in ('empty', 'full'):
+            assert step[name] > 0 and 0 <= step[f'{name}_predicted'] < math.inf
+    assert len(report['fitted']) == 4 and min(report['fitted'].values()) >= 0
+    lines = scaling.measured_text(report).splitlines()
+    assert len(lines) == 4 + len(layouts) and all(len(line.split()) == 6 for line in lines[4:])

@@ -99,7 +99,8 @@ def test_a_plan_makes_nothing_and_draws_where_the_folder_is_there(tiny_config, t
 def test_a_plan_is_a_draft_until_all_has_run(copied_run, capsys):
     config, workdir = copied_run
     pipeline.run(config, workdir.root, 'plan')
-    assert 'DRAFT' not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert 'DRAFT' not in told and 'time left      none, without evaluation' in told.splitlines()
     for path in (workdir.model('finetune'), workdir.private / 'resume', workdir.statement):
         path.rename(path.with_name('aside_' + path.name))
     for path in workdir.root.rglob('ledger.jsonl'):

@@ -180,6 +180,11 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
         ({'finetune__learning_rate': 3.0}, r'finetune.learning_rate is 3.0; .*in \(0, 1\]'),
         ({'finetune__batch_size': 5000}, 'finetune.batch_size is 5000; it must be at most'),
         ({'finetune__microbatch': 0}, 'finetune.microbatch is 0; it must be a whole number'),
+        ({'finetune__devices_per_image': 0}, 'finetune.devices_per_image is 0; it must be a whole number'),
+        (
+            {'finetune__draws': 6, 'finetune__devices_per_image': 4},
+            'finetune.devices_per_image is 4; it must be a divisor of finetune.draws = 6',
+        ),
         ({'generate__images': 0}, 'generate.images is 0'),
         ({'generate__images': 19}, 'generate.images is 19; it must be at least 20, two per class'),
         ({'generate__sampler__name': 'euler'}, "sampler.name is 'euler'; it must be .*'heun'"),

@@ -14,7 +14,7 @@ def nearest(images: np.ndarray | StoredImages, factor: int) -> np.ndarray | Stor
         factor: at least 1.
 
     Returns:
-        (..., ceil(H / factor), ceil(W / factor), C), a view of `images`; of stored ones, made as they are read.
+        (..., ceil(H / factor), ceil(W / factor), C), a view; of stored ones, made as they are read.
     """
     if isinstance(images, StoredImages):
         return images.mapped(lambda rows: nearest(rows, factor))

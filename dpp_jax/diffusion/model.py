@@ -72,17 +72,37 @@ class Model:
         """Return (n,) losses of n noised images: of one image (H, W, C), or of as many (n, H, W, C)."""
         return loss_lib.errors(self.kind, self.denoiser(params), image, drawn)
 
-    def example_loss(self, *, draws: int, label_dropout: float, draws_at_once: int | None = None) -> Callable:
+    def example_loss(
+        self, *, draws: int, label_dropout: float, draws_at_once: int | None = None, shares: int = 1
+    ) -> Callable:
         """Return (params, image (H, W, C) in [-1, 1], label (), key) → the mean loss of `draws` draws.
 
         At most `draws_at_once` (None: all) pass through the network together, value and gradient, in
         equal parts. It changes rounding only.
+
+        With `shares` > 1, a divisor of `draws`, the function takes one argument more, the number of a share:
+        it returns the mean loss of these draws / shares draws. The mean over all shares is the loss above:
+        an image's draws follow from the key, whatever the shares.
+
+        Raises:
+            ValueError: the draws cannot be shared so.
         """
-        parts = microbatch.count(draws, draws_at_once or draws)
+        if draws % shares:
+            raise ValueError(f'shares is {shares}; it must divide the draws, {draws}')
+        own = draws // shares
+        parts = microbatch.count(own, draws_at_once or own)
         draw = self.drawing(draws=draws, label_dropout=label_dropout)
         error = lambda params, image, drawn: self.errors(params, image, drawn).mean()
         mean_error = microbatch.mean(error, parts)
-        return lambda params, image, label, key: mean_error(params, image, draw(label, key))
+        if shares == 1:
+            return lambda params, image, label, key: mean_error(params, image, draw(label, key))
+
+        def of_share(params, image, label, key, share):
+            # All are drawn, which takes next to no time beside the network's pass over them.
+            cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, share * own, own)
+            return mean_error(params, image, jax.tree.map(cut, draw(label, key)))
+
+        return of_share
 
 
 def size(params: PyTree) -> int:

@@ -20,6 +20,10 @@ added as integers: in any order, over microbatches and devices, with the same re
 rounding is paid for: C is shrunk by a bound on it. Unit and bound follow from a public number of rows, never
 from who is in a batch; the sum of a batch with more rows is cut to the range of an int32 (`join_halves`),
 and its rounding is paid for up to that number.
+
+Several devices may share an example (`Team`). Each has a part of its noise draws and thus a part of its
+gradient: the parts are averaged first, and the norm is that of the whole. Only then is it clipped. Each
+device clips and adds up a slice of its own, so that a team adds the example once.
 """
 
 from collections.abc import Callable, Iterable
@@ -99,13 +103,71 @@ def saturated_sum(parts: Iterable[jax.Array], axis: str | None = None) -> jax.Ar
     return join_halves(functools.reduce(add_to_halves, others, total), axis)
 
 
-def clip_weights(gradients: PyTree, mask: jax.Array, bound: float) -> tuple[jax.Array, jax.Array]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Team:
+    """Devices that share each example: neighbors on a named axis, `size` of them in each team.
+
+    Device r of a team (0 <= r < size) holds slice r of every gradient: coordinates [r p, (r + 1) p) of each
+    leaf, p = P / size rounded up, with zeros behind the last one.
+
+    Attributes:
+        axis: name of the devices' axis, the same as of pmap.
+        size: g, divides the number of devices.
+    """
+
+    axis: str
+    size: int
+
+    @property
+    def place(self) -> jax.Array:
+        """The place r of this device in its team, () int32."""
+        return jax.lax.axis_index(self.axis) % self.size
+
+    def sum(self, values: jax.Array) -> jax.Array:
+        """Add up what the devices of this device's team hold: the same on all of them."""
+        return jax.lax.psum(values, self.axis, axis_index_groups=self._teams)
+
+    def own_slices(self, parts: PyTree) -> PyTree:
+        """Average leaves (n, ...) over the team → this device's slice of each, (n, p)."""
+
+        def of_leaf(leaf):
+            flat = leaf.reshape(len(leaf), -1)
+            flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % self.size)))
+            scattered = jax.lax.psum_scatter(
+                flat, self.axis, scatter_dimension=1, axis_index_groups=self._teams, tiled=True
+            )
+            return scattered / self.size
+
+        return jax.tree.map(of_leaf, parts)
+
+    def slice_shape(self, shape: tuple[int, ...]) -> tuple[int]:
+        """Return (p,) of a leaf of this shape."""
+        return (math.ceil(math.prod(shape) / self.size),)
+
+    def in_place(self, own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Put a device's slice (p,) into zeros of the leaf's shape: over a team they add up to the leaf."""
+        whole = jnp.zeros(len(own) * self.size, own.dtype)
+        whole = jax.lax.dynamic_update_slice(whole, own, (self.place * len(own),))
+        return whole[: math.prod(shape)].reshape(shape)
+
+    @property
+    def _teams(self) -> list[list[int]]:
+        devices = jax.lax.psum(1, self.axis)
+        if devices % self.size:
+            raise ValueError(f'a team has {self.size} devices; it must divide their number, {devices}')
+        return [list(range(first, first + self.size)) for first in range(0, devices, self.size)]
+
+
+def clip_weights(
+    gradients: PyTree, mask: jax.Array, bound: float, team: Team | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Compute the factors that bound every example's gradient, and the norms before.
 
     Args:
         gradients: leaves (n, ...), one gradient per example.
         mask: (n,) bool, False for padding.
         bound: > 0.
+        team: of devices, each with a slice of every gradient; None: whole gradients.
 
     Returns:
         weights (n,) float32: min(1, bound / norm), and 0 for padding and for non-finite norms;
@@ -115,23 +177,26 @@ def clip_weights(gradients: PyTree, mask: jax.Array, bound: float) -> tuple[jax.
         jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
         for leaf in jax.tree.leaves(gradients)
     ]
-    norms = jnp.sqrt(sum(squares))
+    total = sum(squares)
+    norms = jnp.sqrt(total if team is None else team.sum(total))
     counts = mask & jnp.isfinite(norms)
     return jnp.where(counts, bound / jnp.maximum(norms, bound), 0.0), norms
 
 
-def clipped_sum(gradients: PyTree, mask: jax.Array, grid: Grid) -> tuple[PyTree, jax.Array]:
+def clipped_sum(
+    gradients: PyTree, mask: jax.Array, grid: Grid, team: Team | None = None
+) -> tuple[PyTree, jax.Array]:
     """Sum the clipped gradients of the unmasked examples; see the table in the module's text.
 
     Args:
-        gradients, mask: as of `clip_weights`.
+        gradients, mask, team: as of `clip_weights`.
         grid: C, and the unit of the sum.
 
     Returns:
         the sum (leaves without the example axis, int32, in units of the grid), and the norms (n,) before
         clipping.
     """
-    weights, norms = clip_weights(gradients, mask, grid.bound)
+    weights, norms = clip_weights(gradients, mask, grid.bound, team)
 
     def weighted_sum(leaf):
         # 0 · NaN is NaN: rows that do not count are replaced, not multiplied.
@@ -151,8 +216,12 @@ def clipped_gradient_sum(
     grid: Grid,
     microbatch: int,
     microbatches: jax.Array | int,
+    team: Team | None = None,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Sum the clipped per-example gradients, with `microbatch` gradients in memory at a time.
+
+    With a team, the example's loss is the mean of what `loss` is on its devices, and the results are to be
+    added up over all devices: each of them returns its part.
 
     Args:
         loss: (params, one example) -> scalar. Each example's gradient is bounded separately, so
@@ -164,8 +233,10 @@ def clipped_gradient_sum(
         microbatch: examples whose gradients exist at once.
         microbatches: how many of the n / microbatch microbatches are visited (traced, so that a
             small batch takes less time without a new compilation). The rest must be padding.
+        team: of devices with the same examples, mask and `microbatches`, each with a loss of its own; None:
+            every device has its own examples.
 
-    An example whose loss or gradient is not finite counts as zero.
+    An example whose loss or gradient is not finite, on any device of a team, counts as zero.
 
     Returns:
         the sum, shaped as params, int32 in units of the grid; and sums over the examples WITHOUT a
@@ -188,7 +259,9 @@ def clipped_gradient_sum(
         total, sums = carry
         chunk, chunk_mask = jax.tree.map(lambda leaf: leaf[index], chunks)
         losses, gradients = per_example(params, chunk)
-        part, norms = clipped_sum(gradients, chunk_mask & jnp.isfinite(losses), grid)
+        if team is not None:
+            losses, gradients = team.sum(losses) / team.size, team.own_slices(gradients)
+        part, norms = clipped_sum(gradients, chunk_mask & jnp.isfinite(losses), grid, team)
         finite = chunk_mask & jnp.isfinite(norms) & jnp.isfinite(losses)
         news = {
             'loss': jnp.sum(jnp.where(finite, losses, 0)),
@@ -199,7 +272,12 @@ def clipped_gradient_sum(
         }
         return jax.tree.map(jnp.add, (total, sums), (part, news))
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), params)
+    shape_of = (lambda leaf: leaf.shape) if team is None else (lambda leaf: team.slice_shape(leaf.shape))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(shape_of(leaf), jnp.int32), params)
     names = ('loss', 'norm', 'clipped', 'non_finite', 'examples')
     start = (zeros, {name: jnp.zeros((), jnp.float32) for name in names})
-    return jax.lax.fori_loop(0, microbatches, visit, start)
+    total, sums = jax.lax.fori_loop(0, microbatches, visit, start)
+    if team is None:
+        return total, sums
+    whole = jax.tree.map(lambda own, leaf: team.in_place(own, leaf.shape), total, params)
+    return whole, jax.tree.map(lambda value: jnp.where(team.place == 0, value, 0), sums)

@@ -22,6 +22,7 @@ FREE_SETTINGS = (
     'loop.images_at_once',
     'data.in_memory',
     'finetune.microbatch',
+    'finetune.devices_per_image',
     'generate.batch_size',
     'generate.png_tree',
 )

@@ -12,7 +12,7 @@ from dpp_jax.diffusion.model import Model
 from dpp_jax.training import devices
 
 # Operations of a noised image's gradient per parameter and pixel: 3.46e9 for the 28x28 network.
-OPERATIONS = 3.0
+_OPERATIONS = 3.0
 _FORWARD = 1 / 3  # of a gradient: one evaluation of the network, in generation
 # What a DP-SGD step reaches of the rate of a plain convolution. Measured on two cores for 28x28 (20.5 noised
 # images/s); other networks and machines are within a factor of two or three.
@@ -33,8 +33,12 @@ def rate(model: Model) -> tuple[float, bool]:
     known = _read().get(_name(model))
     if known:
         return known, True
-    operations = OPERATIONS * model_lib.size(model.shapes()) * model.image_shape[0] * model.image_shape[1]
-    return _SHARE * _operations_per_second(model) / operations, False
+    return _SHARE * _operations_per_second(model) / operations(model), False
+
+
+def operations(model: Model) -> float:
+    """Return the operations of a noised image's gradient."""
+    return _OPERATIONS * model_lib.size(model.shapes()) * model.image_shape[0] * model.image_shape[1]
 
 
 def keep(model: Model, images_per_second: float) -> None:

@@ -15,14 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dpp_jax import files
 from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum
-from dpp_jax.run import hours
+from dpp_jax.run import hours, step_time
 from dpp_jax.training import devices, preemption
 from dpp_jax.training.state import FlatParams
 
@@ -49,29 +48,79 @@ class Sizes:
     Attributes:
         images: noised images.
         microbatch: private images of fine-tuning, each with its own gradient.
-        draws: noise draws of each of them; divides config.finetune.draws.
+        draws: noise draws of each of them; divides config.finetune.draws / devices_per_image.
+        devices_per_image: that share the draws of a private image.
     """
 
     images: int
     microbatch: int
     draws: int
+    devices_per_image: int = 1
+
+    def check_devices(self) -> None:
+        """Refuse teams that the devices of this process cannot form.
+
+        Raises:
+            ValueError: some devices would be left over.
+        """
+        if len(devices.local()) % self.devices_per_image:
+            raise ValueError(
+                f'config.finetune.devices_per_image is {self.devices_per_image}; it must divide the '
+                f'{len(devices.local())} devices of each host'
+            )
 
 
 def choose(
-    model: Model, *, draws: int, images_at_once: int | None = None, microbatch: int | None = None
+    model: Model,
+    *,
+    draws: int,
+    images_at_once: int | None = None,
+    microbatch: int | None = None,
+    devices_per_image: int | None = None,
+    batch: step_time.Batch | None = None,
+    images_per_row: int = 1,
 ) -> Sizes:
-    """Choose the sizes: those that are set, and for others what suits the device by a rule.
+    """Choose the sizes: those that are set, and for others what suits the devices by a rule.
 
     Args:
         model: whose activations have to fit.
         draws: K, noise draws of a private image in fine-tuning.
         images_at_once: as set by the user; None: by the rule.
         microbatch: likewise.
+        devices_per_image: likewise; a divisor of the draws.
+        batch: of fine-tuning, by which the rule decides the last two; None: a large one.
+        images_per_row: of a batch.
     """
     images = images_at_once or _by_rule(model)
-    microbatch = microbatch or max(1, images // draws)
-    parts = parts_lib.count(draws, max(1, images // microbatch))
-    return Sizes(images=images, microbatch=microbatch, draws=draws // parts)
+    layout = step_time.Layout(
+        devices=devices.count(),
+        microbatch=microbatch or max(1, images // draws),
+        devices_per_image=devices_per_image or 1,
+    )
+    if batch is not None and batch.expected < layout.rows_at_once:
+        parameters = model_lib.size(model.shapes())
+        step = step_time.Step(batch=batch, draws=draws, parameters=parameters, images_per_row=images_per_row)
+        layout = step_time.choose(
+            step,
+            step_time.machine(
+                jax.default_backend(),
+                parameters=parameters,
+                devices=devices.count(),
+                devices_of_host=len(devices.local()),
+                operations=hours.operations(model),
+            ),
+            layout,
+            sizes=[devices_per_image] if devices_per_image else step_time.teams(draws, len(devices.local())),
+            is_microbatch_set=microbatch is not None,
+        )
+    own = draws // layout.devices_per_image
+    parts = parts_lib.count(own, max(1, images // layout.microbatch))
+    return Sizes(
+        images=images,
+        microbatch=layout.microbatch,
+        draws=own // parts,
+        devices_per_image=layout.devices_per_image,
+    )
 
 
 def settle(path: Path, model: Model, noised_images: int, **trial: Any) -> int:
@@ -86,9 +135,8 @@ def settle(path: Path, model: Model, noised_images: int, **trial: Any) -> int:
     """
     known = _read(path)
     if devices.kind() not in known:
-        operations = hours.OPERATIONS * model_lib.size(model.shapes()) * np.prod(model.image_shape[:2])
         longest = _LONG.get(jax.default_backend(), _LONG_ON_ACCELERATORS)
-        is_long = noised_images / devices.count() * operations > longest
+        is_long = noised_images / devices.count() * hours.operations(model) > longest
         known[devices.kind()] = measured(model, **trial) if is_long else _by_rule(model)
         files.write_json(path, known)
     return known[devices.kind()]

@@ -60,8 +60,8 @@ def run(
     settings, mechanism = config.finetune, releases.mechanism
     own_keys = keys.of_mechanism(DP_SGD, ledger)
     batches = batches_lib.of_mechanism(private, unit, share, keys, own_keys, mechanism.sampling_probability)
-    sampler = batches.sampler
-    capacity = sampler.capacity(sizes.microbatch * len(devices.local()), share.count)
+    sampler, team = batches.sampler, sizes.devices_per_image
+    capacity = sampler.capacity(sizes.microbatch * len(devices.local()) // team, share.count)
     # The unit of sums and the bound follow from it: the same for any devices, but in runs that an earlier
     # version began, whose steps may be taken again.
     is_new = sampler.drawing == poisson.COUNT
@@ -69,7 +69,10 @@ def run(
     optimizer = optax.adam(settings.learning_rate)
     dp_step = steps.make_dp_step(
         model.example_loss(
-            draws=settings.draws, label_dropout=settings.label_dropout, draws_at_once=sizes.draws
+            draws=settings.draws,
+            label_dropout=settings.label_dropout,
+            draws_at_once=sizes.draws,
+            shares=sizes.devices_per_image,
         ),
         optimizer,
         mechanism,
@@ -79,6 +82,7 @@ def run(
         capacity=share.count * capacity,
         microbatch=sizes.microbatch,
         ema_decay=settings.ema_decay,
+        devices_per_image=sizes.devices_per_image,
     )
 
     def step(state, number):
@@ -93,8 +97,8 @@ def run(
             rows=rows,
             own=batches.own,
         )
-        used = steps.used_microbatches(share.largest(indices), sizes.microbatch)
-        result, entry = dp_step(number, state, devices.deal_own(batch), used)
+        used = steps.used_microbatches(share.largest(indices), sizes.microbatch, team)
+        result, entry = dp_step(number, state, devices.deal_own(batch, team), used)
         if hosts.is_first():
             # The device computes on meanwhile. All processes meet after this, see `loop.train`.
             ledger.append(entry)

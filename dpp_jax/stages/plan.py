@@ -1,6 +1,6 @@
 """Stage `plan`: what a run spends and needs, and what cannot work. It touches no image."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 import math
 import sys
 from typing import Any
@@ -15,10 +15,11 @@ from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget
-from dpp_jax.run import hours, statement, statement_text, warnings
+from dpp_jax.run import hours, statement, statement_text, step_time, warnings
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.plan import Plan
 from dpp_jax.run.sizes import Sizes
+from dpp_jax.training import checkpoint, devices
 
 
 def run(
@@ -46,18 +47,22 @@ def run(
     """
     draft = _draft(plan.budget, made)
     memory = _memory(config, model, sizes) / 2**20
-    todo = ', '.join(todo) or 'nothing: everything is done'
+    todo = tuple(todo)
     if draft:
         print(f'DRAFT: {draft}.\n')
     print(text(config, plan))
     if source:
         print(f'source         {source}')
+    shared = '' if sizes.devices_per_image == 1 else f', {sizes.devices_per_image} devices share an image'
     print(
         f'memory         about {memory:,.0f} MiB per device ({sizes.microbatch} images x {sizes.draws} draws '
-        f'at once, estimate), {jax.device_count()} {jax.devices()[0].platform} device(s)'
+        f'at once{shared}, estimate), {jax.device_count()} {jax.devices()[0].platform} device(s)'
     )
-    time, weeks = _time(config, plan, model)
-    print(f'{time}\n\nwould run      {todo}\n')
+    rate, is_measured = hours.rate(model)
+    step = _step(plan, sizes, config.finetune.draws, rate)
+    time, weeks = _time(config, plan, _left(workdir, plan, todo), step, rate, is_measured)
+    print(f'{_step_words(step)}\n{time}\n')
+    print(f'would run      {", ".join(todo) or "nothing: everything is done"}\n')
     for warning in [*warnings_of(config, plan), *weeks]:
         print(f'WARNING: {warning}.\n')
     shown = statement_text.markdown(_statement(config, plan), draft)
@@ -160,8 +165,63 @@ def warnings_of(config: ConfigDict, plan: Plan) -> list[str]:
     )
 
 
-def _time(config: ConfigDict, plan: Plan, model: Model) -> tuple[str, list[str]]:
-    """Say how long the run takes on this machine, and warn where that is weeks."""
+def _step(plan: Plan, sizes: Sizes, draws: int, rate: float) -> step_time.Prediction:
+    """Predict a step of fine-tuning on the devices in use, which together have this rate."""
+    unit, own = plan.unit, len(devices.local())
+    batch = step_time.Batch(
+        units=unit.size, probability=plan.budget.of(DP_SGD).mechanism.sampling_probability
+    )
+    return step_time.predict(
+        step_time.Step(
+            batch=batch,
+            draws=draws,
+            parameters=plan.parameters,
+            images_per_row=unit.images_per_group or 1,
+        ),
+        step_time.machine(
+            jax.default_backend(),
+            parameters=plan.parameters,
+            devices=devices.count(),
+            devices_of_host=own,
+            image_seconds=own / rate,
+        ),
+        step_time.Layout(
+            devices=devices.count(),
+            microbatch=sizes.microbatch,
+            devices_per_image=sizes.devices_per_image,
+        ),
+    )
+
+
+def _step_words(step: step_time.Prediction) -> str:
+    """Say how long a step takes, and where its time goes."""
+    share = lambda seconds: f'{100 * seconds / step.seconds:.1f} %'
+    time = hours.words(step.seconds) if step.seconds >= 60 else f'{step.seconds:.2g} s'
+    return (
+        f'step           {time} on {devices.count()} device(s), predicted efficiency '
+        f'{100 * step.efficiency:.0f} % ({share(step.padding)} padding, {share(step.update)} update, '
+        f'{share(step.sending)} sending)'
+    )
+
+
+def _left(workdir: WorkDir, plan: Plan, todo: Collection[str]) -> dict[str, float]:
+    """Return training → the share of it that is left, by its newest checkpoint."""
+    left = {}
+    for name, steps in (('pretrain', plan.pretrain_steps), ('finetune', plan.budget.count(DP_SGD))):
+        saved = checkpoint.latest_training(workdir.checkpoints(name))
+        left[name] = (1 - (saved[0] if saved else 0) / max(1, steps)) * (name in todo)
+    return left | {'generate': float('generate' in todo)}
+
+
+def _time(
+    config: ConfigDict,
+    plan: Plan,
+    left: dict[str, float],
+    step: step_time.Prediction,
+    rate: float,
+    is_measured: bool,
+) -> tuple[str, list[str]]:
+    """Say how long what is left of the run takes on this machine, and warn where that is weeks."""
     settings = config.generate
     chosen = [settings.sampler]
     if settings.separate_classifier_images:
@@ -169,11 +229,11 @@ def _time(config: ConfigDict, plan: Plan, model: Model) -> tuple[str, list[str]]
     evaluations = sum(
         hours.evaluations(settings.images, steps=s.steps, name=s.name, guidance=s.guidance) for s in chosen
     )
-    rate, is_measured = hours.rate(model)
+    rate *= devices.count() / len(devices.local())
     parts = {
-        'pre-training': hours.of_trainings(plan.pretrain_noised_images, rate),
-        'fine-tuning': hours.of_trainings(plan.finetune_noised_images, rate),
-        'generation': hours.of_generation(evaluations, rate),
+        'pre-training': left['pretrain'] * hours.of_trainings(plan.pretrain_noised_images, rate),
+        'fine-tuning': left['finetune'] * plan.budget.count(DP_SGD) * step.seconds,
+        'generation': left['generate'] * hours.of_generation(evaluations, rate),
     }
     total = sum(parts.values())
     how = (
@@ -181,10 +241,12 @@ def _time(config: ConfigDict, plan: Plan, model: Model) -> tuple[str, list[str]]
         if is_measured
         else 'from a convolution timed just now, right to a factor of three; a long run first measures'
     )
-    words = ', '.join(f'{name} {hours.words(seconds)}' for name, seconds in parts.items())
+    words = ', '.join(f'{name} {hours.words(seconds)}' for name, seconds in parts.items() if seconds)
     line = (
-        f'time           {hours.words(total)} on this machine, without evaluation: {words}\n'
+        f'time left      {hours.words(total)} on this machine, without evaluation: {words}\n'
         f'               ({rate:,.3g} noised images/s, {how})'
+        if words
+        else 'time left      none, without evaluation'
     )
     if total < hours.WEEK:
         return line, []

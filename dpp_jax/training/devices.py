@@ -165,9 +165,20 @@ def deal(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda rows: np.ascontiguousarray(_dealt(rows, count())[part]), batch)
 
 
-def deal_own(batch: PyTree) -> PyTree:
-    """Deal rows (n, ...) that this process alone has to its L devices: (L, n / L, ...); L divides n."""
-    return jax.tree.map(lambda rows: np.ascontiguousarray(_dealt(rows, len(local()))), batch)
+def deal_own(batch: PyTree, team: int = 1) -> PyTree:
+    """Deal rows that this process alone has to teams of `team` neighboring devices, which share each row.
+
+    Row i goes to team i mod T, T = L / team, of the L devices of this process.
+
+    Args:
+        batch: leaves (n, ...), n divisible by T.
+        team: divides L.
+
+    Returns:
+        leaves (L, n / T, ...).
+    """
+    teams = len(local()) // team
+    return jax.tree.map(lambda rows: np.repeat(_dealt(rows, teams), team, axis=0), batch)
 
 
 def _dealt(rows: np.ndarray, number: int) -> np.ndarray:

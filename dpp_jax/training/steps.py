@@ -21,15 +21,15 @@ import optax
 
 from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.privacy import groups, poisson, shares
-from dpp_jax.privacy.clipping import Grid, add_to_halves, clipped_gradient_sum, join_halves
+from dpp_jax.privacy.clipping import Grid, Team, add_to_halves, clipped_gradient_sum, join_halves
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey, NoisySum
 from dpp_jax.privacy.shares import WHOLE, Share
 from dpp_jax.training import devices
 from dpp_jax.training.state import TrainState, apply_gradient
 
 PyTree = Any
-# (params, image (H, W, C) in [-1, 1], label (), key) → scalar
-ExampleLoss = Callable[[PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
+# (params, image (H, W, C) in [-1, 1], label (), key[, number of a share of the draws]) → scalar
+ExampleLoss = Callable[..., jax.Array]
 # (key, image float32 0..255) → the same
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -165,6 +165,7 @@ def make_dp_step(
     microbatch: int,
     ema_decay: float,
     capacity: int | None = None,
+    devices_per_image: int = 1,
 ) -> NoisySum:
     """Make (index, state, batch, microbatches) → ((state, metrics), ledger entry), for devices.
 
@@ -174,11 +175,15 @@ def make_dp_step(
 
     Where a row is a group, its gradient is that of the sum of its images' losses, and is clipped as a whole.
 
+    Where several devices share an image, each computes a share of its noise draws; what they have is averaged
+    before the norm is taken, and the row counts once. Batches are dealt by `devices.deal_own`.
+
     The metrics are sums and means over private examples WITHOUT noise: for private/ only, and they decide
     nothing. The loss is NaN if no example's is finite.
 
     Args:
-        loss: of one example.
+        loss: of one example. With `devices_per_image` > 1 its last argument is the number of a share of the
+            draws, 0 <= share < `devices_per_image`; the example's loss is the mean over the shares.
         optimizer: of the weights.
         mechanism: its sensitivity is the clip norm C.
         noise_key: secret; the loss draws its random numbers from it, too, by the image's own number.
@@ -189,6 +194,7 @@ def make_dp_step(
         ema_decay: of the averaged weights.
         capacity: rows of the arrays of all devices, divisible by `microbatch` times the devices: a public
             constant. A batch with more than `rows` has larger arrays (`shares.pad`). None: `rows`.
+        devices_per_image: that share each row, neighbors; divides the number of devices.
 
     Returns:
         the steps; `microbatches` (int32) is how many microbatches per device hold real rows, the same in
@@ -196,13 +202,15 @@ def make_dp_step(
     """
 
     grid = Grid(clip_norm=mechanism.sensitivity, rows=rows)
+    team = Team(axis=devices.AXIS, size=devices_per_image) if devices_per_image > 1 else None
 
     def clipped_sum(draw_key, state: TrainState, batch: dict, microbatches: jax.Array):
         def image_loss(params, example):
             # By the image's own number: who else is in the batch must not change its draws.
             example_key = jax.random.fold_in(draw_key, example['index'])
             image = to_model_range(example['image'])
-            return loss(params, image, example['label'], example_key)
+            share = () if team is None else (team.place,)
+            return loss(params, image, example['label'], example_key, *share)
 
         def example_loss(params, example):
             of_row = image_loss if example['label'].ndim == 0 else functools.partial(_group_loss, image_loss)
@@ -217,9 +225,10 @@ def make_dp_step(
                 grid=grid,
                 microbatch=microbatch,
                 microbatches=microbatches,
+                team=team,
             )
 
-        device_rows = (capacity or rows) // jax.lax.psum(1, devices.AXIS)
+        device_rows = (capacity or rows) * devices_per_image // jax.lax.psum(1, devices.AXIS)
         if batch['mask'].size <= device_rows:
             units, sums = jax.lax.psum(device_sums(batch, microbatch, microbatches), devices.AXIS)
         else:  # more images than anybody expected: an int32 may not hold their sum
@@ -311,7 +320,7 @@ def _dp_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     }
 
 
-def used_microbatches(rows: int, microbatch: int) -> np.int32:
+def used_microbatches(rows: int, microbatch: int, devices_per_image: int = 1) -> np.int32:
     """Return the microbatches per device that hold real rows, of the process with most of them: `rows`."""
-    per_device = -(-rows // len(devices.local()))
+    per_device = -(-rows * devices_per_image // len(devices.local()))
     return np.int32(-(-per_device // microbatch))

@@ -71,6 +71,7 @@ def main(argv):
 def benchmark(config) -> None:
     """Measure, print and write, on the devices in use."""
     model, settings = build.model(config), config.finetune
+    settings.devices_per_image = 1  # what is compared knows no other; scaling.py measures those
     if not config.loop.images_at_once:  # as for a long training
         config.loop.images_at_once = sizes_lib.measured(
             model,

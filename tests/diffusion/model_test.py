@@ -56,6 +56,18 @@ def test_the_example_s_loss_is_the_mean_of_its_errors_in_any_parts(tiny_model, p
     np.testing.assert_allclose(jax.jit(example_loss)(params, *example), expected.mean(), rtol=1e-5)
 
 
+def test_shares_of_the_draws_have_the_mean_of_all_of_them(tiny_model, params, example):
+    """Each a loss of its own, of draws that do not depend on how many shares there are."""
+    settings = {'draws': 4, 'label_dropout': 0.5}
+    whole = jax.jit(tiny_model.example_loss(**settings))(params, *example)
+    of_share = jax.jit(tiny_model.example_loss(**settings, shares=2))
+    found = [of_share(params, *example, share) for share in range(2)]
+    np.testing.assert_allclose(np.mean(found), whole, rtol=1e-5)
+    assert abs(found[0] - found[1]) > 1e-3 * whole
+    with pytest.raises(ValueError, match='shares is 3; it must divide the draws, 4'):
+        tiny_model.example_loss(**settings, shares=3)
+
+
 def test_errors_of_several_images_are_those_of_each(tiny_model, params):
     images = jax.random.uniform(jax.random.key(0), (2,) + tiny_model.image_shape, minval=-1.0)
     draw = tiny_model.drawing(draws=1, label_dropout=0.0)

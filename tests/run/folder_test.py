@@ -43,6 +43,7 @@ def test_another_config_is_refused_with_the_differences(tiny_config, tmp_path):
 def test_settings_that_change_no_result_or_only_what_follows_the_model_may_change(tiny_config, tmp_path):
     record(tmp_path, tiny_config())
     record(tmp_path, tiny_config(finetune__microbatch=2, loop__log_every_steps=7))
+    record(tmp_path, tiny_config(finetune__devices_per_image=2))
     record(tmp_path, tiny_config(generate__sampler__steps=2, evaluate__epochs=3))
 
 

@@ -41,6 +41,30 @@ def test_a_trial_does_two_microbatches(tiny_config):
     assert at_once.microbatch == 2
 
 
+@pytest.mark.parametrize(
+    'size, count, expected',
+    [
+        (None, 8, sizes.Sizes(images=512, microbatch=16, draws=32)),
+        (None, 1024, sizes.Sizes(images=512, microbatch=9, draws=16, devices_per_image=2)),
+        (1, 1024, sizes.Sizes(images=512, microbatch=5, draws=32)),
+        (8, 8, sizes.Sizes(images=512, microbatch=16, draws=4, devices_per_image=8)),
+    ],
+)
+def test_devices_share_an_image_as_set_or_where_they_lack_images(size, count, expected, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+    monkeypatch.setattr(devices, 'count', lambda: count)
+    config = mnist_28.get_config('1')
+    config.loop.images_at_once, config.finetune.devices_per_image = 512, size
+    assert choose(config) == expected
+
+
+def test_devices_that_cannot_form_teams_are_told():
+    shared = sizes.Sizes(images=1, microbatch=1, draws=1, devices_per_image=2)
+    shared.check_devices()
+    with devices.limited_to(7), pytest.raises(ValueError, match='_per_image is 2; it must divide the 7 dev'):
+        shared.check_devices()
+
+
 def test_small_images_go_in_greater_numbers(monkeypatch):
     monkeypatch.setattr(devices, 'local', lambda: jax.local_devices()[:1])
     monkeypatch.setattr(devices, 'cores', lambda: 2)

@@ -28,10 +28,11 @@ class Loop:
         return state
 
 
+@pytest.mark.parametrize('team', [1, 2])
 def test_every_step_gets_the_plans_mechanism_and_the_samplers_batch(
-    tiny_config, tiny_model, tmp_path, monkeypatch
+    tiny_config, tiny_model, tmp_path, monkeypatch, team
 ):
-    check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, WHOLE)
+    check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, WHOLE, team)
 
 
 def test_processes_take_the_same_steps_with_the_rows_of_their_own_shares(
@@ -54,9 +55,9 @@ def test_processes_take_the_same_steps_with_the_rows_of_their_own_shares(
     assert seen[0]['rows'] == one.capacity(1)  # the unit of sums does not depend on shares and devices
 
 
-def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share):
+def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share, team=1):
     """Run the stage in one process; its settings and batches."""
-    config = tiny_config(pretrain__enabled=False)
+    config = tiny_config(pretrain__enabled=False, finetune__devices_per_image=team)
     config.seed = None
     workdir, plan = WorkDir(tmp_path), build.plan(config, tiny_model)
     releases, sizes = plan.budget.of(DP_SGD), build.sizes(config, tiny_model)
@@ -72,7 +73,9 @@ def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share):
         settings.update(named, mechanism=mechanism, noise_key=noise_key)
 
         def program(state, batch, used, key, index):
-            flat = {name: devices.collect(rows) for name, rows in batch.items()}
+            for rows in batch.values():  # all devices of a team have the same
+                np.testing.assert_array_equal(rows[::team], rows[team - 1 :: team])
+            flat = {name: devices.collect(rows[::team]) for name, rows in batch.items()}
             seen.append((flat, int(used), key, int(index), len(ledger.entries)))
             return state, {'loss': np.zeros(1)}
 
@@ -108,6 +111,7 @@ def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share):
     assert mechanism.noise_multiplier == figures['noise_multiplier']
     assert mechanism.sampling_probability == figures['sampling_probability']
     assert mechanism.sensitivity == config.finetune.clip_norm
+    assert settings['devices_per_image'] == team
     assert settings['noise_key'].identifier == own_keys.noise.identifier
     assert settings['expected_batch_size'] == pytest.approx(mechanism.sampling_probability * count)
     assert settings['expected_batch_size'] == pytest.approx(plan.expected_batch_size)
@@ -122,7 +126,7 @@ def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share):
         np.testing.assert_array_equal(batch['image'][rows], images[drawn])
         np.testing.assert_array_equal(batch['label'][rows], labels[drawn])
         assert not batch['image'][~rows].any() and not batch['label'][~rows].any()
-        assert used * settings['microbatch'] * devices.count() >= most
+        assert used * settings['microbatch'] * devices.count() // team >= most
         np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(own_keys.noise.keys))
         # The step before is in the ledger when its result is used.
         assert index == recorded == number

@@ -1,5 +1,7 @@
 """What the stage tells: the figures of the plan, the memory, and the statement of such a run."""
 
+import re
+
 import pytest
 
 from dpp_jax import build
@@ -56,6 +58,28 @@ def test_only_a_run_with_a_query_has_a_curve_to_draw(tiny_config, told, tmp_path
     assert 'would run      finetune, generate\n' in text
     assert WorkDir(tmp_path).curve.exists() == enabled
     assert ('central images (mean query)' in text) == (f'{WorkDir(tmp_path).curve}' in text) == enabled
+
+
+def test_a_plan_tells_a_step_s_time_and_what_is_left_of_the_run(tiny_config, told, tmp_path, monkeypatch):
+    """At one noised image per second."""
+    monkeypatch.setattr(plan.hours, 'rate', lambda model: (1.0, True))
+    config = tiny_config(pretrain__enabled=False, finetune__devices_per_image=2)
+    steps = build.plan(config, build.model(config)).budget.count('dp_sgd')
+    line = lambda text, name: next(line for line in text.splitlines() if line.startswith(name))
+    whole = told(config, 'finetune')
+    assert '2 devices share an image' in line(whole, 'memory')
+    step = re.search(
+        r'about ([\d.]+) minutes on 8 device.*efficiency \d+ % .*padding.*sending', line(whole, 'step')
+    )
+    total = re.search(r'about ([\d.]+) (hours|minutes)', line(whole, 'time left'))
+    minutes = float(total[1]) * {'hours': 60, 'minutes': 1}[total[2]]
+    assert minutes == pytest.approx(steps * float(step[1]), rel=0.06)
+    # The images, and some padding.
+    assert float(step[1]) > build.batch(config).expected * config.finetune.draws / 60
+    WorkDir(tmp_path).checkpoints('finetune').joinpath(str(steps // 2)).mkdir(parents=True)
+    rest = re.search(r'about ([\d.]+) (hours|minutes)', line(told(config, 'finetune'), 'time left'))
+    left = float(rest[1]) * {'hours': 60, 'minutes': 1}[rest[2]]
+    assert left == pytest.approx(minutes * (1 - (steps // 2) / steps), rel=0.06)
 
 
 @pytest.mark.parametrize('epsilon, epochs', [('10', 1.0), ('1e5', 150.0), ('10', 1e9), ('1e5', 1e12)])

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from dpp_jax.training import devices
@@ -66,3 +67,15 @@ def test_cores_are_no_more_than_the_quota(quota, cores, monkeypatch, tmp_path):
     monkeypatch.setattr(devices, '_CPU_QUOTA', tmp_path / 'cpu.max')
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
     assert devices.cores() == cores
+
+
+@pytest.mark.parametrize('number, size', [(8, 1), (8, 2), (8, 8), (6, 3), (1, 1)])
+def test_rows_are_dealt_to_teams_in_turns_and_all_of_a_team_have_the_same(number, size):
+    batch = {'image': np.arange(48).reshape(24, 2), 'mask': np.arange(24) < 19}
+    with devices.limited_to(number):
+        dealt = devices.deal_own(batch, size)
+    teams = number // size
+    for device in range(number):
+        rows = np.arange(device // size, 24, teams)
+        for name, leaf in batch.items():
+            np.testing.assert_array_equal(dealt[name][device], leaf[rows])

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,9 @@ from sklearn import datasets
 
 from dpp_jax import build
 from dpp_jax.data import augment
-from dpp_jax.diffusion import winograd
-from dpp_jax.privacy.clipping import Grid, clipped_gradient_sum, clipped_sum
+from dpp_jax.diffusion import denoiser, winograd
+from dpp_jax.diffusion.model import Model
+from dpp_jax.privacy.clipping import Grid, Team, clipped_gradient_sum, clipped_sum
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.privacy.shares import Share
 from dpp_jax.training import devices, steps
@@ -55,9 +57,10 @@ def dp_step(
     at_once=None,
     rows=32,
     capacity=None,
+    team=1,
 ):
     return steps.make_dp_step(
-        tiny_model.example_loss(draws=draws, label_dropout=0.1, draws_at_once=at_once),
+        tiny_model.example_loss(draws=draws, label_dropout=0.1, draws_at_once=at_once, shares=team),
         optimizer,
         make_mechanism(sigma, clip_norm),
         noise_key(),
@@ -66,15 +69,16 @@ def dp_step(
         microbatch=microbatch,
         ema_decay=0.9,
         capacity=capacity,
+        devices_per_image=team,
     )
 
 
-def take(step, params, digits, indices, *, number, microbatch, capacity=32, optimizer=SGD):
+def take(step, params, digits, indices, *, number, microbatch, capacity=32, optimizer=SGD, team=1):
     """One step from `params` on the first `number` devices; the update and the metrics."""
     batch = steps.make_batch(*digits, np.asarray(indices, int), capacity)
     state = devices.replicate(state_lib.create(params, optimizer))
-    used = steps.used_microbatches(len(indices), microbatch)
-    (new, metrics), entry = step(0, state, devices.deal(batch), used)
+    used = steps.used_microbatches(len(indices), microbatch, team)
+    (new, metrics), entry = step(0, state, devices.deal_own(batch, team), used)
     assert entry == step.mechanism.entry(0, 'test')
     new, metrics = devices.first(new), devices.first(metrics)
     return jax.tree.map(np.subtract, new.params.tree(), params), metrics, new
@@ -392,13 +396,13 @@ def test_no_number_of_broken_examples_breaks_the_weights(expected, size, broken,
     assert np.isfinite(new.params.vector).all()
 
 
-def group_step(model, params, digits, members, indices, microbatch=1):
+def group_step(model, params, digits, members, indices, microbatch=1, draws=2, team=1):
     """One step on groups without noise, of which the learning rate is one: minus the sum over 20 images."""
-    step = dp_step(model, sigma=1e-9, microbatch=microbatch, rows=8)
+    step = dp_step(model, sigma=1e-9, microbatch=microbatch, rows=8, draws=draws, team=team)
     batch = steps.make_batch(*digits, np.asarray(indices, int), 8, members)
     state = devices.replicate(state_lib.create(params, SGD))
-    used = steps.used_microbatches(len(indices), microbatch)
-    (new, metrics), _ = step(0, state, devices.deal(batch), used)
+    used = steps.used_microbatches(len(indices), microbatch, team)
+    (new, metrics), _ = step(0, state, devices.deal_own(batch, team), used)
     return flat(jax.tree.map(np.subtract, devices.first(new).params.tree(), params)), devices.first(metrics)
 
 
@@ -452,3 +456,131 @@ def test_groups_of_one_image_take_the_step_of_images(tiny_model, params, digits)
         ]
     # Another program rounds otherwise.
     np.testing.assert_allclose(*updates, rtol=1e-6, atol=1e-6 * np.linalg.norm(updates[0]))
+
+
+class OneConvolution(nn.Module):
+    """As little to compile as a network can be that sees image, noise level and label."""
+
+    @nn.compact
+    def __call__(self, x, c_noise, label):
+        told = nn.Dense(3)(jnp.stack([c_noise, label / 10], axis=-1))[:, None, None]
+        return nn.Conv(1, (3, 3))(jnp.tanh(nn.Conv(3, (3, 3))(x) + told))
+
+
+@pytest.fixture(scope='module')
+def small():
+    """A model and parameters."""
+    model = Model(network=OneConvolution(), image_shape=(8, 8, 1), classes=10, kind=denoiser.edm())
+    return model, model.init(jax.random.key(0))
+
+
+@pytest.fixture(scope='module')
+def unshared(small, digits):
+    """The step of 19 images with 8 draws each, of one device for an image."""
+    step = dp_step(small[0], clip_norm=2.0, microbatch=2, draws=8, at_once=3)
+    return take(step, small[1], digits, range(3, 22), number=8, microbatch=2)
+
+
+@pytest.mark.parametrize(
+    'team, microbatch, rows, at_once',
+    [
+        (2, 3, 24, 2),
+        (4, 2, 20, None),
+        (8, 4, 20, 1),
+        (4, 2, 8, None),  # more images than anybody expected
+    ],
+)
+def test_devices_that_share_the_draws_of_an_image_take_the_same_step(
+    unshared, small, digits, team, microbatch, rows, at_once
+):
+    step = dp_step(
+        small[0], clip_norm=2.0, microbatch=microbatch, draws=8, at_once=at_once, rows=rows, team=team
+    )
+    settings = dict(number=8, microbatch=microbatch, capacity=rows, team=team)
+    found, metrics, _ = take(step, small[1], digits, range(3, 22), **settings)
+    one = flat(unshared[0])
+    assert np.linalg.norm(flat(found) - one) < 1e-5 * np.linalg.norm(one)
+    assert 0.1 < metrics['clipped_share'] < 0.9 and metrics['batch_size'] == 19
+    for name, value in unshared[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4)
+
+
+@pytest.mark.parametrize('team', [2, 4])
+def test_devices_may_share_groups(small, digits, team):
+    members = np.array([[3, 4, 40], [5, -1, -1], [6, 7, -1], [8, 9, 10]])
+    one, other = (
+        group_step(*small, digits, members, [0, 1, 2], microbatch=size, draws=4, team=size)
+        for size in (1, team)
+    )
+    np.testing.assert_allclose(other[0], one[0], atol=1e-5 * np.linalg.norm(one[0]))
+    assert other[1]['batch_size'] == 3 and other[1]['gradient_norm'] == pytest.approx(one[1]['gradient_norm'])
+
+
+@pytest.fixture(scope='module')
+def crafted():
+    """A function (table (13 examples, 8 shares, P)) → the sum, without noise, of examples, and its metrics.
+
+    The gradient of an example's share is its row in the table: the example's own gradient is their mean.
+    """
+
+    def make(table, team):
+        step = steps.make_dp_step(
+            lambda params, image, label, key, share=0: jnp.vdot(
+                params['w'], jnp.asarray(table).reshape(13, team, -1, table.shape[-1]).mean(2)[label, share]
+            ),
+            SGD,
+            make_mechanism(sigma=1e-9, clip_norm=1.0),
+            noise_key(),
+            expected_batch_size=1.0,
+            rows=16,
+            microbatch=2,
+            ema_decay=0.9,
+            devices_per_image=team,
+        )
+        images = np.zeros((13, 1, 1, 1), np.uint8), np.arange(13)
+        params = {'w': np.zeros(table.shape[-1], np.float32)}
+
+        def total(indices):
+            update, metrics, _ = take(
+                step, params, images, indices, number=8, microbatch=2, capacity=16, team=team
+            )
+            return -np.float64(flat(update)), metrics
+
+        return total
+
+    return make
+
+
+@pytest.mark.parametrize('team', [2, 4, 8])
+def test_an_example_that_devices_share_moves_the_sum_by_the_clip_norm_at_most(crafted, team):
+    """Whatever its parts are: long on one device alone, or on all in directions that cancel or add up."""
+    rng = np.random.default_rng(team)
+    table = np.zeros((13, 8, 11), np.float32)  # 11 numbers are no whole slices
+    table[:7] = rng.standard_normal((7, 8, 11))
+    table[7, 3, 10] = 1e12
+    table[8] = 1e8 * rng.standard_normal((8, 11))
+    table[9, ::2], table[9, 1::2] = 1e6, -1e6 + 0.5
+    table[10] = 1e-3
+    table[11, 5, 0] = np.nan
+    table[12, 0, 4] = np.inf
+    total = crafted(table, team)
+    base, _ = total(range(7))
+    for example in range(7, 13):
+        more, metrics = total([*range(7), example])
+        own = table[example].astype(np.float64).mean(0)
+        expected = own * min(1, 1 / np.linalg.norm(own)) if example < 11 else np.zeros(11)
+        assert np.linalg.norm(more - base) <= 1
+        np.testing.assert_allclose(more - base, expected, atol=3e-5)
+        assert metrics['non_finite'] == (example >= 11) and metrics['batch_size'] == 8
+        assert np.isfinite(metrics['loss'])
+
+
+@pytest.mark.parametrize('team', [2, 8])
+def test_an_empty_batch_of_shared_images_is_a_step_without_a_sum(crafted, team):
+    total, metrics = crafted(np.ones((13, 8, 11), np.float32), team)([])
+    assert np.abs(total).max() < 1e-7 and metrics['batch_size'] == 0
+
+
+def test_a_team_that_does_not_divide_the_devices_is_refused():
+    with pytest.raises(ValueError, match='a team has 3 devices; it must divide their number, 8'):
+        devices.parallel(Team(axis=devices.AXIS, size=3).sum, in_axes=(0,))(np.ones(8))

@@ -28,23 +28,25 @@ from dpp_jax.training import devices, preemption
 _RELEASING = ('central', 'pretrain', 'finetune', 'generate')  # what the others make stays in private/
 
 
-def run(config: ConfigDict, root: str | Path, stage: str) -> None:
+def run(config: ConfigDict, root: str | Path, stage: str, private: str | Path | None = None) -> None:
     """Run one stage, or all that are not done yet.
 
     Args:
         config: a resolved config, see configs/default.py.
         root: the work directory.
         stage: one of STAGES, 'plan', 'all' or 'clean'.
+        private: where private/ is, if not in the work directory.
 
     Raises:
         ValueError, OSError: settings, data or work directory are not as they must be; nothing is spent.
     """
-    workdir = WorkDir(root)
-    with files.noted(workdir.root, why_not_private(config.seed)) as note:
+    workdir = WorkDir(root, private=private)
+    why = why_not_private(config.seed)
+    with files.noted(workdir.root, why) as note, files.noted(workdir.private, why):
         if note:
             print(f'{note}.\n')
         if stage == 'plan':
-            planning.run(config, root)
+            planning.run(config, root, private)
         else:
             _run(config, workdir, stage)
 

@@ -71,15 +71,15 @@ def run(main: Callable, help_text: str) -> None:
 
 def workdir() -> Path:
     """Return the folder that --workdir means."""
-    return _place('workdir', WORKDIR.value)
+    return _folder('workdir', WORKDIR.value)
 
 
 def private() -> Path | None:
     """Return the folder that --private means; None without it."""
-    return None if PRIVATE.value is None else _place('private', PRIVATE.value)
+    return None if PRIVATE.value is None else _folder('private', PRIVATE.value)
 
 
-def _place(flag: str, text: str) -> Path:
+def _folder(flag: str, text: str) -> Path:
     """Return the path that a flag means; raises an OSError if it is in a store that does not answer."""
     path = object_store.path(text)
     if '://' in str(path):

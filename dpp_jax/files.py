@@ -96,8 +96,8 @@ def move_folder(source: Path, path: Path) -> None:
 
 
 def absolute(path: Path) -> Path:
-    """Return the whole path: what has a scheme is one."""
-    return path if '://' in str(path) else path.absolute()
+    """Return the whole path, without '..'; what has a scheme is one."""
+    return path if '://' in str(path) else Path(os.path.abspath(path))
 
 
 def make_folder(path: Path, mode: int | None = None) -> bool:

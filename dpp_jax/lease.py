@@ -173,11 +173,18 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         """Return what the lease says; None if nobody holds it, or what is there is no lease."""
-        try:
-            found = json.loads(self.path.read_bytes())
-            return found if all(isinstance(found[name], kind) for name, kind in _FORM.items()) else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
+        for again in (True, True, False):
+            try:
+                found = json.loads(self.path.read_bytes())
+                if all(isinstance(found[name], kind) for name, kind in _FORM.items()):
+                    return found
+            except FileNotFoundError:
+                return None
+            except (ValueError, KeyError, TypeError):
+                pass
+            if again:  # a mount may show an object before it is whole
+                time.sleep(0.1)
+        return None
 
     def _write(self) -> None:
         self._beat += 1

@@ -1,7 +1,7 @@
 """Object stores for tests: a bucket below gs://, and a mounted one. Both refuse what object stores refuse.
 
-`Bucket` takes the place of the library that talks to the service, below epath and fsspec: everything above it is
-what a run on gs:// uses. Its objects lie in a folder, so that several processes see them.
+`Bucket` takes the place of the library that talks to the service, below epath and fsspec: everything above it
+is what a run on gs:// uses. Its objects lie in a folder, so that several processes see them.
 """
 
 import io

@@ -140,6 +140,7 @@ class WorkDir:
             PermissionError: they cannot be written, or another process works in them.
             ValueError: private/ is not what this run has used so far.
         """
+        self.check_private()
         with contextlib.ExitStack() as stack:
             try:
                 files.make_folder(self.release)

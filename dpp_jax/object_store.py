@@ -65,8 +65,8 @@ def check(where: Path, flag: str) -> None:
         cause = (str(error).strip().splitlines() or [''])[0]
         raise OSError(
             f'{flag}={where} cannot be reached ({type(error).__name__}: {cause}). gs:// needs credentials on '
-            'this machine (gcloud auth application-default login) and a bucket that is there; s3:// needs '
-            'the package s3fs, az:// adlfs'
+            'this machine (gcloud auth application-default login) and a bucket that is there; s3:// and '
+            'az:// need EPATH_USE_TF=0 and the package s3fs or adlfs'
         ) from error
 
 

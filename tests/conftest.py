@@ -11,6 +11,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['EPATH_USE_TF'] = '0'  # bucket.py takes the place of what epath uses then
 # Programs here run a few times: compiling them well would take longer than all their runs.
 os.environ['XLA_FLAGS'] = ' '.join(
     [

@@ -340,6 +340,11 @@ def _line(error: Exception) -> str | None:
     diverged = getattr(sys.modules.get('dpp_jax.training.loop'), 'Diverged', ValueError)  # imports JAX
     if isinstance(error, (ValueError, OSError, diverged)):
         return str(error)
+    if object_store.is_from_store(error):
+        return (
+            f'the object store failed ({type(error).__name__}: {object_store.first_line(error)}). Run the '
+            'same command to continue'
+        )
     if isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
         return (
             "the device's memory is too small for what runs at once. Choose a smaller "

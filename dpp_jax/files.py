@@ -470,7 +470,7 @@ class Log:
         self._is_object = object_store.has(path)
         self.content = path.read_bytes() if path.exists() else b''
         self.size = len(self.content)
-        # An object is written whole, each time: nothing else replaces one at once.
+        # An object is written whole, each time: nothing can be added to one.
         self._known = bytearray(self.content if self._is_object else b'')
 
     def append(self, data: bytes) -> None:

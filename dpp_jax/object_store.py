@@ -20,6 +20,7 @@ from etils import epath
 MOUNTED = 'DPP_JAX_OBJECT_STORES'  # environment variable: mounted buckets, separated as in PATH
 UNFINISHED = '.new_'  # how names of what is not complete begin
 _SCHEMES = ('gs', 's3', 'az')
+_LIBRARIES = ('tensorflow', 'gcsfs', 's3fs', 'adlfs', 'google', 'botocore', 'aiobotocore', 'azure', 'aiohttp')
 _AT_ONCE = 16  # requests: each takes tens of milliseconds, most of it waiting
 
 
@@ -62,12 +63,21 @@ def check(where: Path, flag: str) -> None:
     try:
         where.exists()
     except Exception as error:  # whatever the store's library raises
-        cause = (str(error).strip().splitlines() or [''])[0]
         raise OSError(
-            f'{flag}={where} cannot be reached ({type(error).__name__}: {cause}). gs:// needs credentials on '
-            'this machine (gcloud auth application-default login) and a bucket that is there; s3:// and '
-            'az:// need EPATH_USE_TF=0 and the package s3fs or adlfs'
+            f'{flag}={where} cannot be reached ({type(error).__name__}: {first_line(error)}). gs:// needs '
+            'credentials on this machine (gcloud auth application-default login) and a bucket that is there; '
+            's3:// and az:// need EPATH_USE_TF=0 and the package s3fs or adlfs'
         ) from error
+
+
+def is_from_store(error: BaseException) -> bool:
+    """Whether an error comes from one of the libraries that reach stores."""
+    return type(error).__module__.partition('.')[0] in _LIBRARIES
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).strip().splitlines() or [''])[0]
 
 
 def check_writable(folder: Path) -> None:
@@ -79,7 +89,7 @@ def check_writable(folder: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # whatever the store's library raises
-        raise OSError(f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}') from error
+        raise OSError(f'{type(error).__name__}: {first_line(error)}') from error
 
 
 def write(where: Path, data: bytes) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpp_jax import files, object_store
+from dpp_jax import files, lease, object_store
 
 
 def local_folder(path, **contents):
@@ -137,6 +137,20 @@ def test_a_log_is_written_whole_and_knows_what_another_process_did(store):
         log.append(b'three\n')
     again.append(b'x\n')
     assert path.read_bytes() == b'one\ntx\n'
+
+
+@pytest.mark.parametrize('is_there_too', [True, False])
+def test_a_log_stops_when_the_lease_was_lost_wherever_it_lies(store, tmp_path, monkeypatch, is_there_too):
+    """As a ledger in a private/ on a disk, of a run whose work directory is in a store."""
+    monkeypatch.setattr(lease, '_LOOK_AGAIN', 0.0)
+    path = store / 'log' if is_there_too else tmp_path / 'disk' / 'log'
+    with files.locked(store / '.lock'):
+        log = files.Log(path)
+        log.append(b'one\n')
+        (store / '.lock').unlink()
+        with pytest.raises(lease.Lost):
+            log.append(b'two\n')
+        assert path.read_bytes() == b'one\n'
 
 
 def test_files_follow_from_a_folder_of_this_machine(store):

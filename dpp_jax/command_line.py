@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import dpp_jax
-from dpp_jax import configs
+from dpp_jax import configs, object_store
 from dpp_jax.training import preemption
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -27,7 +27,12 @@ CONFIG = config_flags.DEFINE_config_file(
     'A shipped config or a path to a file, and ε after a colon: digits_8:10, path/mine.py:1.',
     lock_config=True,
 )
-WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run; the program makes it.')
+WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Folder of this run; the program makes it. Or gs://<bucket>/<path>.'
+)
+PRIVATE = flags.DEFINE_string(
+    'private', None, 'Folder for private/, if not in --workdir: on a disk of this machine, or another bucket.'
+)
 STAGE = flags.DEFINE_enum(
     'stage',
     'all',
@@ -74,14 +79,27 @@ def run(main: Callable, help_text: str) -> None:
         stream.reconfigure(errors='replace', line_buffering=True)
     # absl looks for both in the module that was started: for the console script that is not ours.
     sys.modules['__main__'].__doc__ = help_text
-    for flag in (CONFIG, WORKDIR, STAGE, WITH, DISTRIBUTED, HOSTS, HOST_TIMEOUT):
+    for flag in (CONFIG, WORKDIR, PRIVATE, STAGE, WITH, DISTRIBUTED, HOSTS, HOST_TIMEOUT):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(main, flags_parser=parse)
 
 
 def workdir() -> Path:
     """Return the folder that --workdir means."""
-    return Path(WORKDIR.value).expanduser()
+    return _folder('workdir', WORKDIR.value)
+
+
+def private() -> Path | None:
+    """Return the folder that --private means; None without it."""
+    return None if PRIVATE.value is None else _folder('private', PRIVATE.value)
+
+
+def _folder(flag: str, text: str) -> Path:
+    """Return the path that a flag means; raises an OSError if it is in a store that does not answer."""
+    path = object_store.path(text)
+    if '://' in str(path):
+        object_store.check(path, f'--{flag}')
+    return path
 
 
 def start_jax() -> None:
@@ -133,7 +151,9 @@ def parse(argv: Sequence[str]) -> list[str]:
         if left[1:]:
             raise Mistake(f'{left[1]} is not a flag; flags are written --name=value')
         if flags.FLAGS['stage'].value != 'compose':
-            _check_workdir(flags.FLAGS['workdir'].value)
+            _check_folder('workdir', flags.FLAGS['workdir'].value)
+            if flags.FLAGS['private'].value is not None:
+                _check_folder('private', flags.FLAGS['private'].value)
         return left
     except (Mistake, flags.Error, ValueError) as error:  # absl has both for what it cannot parse
         sys.exit('dpp-jax: ' + ' '.join(str(error).split()))
@@ -150,8 +170,8 @@ def _check_text(argument: str) -> None:
         ) from error
 
 
-def _check_workdir(text: str | None) -> None:
-    """Raise Mistake unless --workdir names a folder, which an unset shell variable does not."""
+def _check_folder(flag: str, text: str | None) -> None:
+    """Raise Mistake unless a flag names a folder, which an unset shell variable does not."""
     if text is None:
         found = 'missing'
     elif not text.strip():
@@ -159,8 +179,13 @@ def _check_workdir(text: str | None) -> None:
     elif text.startswith('-') or not _has_home(text):
         found = text
     else:
+        try:
+            object_store.path(text)
+        except ValueError as error:
+            raise Mistake(f'--{flag} is {error}') from error
         return
-    raise Mistake(f'--workdir is {found}; it must name the folder of this run, as in {_EXAMPLE}')
+    example = f'the folder of this run, as in {_EXAMPLE}' if flag == 'workdir' else 'a folder'
+    raise Mistake(f'--{flag} is {found}; it must name {example}')
 
 
 def _has_home(path: str) -> bool:
@@ -347,6 +372,11 @@ def _line(error: Exception) -> str | None:
     diverged = getattr(sys.modules.get('dpp_jax.training.loop'), 'Diverged', ValueError)  # imports JAX
     if isinstance(error, (ValueError, OSError, diverged)):
         return str(error)
+    if object_store.is_from_store(error):
+        return (
+            f'the object store failed ({type(error).__name__}: {object_store.first_line(error)}). Run the '
+            'same command to continue'
+        )
     if isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
         return (
             "the device's memory is too small for what runs at once. Choose a smaller "

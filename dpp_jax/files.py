@@ -1,13 +1,15 @@
 """Whole files or none: the only place of fsync, rename and lock.
 
 A file appears under its name when it is complete and on the disk, so that a crash or a power failure
-leaves the old file or none. In a folder that may be published it also tells no time (`timeless`), and that of
+leaves the old file or none. The same holds in object stores, which have none of the three
+(`object_store`). In a folder that may be published it also tells no time (`timeless`), and that of
 a run from a seed says that it is not private (`noted`).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -16,6 +18,7 @@ import re
 import shutil
 import struct
 import tempfile
+import time
 from typing import Any, BinaryIO
 import zipfile
 import zlib
@@ -23,9 +26,15 @@ import zlib
 import filelock
 import numpy as np
 
+from dpp_jax import lease, object_store
+
+InUse = lease.InUse
+path = object_store.path
+is_in_store = object_store.has
+fetch_folder = object_store.get_folder
 # What NumPy and zipfile raise for files that lost their end, or have zeros where data was.
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-_UNFINISHED = '.new_'  # how names of what is not complete begin
+_UNFINISHED = object_store.UNFINISHED
 _NOT_PRIVATE = 'NOT PRIVATE'  # how notes begin
 _notes: dict[Path, str] = {}  # folder → note that all files in it carry
 _timeless: dict[Path, Path] = {}  # folder → file whose time all in it has
@@ -34,6 +43,11 @@ _timeless: dict[Path, Path] = {}  # folder → file whose time all in it has
 @contextlib.contextmanager
 def whole_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
     """Yield a binary file that appears under its name when it is complete, or not at all."""
+    if object_store.has(path):
+        kept = io.BytesIO()
+        yield kept
+        object_store.write(path, kept.getvalue())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_UNFINISHED, delete=False) as file:
         try:
@@ -52,7 +66,12 @@ def whole_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `path` when it is complete, or not at all."""
+    """Yield an empty local folder that takes the place of `path` when it is complete, or not at all."""
+    if object_store.has(path):
+        with local_folder() as unfinished, _with_note_of(path, unfinished):
+            yield unfinished
+            object_store.put_folder(unfinished, path)
+        return
     unfinished = path.with_name(_UNFINISHED + path.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -66,9 +85,158 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def move_folder(source: Path, path: Path) -> None:
     """Let the folder `source` take the place of `path`, whole or not at all, on any file system."""
+    if object_store.has(source) or object_store.has(path):
+        with local_copy(source) as local:
+            put_folder(local, path)
+        remove_folder(source)
+        return
     with whole_folder(path) as unfinished:
         unfinished.rmdir()
         shutil.move(source, unfinished)
+
+
+def absolute(path: Path) -> Path:
+    """Return the whole path, without '..'; what has a scheme is one."""
+    return path if '://' in str(path) else Path(os.path.abspath(path))
+
+
+def make_folder(path: Path, mode: int | None = None) -> bool:
+    """Make a folder, with all above it; return whether it has the mode. An object store knows neither."""
+    if object_store.has(path):
+        return mode is None
+    path.mkdir(mode=0o777 if mode is None else mode, parents=True, exist_ok=True)
+    if mode is not None:
+        os.chmod(path, mode)
+    return True
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an OSError unless files can be made in a folder."""
+    if object_store.has(folder):
+        object_store.check_writable(folder)
+    else:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+def store_advice(release: Path, private: Path, is_closed: bool) -> list[str]:
+    """Say what a user must see to where an object store cannot: who reads private/, and times in release/."""
+    found = []
+    if not is_closed:
+        found.append(
+            f'WARNING: {private} cannot be closed to others from here (mode 0700), and who reads it has the '
+            'keys. Give it a bucket of its own that only you and this machine may read. ' + _advice(private)
+        )
+    if object_store.has(release):
+        found.append(
+            f'NOTE: a store shows when each object in {release} was written, and so how long computations on '
+            'private images took. Publish a copy, not the folder itself.'
+        )
+    return found
+
+
+def _advice(private: Path) -> str:
+    scheme, _, rest = str(private).partition('://')
+    bucket = rest.partition('/')[0]
+    if scheme == 'gs':
+        return (
+            f'Set: gcloud storage buckets update gs://{bucket} --uniform-bucket-level-access '
+            '--public-access-prevention --clear-soft-delete; then remove other members from its policy: '
+            f'gcloud storage buckets get-iam-policy gs://{bucket}. Or keep it on a disk: --private=<folder>.'
+        )
+    return (
+        'Set: no public access, permissions by the bucket alone (no lists for single objects), no versions '
+        'and no copies of deleted objects. Or keep it on a disk: --private=<folder>.'
+    )
+
+
+def put_folder(source: Path, path: Path) -> None:
+    """Let a copy of the folder `source` of this machine take the place of `path`, whole or not at all."""
+    with whole_folder(path) as unfinished:
+        shutil.copytree(source, unfinished, dirs_exist_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, if it is there."""
+    if object_store.has(path):
+        object_store.remove_folder(path)
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def delete_private(path: Path) -> None:
+    """Delete the folder `path`, keys and all, beside which nothing is ours."""
+    object_store.delete(path) if object_store.has(path) else shutil.rmtree(path)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is there and complete: what `whole_folder` or `move_folder` made, or a copy of it."""
+    return object_store.is_whole(folder) if object_store.has(folder) else folder.exists()
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names of what is whole in a folder, sorted; none if it is not there."""
+    found = object_store.names(folder)
+    return [name for name in found if not name.startswith(_UNFINISHED) and _UNFINISHED + name not in found]
+
+
+@contextlib.contextmanager
+def local_folder() -> Iterator[Path]:
+    """Yield an empty folder of this machine, closed to others, that is deleted at the end."""
+    with tempfile.TemporaryDirectory(prefix='dpp_jax_') as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def local_copy(folder: Path) -> Iterator[Path]:
+    """Yield a folder of this machine with the content of `folder`: itself, where it is one."""
+    if not object_store.has(folder):
+        yield folder
+        return
+    with local_folder() as local:
+        object_store.get_folder(folder, local)
+        yield local
+
+
+@contextlib.contextmanager
+def following(folder: Path, every: float) -> Iterator[tuple[Path, Callable[[Callable[[], Any]], None]]]:
+    """Yield a folder of this machine whose files appear in `folder` too, and a function that lets them.
+
+    It is `folder` itself, where that is one. Otherwise the function copies what is there, if the last time
+    was `every` seconds ago; before it does, it calls its argument. All is copied at the end.
+    """
+    if not object_store.has(folder):
+        yield folder, lambda prepare: None
+        return
+    last = time.monotonic()
+
+    def follow(prepare: Callable[[], Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every:
+            prepare()
+            copy()
+            last = time.monotonic()
+
+    def copy() -> None:
+        for path in sorted(local.rglob('*')):
+            if path.is_file():
+                object_store.write(folder / path.relative_to(local).as_posix(), path.read_bytes())
+
+    with local_folder() as local:
+        try:
+            yield local, follow
+        finally:
+            copy()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file to read from, at any place in it."""
+    if object_store.has(path):
+        yield io.BytesIO(path.read_bytes())
+        return
+    with open(path, 'rb') as file:
+        yield file
 
 
 @contextlib.contextmanager
@@ -76,8 +244,11 @@ def timeless(folder: Path, like: Path) -> Iterator[None]:
     """Let all that appears in `folder` have the modification time of the file `like`, once that is there.
 
     At the end everything in the folder gets it: times would tell how long a computation on private images
-    took.
+    took. An object store has its own times: there, copies tell nothing (`store_advice`).
     """
+    if object_store.has(folder):
+        yield
+        return
     _timeless[folder] = like
     try:
         yield
@@ -108,6 +279,17 @@ def noted(folder: Path, reason: str | None) -> Iterator[str | None]:
 def note_of(path: Path) -> str | None:
     """Return the note that a file carries there."""
     return next((note for folder, note in _notes.items() if folder in path.parents), None)
+
+
+@contextlib.contextmanager
+def _with_note_of(path: Path, folder: Path) -> Iterator[None]:
+    """Let files in `folder` carry the note of `path`, where they go."""
+    note = note_of(path)
+    _notes.update({folder: note} if note else {})
+    try:
+        yield
+    finally:
+        _notes.pop(folder, None)
 
 
 def png_with_note(path: Path, content: bytes) -> bytes:
@@ -257,7 +439,7 @@ def read_npz(path: Path, advice: str) -> dict[str, np.ndarray]:
         ValueError: the file is damaged, see `read_json`.
     """
     try:
-        with np.load(path) as file:
+        with reading(path) as content, np.load(content) as file:
             return {name: file[name] for name in file.files if name != '_note'}
     except FileNotFoundError:
         raise
@@ -272,6 +454,53 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
         result.update(f'{array.dtype} {array.shape} '.encode())
         result.update(np.ascontiguousarray(array))
     return result.hexdigest()
+
+
+class Log:
+    """A file that only grows, by whole pieces, each on the disk when `append` returns.
+
+    Attributes:
+        content: bytes that were there when it was opened.
+        size: bytes that it has now, as this process knows.
+    """
+
+    def __init__(self, path: Path):
+        """Read the file, if it is there."""
+        self._path = path
+        self._is_object = object_store.has(path)
+        self.content = path.read_bytes() if path.exists() else b''
+        self.size = len(self.content)
+        # An object is written whole, each time: nothing can be added to one.
+        self._known = bytearray(self.content if self._is_object else b'')
+
+    def append(self, data: bytes) -> None:
+        """Add `data` and wait for the disk; all of it or nothing.
+
+        Raises:
+            OSError: the disk took only a part; or another process changed the file, or took the folder over.
+        """
+        lease.check()
+        if self._is_object:
+            found = object_store.size(self._path)
+            if found != self.size:
+                raise OSError(_changed(self._path, found, self.size))
+            object_store.write(self._path, bytes(self._known + data))
+            self._known += data
+        else:
+            if not self.size and not self._path.exists():
+                create(self._path)
+            append(self._path, data, self.size)
+        self.size += len(data)
+
+    def truncate(self, size: int) -> None:
+        """Cut the file to `size` bytes and wait for the disk."""
+        if self._is_object:
+            lease.check()
+            del self._known[size:]
+            object_store.write(self._path, bytes(self._known))
+        else:
+            truncate(self._path, size)
+        self.size = size
 
 
 def create(path: Path) -> None:
@@ -294,10 +523,7 @@ def append(path: Path, data: bytes, known_size: int) -> None:
     """
     with open(path, 'r+b', buffering=0) as file:
         if file.seek(0, os.SEEK_END) != known_size:
-            raise OSError(
-                f'{path} has {file.tell()} bytes; this process knows {known_size}: another process changed '
-                'it. Only one process may run in a work directory'
-            )
+            raise OSError(_changed(path, file.tell(), known_size))
         try:
             if file.write(data) != len(data):
                 raise OSError(f'{path}: the disk took only a part of an entry')
@@ -305,6 +531,13 @@ def append(path: Path, data: bytes, known_size: int) -> None:
         except OSError:
             file.truncate(known_size)
             raise
+
+
+def _changed(path: Path, found: int, known: int) -> str:
+    return (
+        f'{path} has {found} bytes; this process knows {known}: another process changed it. Only one process '
+        'may run in a work directory'
+    )
 
 
 def truncate(path: Path, size: int) -> None:
@@ -327,16 +560,25 @@ def locked(path: Path) -> contextlib.AbstractContextManager:
     """Return a context that holds an exclusive lock on `path`, for this process alone.
 
     The system releases the lock however the process ends. Entering the context raises
-    `filelock.Timeout` if another process holds it.
+    `filelock.Timeout` if another process holds it. In an object store it is a lease, and `InUse` is raised.
     """
+    if object_store.has(path):
+        return lease.held(path)
     # A marker file, which filelock may fall back to, would outlive a killed process, or be taken by another.
     return filelock.FileLock(path, timeout=0, fallback_to_soft=False)
 
 
 def remove_unfinished(root: Path, folders: Iterable[Path]) -> None:
     """Remove what a killed process left unfinished in `folders`, and files directly in `root`."""
-    found = [path for path in root.glob(f'{_UNFINISHED}*') if not path.is_dir()]
-    for folder in folders:
+    folders = list(folders)
+    object_store.remove_unfinished(folder for folder in folders if object_store.has(folder))
+    if object_store.has(root):
+        for name in object_store.names(root):
+            if name.startswith(_UNFINISHED) and not (root / name).is_dir():
+                (root / name).unlink(missing_ok=True)
+        root = None
+    found = [path for path in root.glob(f'{_UNFINISHED}*') if not path.is_dir()] if root else []
+    for folder in (folder for folder in folders if not object_store.has(folder)):
         for name in (f'{_UNFINISHED}*', '*.orbax-checkpoint-tmp*'):
             found += folder.rglob(name)
     for path in found:

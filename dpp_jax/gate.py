@@ -26,6 +26,7 @@ def check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, st
     Returns:
         The settings of pre-training that changed and may, see `WorkDir.check`.
     """
+    workdir.check_private()
     changed = workdir.check(flatten(config.to_dict()), lambda: not has_finetuned(workdir))
     if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
         images.check()
@@ -34,7 +35,7 @@ def check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, st
 
 def has_finetuned(workdir: WorkDir) -> bool:
     """Whether a step of DP-SGD was taken: then what it started from cannot change any more."""
-    is_there = workdir.model('finetune').exists() or checkpoint.latest_training(
+    is_there = files.is_whole(workdir.model('finetune')) or checkpoint.latest_training(
         workdir.checkpoints('finetune')
     )
     return bool(is_there) or Ledger(workdir.ledger, read_only=True).count(DP_SGD) > 0
@@ -66,8 +67,8 @@ def read(
     has_query = config.pretrain.enabled
     done = {
         'central': not has_query or workdir.central_images.exists(),
-        'pretrain': not has_query or (workdir.model('pretrain').exists() and not changed),
-        'finetune': workdir.model('finetune').exists(),
+        'pretrain': not has_query or (files.is_whole(workdir.model('pretrain')) and not changed),
+        'finetune': files.is_whole(workdir.model('finetune')),
         'generate': images.is_complete,
         'evaluate': evaluation.is_complete,
         'report': report.is_done(workdir, images, evaluation),

@@ -41,7 +41,7 @@ def sample(
     Raises:
         FileNotFoundError, ValueError: no model is there, it is damaged, or an argument is not allowed.
     """
-    root = Path(workdir).expanduser()
+    root = files.path(workdir)
     folder = WorkDir(root, release=root if (root / 'config.json').exists() else None)
     config = _config(folder)
     config.generate.sampler.update(changes)

@@ -31,7 +31,12 @@ def main(argv):
         if command_line.STAGE.value == 'compose':
             print(composition.text(command_line.WITH.value))
             return
-        pipeline.run(command_line.CONFIG.value, command_line.workdir(), command_line.STAGE.value)
+        pipeline.run(
+            command_line.CONFIG.value,
+            command_line.workdir(),
+            command_line.STAGE.value,
+            private=command_line.private(),
+        )
         command_line.leave()
 
 

@@ -16,11 +16,14 @@ import time
 
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 
 from dpp_jax import build, files, gate, planning, settings
+from dpp_jax.data import rows
 from dpp_jax.data.images import Images
 from dpp_jax.gate import STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.shares import WHOLE, Share
 from dpp_jax.run import artefacts, statement
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
@@ -32,23 +35,25 @@ from dpp_jax.training import devices, hosts, preemption
 _RELEASING = ('central', 'pretrain', 'finetune', 'generate')  # what the others make stays in private/
 
 
-def run(config: ConfigDict, root: str | Path, stage: str) -> None:
+def run(config: ConfigDict, root: str | Path, stage: str, private: str | Path | None = None) -> None:
     """Run one stage, or all that are not done yet.
 
     Args:
         config: a resolved config, see configs/default.py.
         root: the work directory.
         stage: one of STAGES, 'plan', 'all' or 'clean'.
+        private: where private/ is, if not in the work directory.
 
     Raises:
         ValueError, OSError: settings, data or work directory are not as they must be; nothing is spent.
     """
-    workdir = WorkDir(root)
-    with files.noted(workdir.root, why_not_private(config.seed)) as note:
+    workdir = WorkDir(root, private=private)
+    why = why_not_private(config.seed)
+    with files.noted(workdir.root, why) as note, files.noted(workdir.private, why):
         if note:
             print(f'{note}.\n')
         if stage == 'plan':
-            hosts.at_first(lambda: planning.run(config, root))
+            hosts.at_first(lambda: planning.run(config, root, private))
         else:
             _run(config, workdir, stage)
 
@@ -86,9 +91,21 @@ class Run:
 
     @functools.cached_property
     def train(self) -> Images:
-        found = build.images(self.config, 'train')
-        hosts.at_first(lambda: self.workdir.check_fingerprint('train', found))
+        """The private images that this process has."""
+        share = rows.Share(index=hosts.index(), count=hosts.count()) if hosts.count() > 1 else None
+        found = build.images(self.config, 'train', rows=share)
+        gather = functools.partial(hosts.meet, 'the fingerprint', limit=hosts.COMPILING_SECONDS)
+        self.workdir.check_fingerprint('train', found, gather=gather, at_first=hosts.from_first)
         return found
+
+    @functools.cached_property
+    def share(self) -> Share:
+        """Whose gradients this process computes."""
+        if hosts.count() == 1:
+            return WHOLE
+        units = self.train.total if self.train.groups is None else len(np.unique(self.train.groups))
+        hosts.agree('private images', {'number of units': units})
+        return Share(hosts.index(), hosts.count(), units)
 
     @functools.cached_property
     def whole_train(self) -> Images:
@@ -157,7 +174,7 @@ class Run:
     def central(self) -> None:
         releases = self.plan.budget.of(CENTRAL_QUERY)
         query, unit = build.query(self.config), self.plan.unit
-        central.run(*self._private_stage, query=query, releases=releases, unit=unit)
+        central.run(*self._private_stage, query=query, releases=releases, unit=unit, share=self.share)
 
     def pretrain(self) -> None:
         augment, steps = build.augmentation(self.config), self.plan.pretrain_steps
@@ -166,7 +183,14 @@ class Run:
     def finetune(self) -> None:
         releases = self.plan.budget.of(DP_SGD)
         unit, sizes = self.plan.unit, self._sizes
-        finetune.run(*self._private_stage, releases=releases, unit=unit, model=self.model, sizes=sizes)
+        finetune.run(
+            *self._private_stage,
+            releases=releases,
+            unit=unit,
+            model=self.model,
+            sizes=sizes,
+            share=self.share,
+        )
 
     def generate(self) -> None:
         samplers = build.samplers(self.config)

@@ -22,13 +22,13 @@ from dpp_jax.training import devices
 _PATIENCE = 10.0  # seconds, for a source: a network or a disk may not answer
 
 
-def run(config: ConfigDict, root: str | Path) -> None:
+def run(config: ConfigDict, root: str | Path, private: str | Path | None = None) -> None:
     """Print the plan, then all problems.
 
     Raises:
         ValueError: there are problems, one line each.
     """
-    problems, workdir = [], WorkDir(root)
+    problems, workdir = [], WorkDir(root, private=private)
     _try(problems, lambda: settings.check(config))
     are_settings_good = not problems
     info = None

@@ -9,7 +9,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / 'dpp_jax'
 LEAVES = {'files', 'privacy', 'diffusion', 'data'}
 # What each room may import of the others.
 ALLOWED = {
-    'files': set(),
+    'object_store': set(),
+    'lease': {'object_store'},
+    'files': {'object_store', 'lease'},
     'privacy': {'files'},
     'diffusion': set(),
     'data': set(),
@@ -24,7 +26,7 @@ ALLOWED = {
     'gate': LEAVES | {'training', 'run', 'stages', 'build'},
     'planning': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate'},
     'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate', 'planning'},
-    'command_line': {'configs', 'training'},
+    'command_line': {'configs', 'training', 'object_store'},
     'library': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'configs'},
     'main': {'command_line', 'training', 'run', 'pipeline'},
 }

@@ -14,6 +14,7 @@ def parse(monkeypatch):
     monkeypatch.setattr(flags, 'FLAGS', values)
     config = config_flags.DEFINE_config_file('config', None, 'Settings.', flag_values=values)
     flags.DEFINE_string('workdir', None, 'Folder.', flag_values=values)
+    flags.DEFINE_string('private', None, 'Folder.', flag_values=values)
     flags.DEFINE_enum('stage', 'all', ['plan', 'all'], 'Stage.', flag_values=values)
 
     def parse(*arguments):

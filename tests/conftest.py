@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import io
 import logging
 import os
@@ -10,6 +11,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['EPATH_USE_TF'] = '0'  # bucket.py takes the place of what epath uses then
 # Programs here run a few times: compiling them well would take longer than all their runs.
 os.environ['XLA_FLAGS'] = ' '.join(
     [
@@ -184,3 +186,27 @@ def released():
         return found, {name: found[name] for name in found if not name.startswith(noisy)}
 
     return read
+
+
+@pytest.fixture(scope='session')
+def bucket():
+    """The module bucket.py: object stores for tests."""
+    path = Path(__file__).with_name('bucket.py')
+    spec = importlib.util.spec_from_file_location('bucket', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=['gs', 'mounted'])
+def store(request, bucket, tmp_path, monkeypatch):
+    """The folder of a run in a bucket, by epath; and in one that is mounted, where POSIX is refused."""
+    from dpp_jax import files, lease
+
+    monkeypatch.setattr(lease, '_SETTLE', 0.01)
+    if request.param == 'gs':
+        monkeypatch.setenv(bucket.FOLDER, str(tmp_path))
+        yield files.path('gs://bucket/run')
+    else:
+        with bucket.without_posix(tmp_path / 'mounted') as folder:
+            yield files.path(folder) / 'run'

@@ -1,7 +1,8 @@
 """The record of every mechanism that ran on the private images: what ε is computed from.
 
-A text file, one JSON object per line, only ever appended to. `Ledger.append` returns after the
-line is on the disk; only then may the noisy value be used. So after a crash the ledger may name a
+A text file, one JSON object per line, to which lines are only ever added (an object store gets the
+whole file with each). `Ledger.append` returns after the line is on the disk; only then may the
+noisy value be used. So after a crash the ledger may name a
 release that nobody saw, and never misses one that somebody saw.
 
 What is counted once. A release is named by (mechanism, index, randomness). `randomness` names the
@@ -23,7 +24,7 @@ import hashlib
 import json
 import logging
 import numbers
-from pathlib import Path
+from os import PathLike
 
 from dpp_jax import files
 from dpp_jax.privacy import accounting, groups
@@ -87,7 +88,7 @@ class Entry:
 class Ledger:
     """The ledger in one file: read once when opened, then kept in memory and on the disk alike."""
 
-    def __init__(self, path: str | Path, *, read_only: bool = False):
+    def __init__(self, path: str | PathLike, *, read_only: bool = False):
         """Open the ledger; the first entry makes the file and its folder.
 
         A last line that a crash cut short is removed: its `append` never returned, so its release
@@ -103,16 +104,12 @@ class Ledger:
                 message names file and line number.
             OSError: the file cannot be read.
         """
-        self.path = Path(path)
+        self.path = files.path(path)
         self._entries: dict[tuple[str, int, str], Entry] = {}
         self._hash = ''
-        self._size = 0
         self._read_only = read_only
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        self._size = len(content)
-        *lines, tail = content.split(b'\n')
+        self._log = files.Log(self.path)
+        *lines, tail = self._log.content.split(b'\n')
         for number, line in enumerate(lines, start=1):
             self._read(line, number)
         if tail and not read_only:
@@ -136,7 +133,7 @@ class Ledger:
             return False
         digest = _hash(self._hash, entry)
         line = json.dumps({**_fields(entry), 'hash': digest}, ensure_ascii=False)
-        self._write(line.encode() + b'\n')
+        self._log.append(line.encode() + b'\n')
         self._entries[entry.key], self._hash = entry, digest
         return True
 
@@ -190,17 +187,9 @@ class Ledger:
             if _is_object(tail):
                 raise
             _logger.warning('Removed an incomplete entry (%d bytes) from the end of %s', len(tail), self.path)
-            self._size -= len(tail)
-            files.truncate(self.path, self._size)
+            self._log.truncate(self._log.size - len(tail))
         else:
-            self._write(b'\n')
-
-    def _write(self, data: bytes) -> None:
-        """Append to the file and wait for the disk; all of `data` or nothing."""
-        if not self._size and not self.path.exists():
-            files.create(self.path)
-        files.append(self.path, data, self._size)
-        self._size += len(data)
+            self._log.append(b'\n')
 
 
 def _hash(previous: str, entry: Entry) -> str:

@@ -25,7 +25,7 @@ ROW = {
 
 def paths(text: str) -> list[Path]:
     """Return the paths in a list that is separated by commas."""
-    return [Path(part.strip()).expanduser() for part in text.split(',') if part.strip()]
+    return [files.path(part.strip()) for part in text.split(',') if part.strip()]
 
 
 def releases(text: str, *, is_private: bool) -> tuple[Releases, ...]:
@@ -44,7 +44,7 @@ def releases(text: str, *, is_private: bool) -> tuple[Releases, ...]:
     """
     ledgers, found = [], []
     for path in paths(text):
-        named = WorkDir(path).ledger if path.is_dir() else path
+        named = WorkDir.to_read(path).ledger if path.is_dir() else path
         if not named.is_file():
             raise FileNotFoundError(
                 f'config.dp.already_spent names {named}, which is no file; allowed are {_ALLOWED}'

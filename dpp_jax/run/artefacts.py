@@ -84,7 +84,7 @@ def check_inputs(workdir: WorkDir, shapes: PyTree, stages: Collection[str]) -> N
     if 'pretrain' in stages and workdir.central_images.exists():
         central_images(workdir)
     for training, stage in (('pretrain', 'finetune'), ('finetune', 'generate')):
-        if stage in stages and workdir.model(training).exists():
+        if stage in stages and files.is_whole(workdir.model(training)):
             weights(workdir, training, shapes)
 
 
@@ -113,7 +113,7 @@ def check_models(workdir: WorkDir, shapes: PyTree) -> None:
     for training in ('pretrain', 'finetune'):
         saved = checkpoint.latest_training(workdir.checkpoints(training))
         for folder in (workdir.model(training), saved and saved[1]):
-            if folder and folder.exists():
+            if folder and files.is_whole(folder):
                 checkpoint.check_params(folder, shapes)
 
 
@@ -150,7 +150,7 @@ class SyntheticImages:
     @property
     def is_complete(self) -> bool:
         """Whether all files are there and whole, and the tree of PNG files if it is asked for."""
-        has_tree = not self._settings['generate.png_tree'] or self.png_tree.exists()
+        has_tree = not self._settings['generate.png_tree'] or files.is_whole(self.png_tree)
         return has_tree and all(self.is_whole(path) for path in self.paths.values())
 
     def check(self) -> None:
@@ -187,7 +187,7 @@ class SyntheticImages:
         found = {}
         for name, path in self.paths.items():
             try:
-                with zipfile.ZipFile(path) as file:
+                with files.reading(path) as content, zipfile.ZipFile(content) as file:
                     found[name] = [member.CRC for member in file.infolist()]
             except files.DAMAGE:
                 return None
@@ -201,7 +201,7 @@ class SyntheticImages:
         if not path.exists():
             return False
         try:
-            with zipfile.ZipFile(path) as file:
+            with files.reading(path) as content, zipfile.ZipFile(content) as file:
                 if file.testzip() is None:
                     return True
         except (*files.DAMAGE, NotImplementedError):  # of a compression that zipfile does not know

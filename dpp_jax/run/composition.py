@@ -23,15 +23,15 @@ def text(workdirs: str) -> str:
     Raises:
         ValueError, FileNotFoundError: a folder has no ledger or no plan, or two belong to the same run.
     """
-    folders = [WorkDir(path) for path in paths(workdirs)]
+    folders = [WorkDir.to_read(path) for path in paths(workdirs)]
     if not folders:
         raise ValueError(f'--with is empty; it must name work directories, as in {_EXAMPLE}')
     ledgers, plans = [], []
     for folder in folders:
         if not folder.ledger.is_file():
             raise FileNotFoundError(
-                f'--with names {folder.root}, which has no {folder.ledger.relative_to(folder.root)}; it must '
-                'name work directories of runs that released something'
+                f'--with names {folder.root}, which has no release/ledger.jsonl; it must name work '
+                'directories of runs that released something'
             )
         ledgers.append(Ledger(folder.ledger, read_only=True))
         plans.append(_plan(folder))

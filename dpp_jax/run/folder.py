@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import os
+from os import PathLike
 from pathlib import Path
-import shutil
-import tempfile
 from typing import Any
 
 import filelock
 
 from dpp_jax import files
 from dpp_jax.data.images import Images
-from dpp_jax.run import fingerprint
+from dpp_jax.run import elsewhere, fingerprint
 from dpp_jax.run.keys import NOTE as PRIVATE_NOTE
 
 # Settings that change no result: a run may be continued with other values.
@@ -58,11 +56,15 @@ _RELEASE_NOTE = (
 class WorkDir:
     """Paths of one run, and what binds them to its settings and images."""
 
-    def __init__(self, root: str | Path, release: Path | None = None):
-        """`release`: where what may be published lies, if it is not in `root`/release."""
-        self.root = Path(root)
+    def __init__(
+        self, root: str | PathLike, release: Path | None = None, private: str | PathLike | None = None
+    ):
+        """`release`: where what may be published lies, if it is not in `root`/release; `private` likewise."""
+        self.root = files.path(root)
         self.release = release or self.root / 'release'
-        self.private = self.root / 'private'
+        self.private = self.root / 'private' if private is None else files.path(private)
+        if files.absolute(self.private) == files.absolute(self.root / 'private'):
+            self.private = self.root / 'private'
         self.config = self.release / 'config.json'
         self.plan = self.release / 'plan.json'
         self.released_ledger = self.release / 'ledger.jsonl'
@@ -85,6 +87,24 @@ class WorkDir:
         self.report_text = self.private / 'report.txt'
         self.report_page = self.private / 'report.html'
         self.curve = self.root / 'plan.png'
+
+    @classmethod
+    def to_read(cls, root: str | PathLike) -> 'WorkDir':
+        """Return the work directory of a run with its private/, wherever that is.
+
+        Raises:
+            FileNotFoundError, ValueError: private/ is elsewhere, and not there.
+        """
+        return cls(root, private=elsewhere.of(files.path(root)))
+
+    def check_private(self) -> None:
+        """Check that private/ is what this run has used so far; a ValueError says what to do."""
+        elsewhere.check(self.root, self.private)
+
+    def delete_private(self) -> None:
+        """Delete private/, and what says that it is elsewhere."""
+        files.delete_private(self.private)
+        elsewhere.forget(self.root)
 
     @property
     def ledger(self) -> Path:
@@ -119,26 +139,35 @@ class WorkDir:
 
         Raises:
             PermissionError: they cannot be written, or another process works in them.
+            ValueError: private/ is not what this run has used so far.
         """
+        self.check_private()
         with contextlib.ExitStack() as stack:
             try:
-                self.release.mkdir(parents=True, exist_ok=True)
-                self.private.mkdir(mode=0o700, exist_ok=True)
-                os.chmod(self.private, 0o700)
+                files.make_folder(self.release)
+                is_closed = files.make_folder(self.private, mode=0o700)
                 for folder in (self.root, self.release, self.private):
-                    with tempfile.TemporaryFile(dir=folder):
-                        pass
+                    files.check_writable(folder)
                 stack.enter_context(files.locked(self.root / '.lock'))
             except filelock.Timeout as error:
                 raise PermissionError(
                     f'--workdir={self.root} is in use by another process. Wait for it, stop it, or '
                     'use another --workdir'
                 ) from error
+            except files.InUse as error:
+                raise PermissionError(
+                    f'--workdir={self.root} is in use by another process: {error}'
+                ) from error
             except (OSError, NotImplementedError) as error:  # the second: of a file system without locks
                 raise PermissionError(
                     f'--workdir={self.root} cannot be written ({error}); it must be a folder that this '
                     'user may create and write'
                 ) from error
+            self.check_private()  # again: another process may have worked here
+            if not self.keys.exists():
+                for advice in files.store_advice(self.release, self.private, is_closed):
+                    print(advice, flush=True)
+            elsewhere.bind(self.root, self.private)
             files.remove_unfinished(self.root, (self.release, self.private))
             stack.enter_context(files.timeless(self.release, like=self.config))
             yield
@@ -200,8 +229,7 @@ class WorkDir:
             number += 1
         for folder, name in zip(old, ('model', 'resume', 'metrics')):
             if folder.exists():
-                aside.mkdir(parents=True, exist_ok=True)
-                shutil.move(folder, aside / name)
+                files.move_folder(folder, aside / name)
         # Last: if this is interrupted, the next command does the rest.
         files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
         files.write_json(self.config, without_paths(settings))

@@ -1,8 +1,8 @@
 """Stage `clean`: delete private/ when nothing needs it any more."""
 
 from collections.abc import Callable
-import shutil
 
+from dpp_jax import files
 from dpp_jax.diffusion.model import Model
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
@@ -33,9 +33,13 @@ def run(workdir: WorkDir, model: Model, *, is_finished: bool, last: Callable[[],
             f'restore it. {error}'
         ) from error
     last()
-    shutil.rmtree(workdir.private)
+    workdir.delete_private()
     print(
         f'Deleted {workdir.private}: keys, checkpoints, scores, reports. You can still draw images from the '
         f'released model: move {workdir.synthetic} away, then run --stage=generate with any '
         '--config.generate settings.'
     )
+    if files.is_in_store(workdir.private):
+        print(
+            'The store may keep deleted objects and old versions for days: its settings for the bucket say.'
+        )

@@ -4,7 +4,6 @@ import collections
 from collections.abc import Callable
 import functools
 from pathlib import Path
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +55,7 @@ def run(
         if hosts.from_first(functools.partial(images.is_whole, path)):
             continue
         if name == 'images' and hosts.is_first():  # they may come from other keys than those in the tree
-            shutil.rmtree(images.png_tree, ignore_errors=True)
+            files.remove_folder(images.png_tree)
         # With guidance the network takes each image twice.
         at_once = max(1, sizes.images // 2) if guidance[name].guidance else sizes.images
         unfinished = path.parent / f'.parts_{name}'
@@ -81,7 +80,7 @@ def _save(path: Path, pixels: np.ndarray, classes: int, unfinished: Path) -> Non
     picture = image_grid.rows_by_class(pixels, labels, classes, PICTURE_COLUMNS)
     files.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
     files.write_npz(path, images=pixels, labels=labels)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    files.remove_folder(unfinished)
 
 
 def image_labels(index: np.ndarray, classes: int) -> np.ndarray:
@@ -180,13 +179,12 @@ def _sample_all(
 def _read_parts(folder: Path) -> list[np.ndarray]:
     """Read the parts in order, as far as none is missing or damaged."""
     parts, expected = [], 0
-    for path in sorted(folder.glob('[0-9]*.npz')):
+    for path in (folder / name for name in files.names(folder) if name.endswith('.npz')):
         if int(path.stem) != expected:
             break
         try:
-            with np.load(path) as data:
-                parts.append(data['images'])
-        except files.DAMAGE:
+            parts.append(files.read_npz(path, '')['images'])
+        except (ValueError, KeyError):
             print(f'{path} is damaged; making it again', flush=True)
             break
         expected += len(parts[-1])

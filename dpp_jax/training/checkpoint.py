@@ -1,6 +1,11 @@
-"""Checkpoints by orbax: of a training in progress, and of a finished model."""
+"""Checkpoints by orbax: of a training in progress, and of a finished model.
+
+One process writes and reads them, whatever the others do. Orbax works in a folder of this machine; what
+belongs in an object store is copied there and back, and is whole or not there by the rules of `files`.
+"""
 
 from collections.abc import Iterator
+from concurrent import futures
 import contextlib
 import json
 import logging
@@ -15,23 +20,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dpp_jax import files
-from dpp_jax.training import hosts
 
 PyTree = Any
 _logger = logging.getLogger(__name__)
 # Orbax waits for the disk by the wall clock, 20 minutes at most: a clock that is set forward in the middle of
 # a save would end the run. Folders are waited for by a limit of their own, unless they are made at once.
 _PATIENT = ocp.AsyncOptions(timeout_secs=10**8, create_directories_asynchronously=False)
-
-
-def _apart() -> ocp.options.MultiprocessingOptions:
-    """Let orbax work in this process without the others of the run: there is one writer."""
-    if hosts.count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    own = hosts.index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f'process_{own}'
-    )
 
 
 class SaveFailed(OSError):
@@ -59,16 +53,19 @@ class TrainingStore:
     """
 
     def __init__(self, folder: Path, keep: int = 2):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder = files.path(folder)
+        self._stack = contextlib.ExitStack()
+        self._copy = _Copy(folder, self._stack) if files.is_in_store(folder) else None
+        self._local = self._copy.local if self._copy else Path(folder).absolute()
+        self._local.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
-            epath.Path(self.folder.absolute()),
+            epath.Path(self._local),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                create=False,
+                create=False,  # orbax allows it only where all processes take part
                 cleanup_tmp_directories=True,
                 async_options=_PATIENT,
-                multiprocessing_options=_apart(),
+                multiprocessing_options=_alone(),
             ),
         )
 
@@ -76,9 +73,16 @@ class TrainingStore:
         """Save `state` (host arrays); returns before all is on disk, an older one stays until then."""
         if step not in self._manager.all_steps():
             with _saving(self.folder):
+                self._wait_for_copy()
                 self._manager.save(
                     step, args=ocp.args.StandardSave(_to_dict(state)), custom_metadata=_note(self.folder)
                 )
+                if self._copy:
+                    self._copy.begin(self._manager.wait_until_finished)
+
+    def _wait_for_copy(self) -> None:
+        if self._copy:
+            self._copy.wait()
 
     def restore(self, template: PyTree) -> PyTree | None:
         """Load the newest state, in the form of `template`; None if there is none.
@@ -93,41 +97,42 @@ class TrainingStore:
         """
         unreadable = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            folder = self.folder / str(step)
+            folder = self._local / str(step)
             try:
                 saved = self._manager.restore(step, args=ocp.args.StandardRestore(_like(template)))
             except Exception as error:  # whatever orbax makes of bytes that it does not know
-                _compare_readable(folder / 'default', template)
-                unreadable[folder] = str(error).splitlines()[0]
+                _compare_readable(folder / 'default', template, self.folder / str(step) / 'default')
+                unreadable[step] = str(error).splitlines()[0]
                 continue
             self._put_aside(unreadable)
-            return _fit(saved, template, folder)
-        damaged = sorted(path.name for path in self.folder.glob('damaged_*'))
+            return _fit(saved, template, self.folder / str(step))
+        damaged = [name for name in files.names(self.folder) if name.startswith('damaged_')]
         if unreadable or damaged:
             cause = next(iter(unreadable.values()), 'they were put aside before')
             raise ValueError(
                 f'no checkpoint in {self.folder} can be read: '
-                f'{", ".join([path.name for path in unreadable] + damaged)} ({cause}). If that may pass, '
+                f'{", ".join([*map(str, unreadable), *damaged])} ({cause}). If that may pass, '
                 'try again. Otherwise restore the folder, or delete it: the same command then starts this '
                 'training again, with the same batches and the same noise'
             )
         return None
 
-    def _put_aside(self, unreadable: dict[Path, str]) -> None:
-        """Rename checkpoints, folder → cause, so that nobody takes them for the newest."""
-        for folder, cause in unreadable.items():
-            aside = folder.with_name(f'damaged_{folder.name}')
-            _logger.warning(
-                'The checkpoint %s cannot be read (%s); it is kept as %s', folder, cause, aside.name
-            )
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+    def _put_aside(self, unreadable: dict[int, str]) -> None:
+        """Rename checkpoints, step → cause, so that nobody takes them for the newest."""
+        for step, cause in unreadable.items():
+            folder, aside = self.folder / str(step), f'damaged_{step}'
+            _logger.warning('The checkpoint %s cannot be read (%s); it is kept as %s', folder, cause, aside)
+            if self._copy:
+                files.move_folder(folder, self.folder / aside)
+            shutil.rmtree(self._local / aside, ignore_errors=True)
+            (self._local / str(step)).rename(self._local / aside)
         if unreadable:
             self._manager.reload()
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint; waits for one that is being written."""
         self._manager.wait_until_finished()
+        self._wait_for_copy()
         return self._manager.latest_step()
 
     def __enter__(self) -> 'TrainingStore':
@@ -138,9 +143,55 @@ class TrainingStore:
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        with _saving(self.folder):
+        with self._stack, _saving(self.folder):
             self._manager.wait_until_finished()
+            self._wait_for_copy()
             self._manager.close()
+
+
+class _Copy:
+    """The checkpoints of a training in an object store, and their copy on this machine, in `local`."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+        """Fetch the checkpoints that are whole; `stack` deletes the copy and ends the thread."""
+        self._folder = folder
+        self.local = stack.enter_context(files.local_folder())
+        for name in self._steps(folder):
+            files.fetch_folder(folder / name, self.local / name)
+        self._thread = stack.enter_context(futures.ThreadPoolExecutor(1))
+        self._running = None
+
+    def begin(self, wait_for_orbax) -> None:
+        """Copy to the store what orbax has written when it is done, and delete there what it deleted."""
+        self._running = self._thread.submit(self._follow, wait_for_orbax)
+
+    def wait(self) -> None:
+        """Wait until the copy is in the store; raises what went wrong."""
+        running, self._running = self._running, None
+        if running:
+            running.result()
+
+    def _follow(self, wait_for_orbax) -> None:
+        wait_for_orbax()
+        here, there = self._steps(self.local), self._steps(self._folder)
+        for name in sorted(here - there, key=int):
+            files.put_folder(self.local / name, self._folder / name)
+        for name in there - here:
+            files.remove_folder(self._folder / name)
+
+    @staticmethod
+    def _steps(folder: Path) -> set[str]:
+        return {name for name in files.names(folder) if name.isdigit()}
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Tell orbax to wait for no other process."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f'process_{own}'
+    )
 
 
 def save_model(folder: Path, model: PyTree, *, scratch: Path | None = None) -> None:
@@ -151,12 +202,17 @@ def save_model(folder: Path, model: PyTree, *, scratch: Path | None = None) -> N
         model: what is saved.
         scratch: a folder for what is not complete; None: that of `folder`.
     """
-    folder = Path(folder)
-    unfinished = (scratch or folder.parent).absolute() / f'{folder.name}.orbax-checkpoint-tmp'
+    folder = files.path(folder)
     # One file for each array. The other format, OCDBT, holds times, compressed, and names files at random.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=_apart())
-    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=_apart())
-    with _saving(folder), _without_warning('OCDBT'), checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=_alone())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_saving(folder))
+        stack.enter_context(_without_warning('OCDBT'))
+        place = scratch or folder.parent
+        if files.is_in_store(place):
+            place = stack.enter_context(files.local_folder())
+        unfinished = Path(place).absolute() / f'{folder.name}.orbax-checkpoint-tmp'
+        checkpointer = stack.enter_context(ocp.Checkpointer(handler, multiprocessing_options=_alone()))
         checkpointer.save(unfinished, ocp.args.PyTreeSave(_to_dict(model)), force=True)
         _edit_metadata(unfinished, custom_metadata=_note(folder))
         files.move_folder(unfinished, folder)
@@ -191,9 +247,9 @@ def _edit_metadata(folder: Path, **more: Any) -> None:
 
 def latest_training(folder: Path) -> tuple[int, Path] | None:
     """Step and folder of the newest checkpoint of the `TrainingStore` in `folder`."""
-    steps = [path for path in Path(folder).glob('*') if path.name.isdigit()]
-    newest = max(steps, key=lambda path: int(path.name), default=None)
-    return newest and (int(newest.name), newest / 'default')
+    folder = files.path(folder)
+    newest = max((int(name) for name in files.names(folder) if name.isdigit()), default=None)
+    return None if newest is None else (newest, folder / str(newest) / 'default')
 
 
 def check_params(folder: Path, params: PyTree) -> None:
@@ -202,7 +258,8 @@ def check_params(folder: Path, params: PyTree) -> None:
     Reads shapes alone, of a model or of a training. One whose shapes cannot be read is passed over:
     whoever needs its values says what is wrong.
     """
-    saved = _saved_shapes(folder)
+    with files.local_copy(files.path(folder)) as local:
+        saved = _saved_shapes(local)
     if saved is not None:
         found = saved.get('params') if isinstance(saved, dict) else None
         _compare(_shapes(found), _shapes(_to_dict(params)), folder)
@@ -210,18 +267,18 @@ def check_params(folder: Path, params: PyTree) -> None:
 
 def _saved_shapes(folder: Path) -> PyTree | None:
     """Return the shapes in a checkpoint; None if they cannot be read."""
-    with ocp.StandardCheckpointer(multiprocessing_options=_apart()) as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         try:
             return checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
         except Exception:  # whatever orbax makes of bytes that it does not know
             return None
 
 
-def _compare_readable(folder: Path, template: PyTree) -> None:
-    """Raise if the checkpoint is another network's, as far as it can be read."""
+def _compare_readable(folder: Path, template: PyTree, where: Path) -> None:
+    """Raise if the checkpoint is another network's, as far as it can be read; users know it as `where`."""
     saved = _saved_shapes(folder)
     if saved is not None:
-        _compare(_shapes(saved), _shapes(_to_dict(template)), folder)
+        _compare(_shapes(saved), _shapes(_to_dict(template)), where)
 
 
 def load_model(folder: Path, template: PyTree) -> PyTree:
@@ -231,13 +288,15 @@ def load_model(folder: Path, template: PyTree) -> PyTree:
         FileNotFoundError: nothing is there.
         ValueError: the checkpoint belongs to another network, or cannot be read.
     """
-    folder = Path(folder).absolute()
-    if not folder.is_dir():
+    folder = files.path(folder)
+    if not files.is_whole(folder) or not folder.is_dir():
         raise FileNotFoundError(f'no model checkpoint in {folder}')
-    _compare_readable(folder, template)
-    with ocp.StandardCheckpointer(multiprocessing_options=_apart()) as checkpointer:
+    with contextlib.ExitStack() as stack:
+        local = stack.enter_context(files.local_copy(folder))
+        _compare_readable(local, template, folder)
+        checkpointer = stack.enter_context(ocp.StandardCheckpointer(multiprocessing_options=_alone()))
         try:
-            saved = checkpointer.restore(folder, _like(template))
+            saved = checkpointer.restore(Path(local).absolute(), _like(template))
         except Exception as error:  # whatever orbax makes of bytes that it does not know
             raise ValueError(
                 f'the checkpoint {folder} cannot be read ({str(error).splitlines()[0]}). Restore it; or '

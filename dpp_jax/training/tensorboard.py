@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dpp_jax import files
 
+_EVERY = 60.0  # seconds between two copies to an object store, which takes whole files
+
 
 @contextlib.contextmanager
 def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
@@ -22,11 +24,17 @@ def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
     tf.config.set_visible_devices([], 'GPU')
     from clu import metric_writers
 
-    summaries = metric_writers.SummaryWriter(str(folder))
-    note = files.note_of(folder)
-    if note:
-        summaries.write_texts(0, {'note': note})
-    try:
-        yield summaries.write_scalars
-    finally:
-        summaries.close()
+    with files.following(folder, _EVERY) as (local, follow):
+        summaries = metric_writers.SummaryWriter(str(local))
+
+        def write(step: int, values: dict[str, float]) -> None:
+            summaries.write_scalars(step, values)
+            follow(summaries.flush)
+
+        note = files.note_of(folder)
+        if note:
+            summaries.write_texts(0, {'note': note})
+        try:
+            yield write
+        finally:
+            summaries.close()

@@ -117,6 +117,17 @@ def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path):
         pass
 
 
+def test_a_second_process_is_refused_in_a_store_too(store):
+    with WorkDir(store).opened():
+        with pytest.raises(
+            PermissionError, match='--workdir=.* is in use by another process: process .* on '
+        ):
+            with WorkDir(store).opened():
+                pass
+    with WorkDir(store).opened():
+        pass
+
+
 def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
     workdir = WorkDir(tmp_path)
     with workdir.opened():

@@ -183,10 +183,10 @@ def batch(config: ConfigDict) -> step_time.Batch:
     return step_time.Batch(units=counted.size, probability=q)
 
 
-def settled_sizes(config: ConfigDict, run_model: Model, path: Path, noised_images: int) -> sizes_lib.Sizes:
-    """Choose what is in work at once, as set or for good for this folder and device, see `sizes.settle`."""
+def settled_images(config: ConfigDict, run_model: Model, path: Path, noised_images: int) -> int:
+    """Choose how many noised images are in work at once, as set or for good, see `sizes.settle`."""
     settings = config.finetune
-    images = config.loop.images_at_once or sizes_lib.settle(
+    return config.loop.images_at_once or sizes_lib.settle(
         path,
         run_model,
         noised_images,
@@ -194,7 +194,6 @@ def settled_sizes(config: ConfigDict, run_model: Model, path: Path, noised_image
         microbatch=settings.microbatch,
         label_dropout=settings.label_dropout,
     )
-    return sizes(config, run_model, images)
 
 
 def augmentation(config: ConfigDict) -> Callable:

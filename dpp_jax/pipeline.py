@@ -132,6 +132,7 @@ class Run:
                 sizes = self._sizes  # settled before anything is spent
                 if 'finetune' in todo:
                     sizes.check_devices()
+                hosts.agree('sizes', dataclasses.asdict(sizes))  # processes run the same programs
             hosts.agree('plans', self.plan.figures())
         preemption.wait_for_steps()
         for stage in todo:
@@ -224,12 +225,11 @@ class Run:
     def _sizes(self) -> Sizes:
         """What is in work at once, settled for all trainings that are to come."""
         left = self.plan.noised_images(stage for stage in STAGES if not self.done[stage])
-        settle = functools.partial(build.settled_sizes, self.config, self.model, self.workdir.sizes)
-        if hosts.count() == 1:
-            return settle(left)
+        settle = functools.partial(build.settled_images, self.config, self.model, self.workdir.sizes)
 
         def settle_here():
             with devices.limited_to(jax.local_device_count()):
-                return dataclasses.asdict(settle(left // hosts.count()))
+                return settle(left // hosts.count())
 
-        return Sizes(**hosts.from_first(settle_here))  # processes run the same programs
+        images = settle(left) if hosts.count() == 1 else hosts.from_first(settle_here)
+        return build.sizes(self.config, self.model, images)

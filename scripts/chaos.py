@@ -157,9 +157,9 @@ def wrong_end(process: Process, number: int, victim: int, seconds: float) -> lis
     return [f'{what} after signal {number} to process {victim}:\n{process.output(0)}' for what in wrong]
 
 
-def run_to_the_end(workdir: Path, settings: dict, environment: dict[str, str]) -> None:
+def run_to_the_end(workdir: Path, settings: dict, environment: dict[str, str], processes: int = 1) -> None:
     """Run the program without disturbing it; raises if it fails."""
-    process = Process(workdir, settings, environment)
+    process = Process(workdir, settings, environment, processes)
     code = process.end()
     if code:
         raise RuntimeError(f'the program ended with {code}:\n{process.output()}')
@@ -307,9 +307,55 @@ def killed_without_keys(
     return deaths, wrong_keys(root, seen) + differences(final_state(root), final_state(again))
 
 
+def disturbed_together(
+    root: Path,
+    reference: Path,
+    chance: random.Random,
+    environment: dict[str, str],
+    processes: int,
+    left: Counter,
+) -> tuple[Counter, list[str]]:
+    """A run of several processes with the keys of `reference`, of which one after the other gets a signal.
+
+    Args:
+        root, reference, chance, environment: as of `killed_with_keys`.
+        processes: how many.
+        left: signal → how many are still to be sent; counted down.
+
+    Returns:
+        stage and signal → how often, and what is wrong.
+    """
+    give_keys(reference, root)
+    disturbed: Counter = Counter()
+    wrong: list[str] = []
+    for stage, longest in [(stage, longest) for stage in STAGES[:5] for longest in (0.5, 5.0)]:
+        if not left.total():
+            break
+        process = Process(root, SETTINGS, environment, processes)
+        while process.running() and not process.met(stage):
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, longest))
+        stopped_in = process.stage()
+        if stopped_in is None:  # it ended by itself
+            if code := process.end():
+                raise RuntimeError(f'the program ended with {code}:\n{process.output()}')
+            break
+        number, victim = chance.choice(list(left.elements())), chance.randrange(processes)
+        start = time.monotonic()
+        process.end(number, victim)
+        wrong += wrong_end(process, number, victim, time.monotonic() - start)
+        left[number] -= 1
+        disturbed[f'{signal.Signals(number).name} in {stopped_in}, process {victim}'] += 1
+    run_to_the_end(root, SETTINGS, environment, processes)
+    wrong += wrong_keys(root, [keys_of(reference)])
+    return disturbed, wrong + differences(final_state(root), final_state(reference))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--kills', type=int, default=50, help='at least so many')
+    parser.add_argument('--processes', type=int, default=1, help='of each run')
+    parser.add_argument('--stops', type=int, default=10, help='SIGTERMs, with --processes')
     parser.add_argument('--workdir', type=Path, default=Path('runs/chaos'), help='must be empty')
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     parser.add_argument('--json', type=Path, help='write the result to this file')
@@ -320,15 +366,21 @@ def main() -> None:
     environment = {'JAX_PLATFORMS': 'cpu'}
     reference = arguments.workdir.absolute() / 'left_alone'
     start = time.monotonic()
-    run_to_the_end(reference, SETTINGS, environment)
+    run_to_the_end(reference, SETTINGS, environment, arguments.processes)
     print(f'A run left alone took {time.monotonic() - start:.0f} s.', flush=True)
     deaths: Counter = Counter()
     wrong: list[str] = []
     runs = 0
-    while deaths.total() < arguments.kills or runs < 2:  # both kinds
+    left = Counter({signal.SIGKILL: arguments.kills, signal.SIGTERM: arguments.stops})
+    together = arguments.processes > 1
+    while left.total() if together else deaths.total() < arguments.kills or runs < 2:  # both kinds
         runs += 1
         workdir = arguments.workdir.absolute() / f'killed_{runs}'
-        if runs % 2:
+        if together:
+            died, found = disturbed_together(
+                workdir, reference, chance, environment, arguments.processes, left
+            )
+        elif runs % 2:
             died, found = killed_without_keys(workdir, chance, environment)
         else:
             died, found = killed_with_keys(workdir, reference, chance, environment)
@@ -342,7 +394,8 @@ def main() -> None:
     result = {
         'kills': deaths.total(),
         'runs': runs,
-        'without_keys': (runs + 1) // 2,
+        'processes': arguments.processes,
+        'without_keys': 0 if together else (runs + 1) // 2,
         'by_stage': dict(deaths),
         'wrong': wrong,
     }

@@ -111,7 +111,7 @@ def introduce() -> None:
             flush=True,
         )
         if not is_first():
-            sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115: as long as the process
+            sys.stdout = open(os.devnull, 'w', encoding='utf-8')
 
 
 def _initialize(how: Asked, timeout: float) -> None:
@@ -126,6 +126,7 @@ def _initialize(how: Asked, timeout: float) -> None:
         'initialization_timeout': _START_SECONDS,
         'heartbeat_timeout_seconds': int(3 * timeout) + 60,  # `watch` comes first
     }
+    _use_all_gpus_of_a_node()
     if how.how == 'explicit':
         host = how.coordinator.rpartition(':')[0]
         is_local = host in ('localhost', '127.0.0.1')
@@ -145,6 +146,14 @@ def _initialize(how: Asked, timeout: float) -> None:
             f'the processes of this run did not find each other within {_START_SECONDS} s ({told}). Start '
             'the same command on every host, and let the port of the coordinator through the firewall'
         ) from error
+
+
+def _use_all_gpus_of_a_node() -> None:
+    """Let the only task of a Slurm node have all its GPUs; JAX would give it one of them."""
+    tasks = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '')  # as '1(x4)'
+    gpus = os.environ.get('SLURM_GPUS_ON_NODE', '')
+    if tasks.partition('(')[0] == '1' and gpus.isdigit():
+        os.environ.setdefault('JAX_LOCAL_DEVICE_IDS', ','.join(map(str, range(int(gpus)))))
 
 
 def index() -> int:

@@ -48,13 +48,16 @@ def main() -> int:
     return max(abs(status) for status in statuses)
 
 
-def start(arguments: list[str], processes: int, devices: int | None, **options) -> list[subprocess.Popen]:
+def start(
+    arguments: list[str], processes: int, devices: int | None, folders: list | None = None, **options
+) -> list[subprocess.Popen]:
     """Start dpp-jax so many times, as one run, with output in a pipe each.
 
     Args:
         arguments: of dpp-jax.
         processes: how many.
         devices: simulated CPU devices of each; None: as the program chooses.
+        folders: that each works in; None: in this one.
         options: of `subprocess.Popen`.
     """
     port = _free_port()
@@ -66,9 +69,10 @@ def start(arguments: list[str], processes: int, devices: int | None, **options) 
     command = [sys.executable, '-m', 'dpp_jax.main', *arguments]
     options = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'stdin': subprocess.DEVNULL} | options
     others = lambda number: [f'--distributed=127.0.0.1:{port},{processes},{number}'] if processes > 1 else []
+    places = folders or [options.pop('cwd', None)] * processes
     return [
-        subprocess.Popen([*command, *others(number)], env=environment, **options)
-        for number in range(processes)
+        subprocess.Popen([*command, *others(number)], env=environment, cwd=folder, **options)
+        for number, folder in enumerate(places)
     ]
 
 

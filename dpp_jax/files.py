@@ -8,6 +8,7 @@ a run from a seed says that it is not private (`noted`).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -35,6 +36,7 @@ fetch_folder = object_store.get_folder
 # What NumPy and zipfile raise for files that lost their end, or have zeros where data was.
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 _UNFINISHED = object_store.UNFINISHED
+_LOCAL, _LOCAL_LOCK = 'dpp_jax_copy_', 'lock'  # how names of local copies begin, and what each is held by
 _NOT_PRIVATE = 'NOT PRIVATE'  # how notes begin
 _notes: dict[Path, str] = {}  # folder → note that all files in it carry
 _timeless: dict[Path, Path] = {}  # folder → file whose time all in it has
@@ -182,9 +184,29 @@ def names(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def local_folder() -> Iterator[Path]:
-    """Yield an empty folder of this machine, closed to others, that is deleted at the end."""
-    with tempfile.TemporaryDirectory(prefix='dpp_jax_') as folder:
-        yield Path(folder)
+    """Yield an empty folder of this machine, closed to others, that is deleted at the end.
+
+    What goes there may be private, so that of a killed process is deleted by the next one of this machine.
+    """
+    _remove_local_folders_of_killed()
+    with (
+        tempfile.TemporaryDirectory(prefix=_LOCAL, ignore_cleanup_errors=True) as folder,
+        locked(Path(folder) / _LOCAL_LOCK),
+    ):
+        inner = Path(folder) / 'files'
+        inner.mkdir()
+        yield inner
+
+
+@functools.cache  # once
+def _remove_local_folders_of_killed() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f'{_LOCAL}*'):
+        lock = folder / _LOCAL_LOCK
+        # Other users' folders raise an error of permission; that of a living process is locked.
+        with contextlib.suppress(OSError, filelock.Timeout):
+            if lock.exists():
+                with locked(lock):
+                    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

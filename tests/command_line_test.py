@@ -156,3 +156,16 @@ def test_bytes_that_are_no_text_are_refused(parse, place):
     found = line(parse, *GOOD, place.format('\udcc3'))
     assert 'which this locale asks for; set PYTHONUTF8=1' in found
     found.encode()
+
+
+@pytest.mark.parametrize(
+    ('argument', 'text'),
+    [
+        ('--workdir=ftp://a/b', '--workdir is ftp://a/b; it must be a folder of this machine, or begin with'),
+        ('--private=', '--private is empty; it must name a folder'),
+        ('--private=http://a', '--private is http://a; it must be a folder of this machine, or begin with'),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_told_with_what_is_allowed(parse, argument, text):
+    assert text in line(parse, '--config=digits_8:3', '--workdir=run', argument)
+    parse('--config=digits_8:3', '--workdir=gs://bucket/run', '--private=~/private')

@@ -171,6 +171,39 @@ def test_a_lock_is_held_by_one_process_and_free_when_that_is_killed(tmp_path):
         pass
 
 
+COPY = """
+import sys, time
+from dpp_jax import files
+with files.local_folder() as folder:
+    (folder / 'private').touch()
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_local_copy_of_a_killed_process_is_deleted_and_that_of_a_living_one_is_not():
+    command = [sys.executable, '-c', COPY]
+    found, processes = [], []
+    for _ in range(2):
+        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        found.append(Path(processes[-1].stdout.readline().strip()))
+    killed, living = processes
+    killed.kill()
+    killed.wait()
+    assert all((folder / 'private').exists() for folder in found)
+    assert stat.S_IMODE(found[0].parent.stat().st_mode) == 0o700
+    files._remove_local_folders_of_killed.cache_clear()
+    with files.local_folder() as own:
+        assert own.exists() and not found[0].parent.exists() and (found[1] / 'private').exists()
+    assert not own.parent.exists()
+    for process in processes:
+        process.kill()
+        process.communicate()
+    files._remove_local_folders_of_killed.cache_clear()
+    with files.local_folder():
+        assert not found[1].parent.exists()
+
+
 FORM = {
     'name': str,
     'sizes': [int],

@@ -234,7 +234,7 @@ import jax
 from dpp_jax import main
 from dpp_jax import pipeline
 
-def run(*arguments):
+def run(*arguments, **named):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes')
 
 pipeline.run = run

@@ -116,15 +116,15 @@ def start_jax() -> None:
         devices.one_per_core()
         devices.in_32_bits()
         devices.keep_compiled_programs()
-        if STAGE.value != 'compose':
-            asked = hosts.asked(DISTRIBUTED.value)
-            hosts.join(asked, hosts=HOSTS.value, timeout=HOST_TIMEOUT.value)
+        if STAGE.value == 'compose':  # reads ledgers
+            return
+        hosts.join(hosts.asked(DISTRIBUTED.value), hosts=HOSTS.value, timeout=HOST_TIMEOUT.value)
         devices.local()
         hosts.introduce()
         devices.connect()
-    except hosts.NotTogether:
-        raise
     except (AssertionError, RuntimeError, ValueError) as error:
+        if type(error).__name__ == 'NotTogether':
+            raise
         told = ' '.join(str(error).split()) or 'there is no such device'
         raise ValueError(
             f'JAX cannot start with {asked or "the devices of this machine"} ({told}). Change that; '

@@ -48,7 +48,8 @@ ASSUMPTIONS = (
     'Poisson samples are drawn by Philox from a secret 128-bit key: the size of a batch first, from its '
     'binomial distribution, and then so many images (or groups, where that is the unit); in a run that an '
     'earlier version began, by one independent 53-bit uniform number for each',
-    'the keys in private/ stay secret, during the run and after it',
+    'the keys in private/ stay secret, during the run and after it, and so does what the hosts of a run send '
+    'each other',
     'the keys serve one run only: nobody continues a copy of private/ elsewhere, and nobody makes a '
     'deleted release again on other devices or with other versions',
     'the adversary does not see how long a run took, or whether it ended',

@@ -104,14 +104,13 @@ def join(how: Asked, *, hosts: int | None = None, timeout: float = TIMEOUT_SECON
 
 def introduce() -> None:
     """Print who this process is; say nothing more on the standard output unless it is process 0."""
-    if count() > 1:
-        print(
-            f'process {index()} of {count()}, {jax.local_device_count()} of {jax.device_count()} devices, '
-            f'{platform.node()}',
-            flush=True,
-        )
-        if not is_first():
-            sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+    print(
+        f'process {index()} of {count()}, {jax.local_device_count()} of {jax.device_count()} devices, '
+        f'{platform.node()}',
+        flush=True,
+    )
+    if not is_first():
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
 
 
 def _initialize(how: Asked, timeout: float) -> None:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax import build, files, gate, planning, settings
-from dpp_jax.data import rows
+from dpp_jax.data import rows, sources
 from dpp_jax.data.images import Images
 from dpp_jax.gate import STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
@@ -93,6 +93,10 @@ class Run:
     def train(self) -> Images:
         """The private images that this process has."""
         share = rows.Share(index=hosts.index(), count=hosts.count()) if hosts.count() > 1 else None
+        if share:
+            # Alone: tensorflow-datasets may have to prepare it.
+            data = self.config.data
+            hosts.at_first(lambda: sources.shape(data.source, 'train', data_dir=data.dir))
         found = build.images(self.config, 'train', rows=share)
         gather = functools.partial(hosts.meet, 'the fingerprint', limit=hosts.COMPILING_SECONDS)
         self.workdir.check_fingerprint('train', found, gather=gather, at_first=hosts.from_first)

@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 
 from dpp_jax import build, gate, settings
 from dpp_jax.data.sources import SourceInfo
+from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.stages import evaluate, plan
-from dpp_jax.training import devices
+from dpp_jax.training import devices, hosts
 
 _PATIENCE = 10.0  # seconds, for a source: a network or a disk may not answer
 
@@ -45,24 +46,26 @@ def run(config: ConfigDict, root: str | Path, private: str | Path | None = None)
             lambda: gate.read(config, workdir, model, images, read_only=True, changed=changed or ()),
         )
         if found is not None:
-            sizes = build.sizes(config, model)
-            if not found.done['finetune']:
-                _try(problems, sizes.check_devices)
-            _try(
-                problems,
-                lambda: plan.run(
-                    config,
-                    workdir,
-                    plan=found.plan,
-                    todo=[name for name in gate.STAGES if not found.done[name]],
-                    model=model,
-                    sizes=sizes,
-                    made=len(found.ledger.entries),
-                    source=_words(config, info),
-                ),
-            )
+            _try(problems, lambda: _plan(config, workdir, model, found, _words(config, info)))
     if problems:
         raise ValueError('\n'.join(problems))
+
+
+def _plan(config: ConfigDict, workdir: WorkDir, model: Model, found: gate.Gate, source: str) -> None:
+    """Print the plan; a ValueError says why these devices cannot follow it."""
+    sizes = build.sizes(config, model)
+    if not found.done['finetune']:
+        sizes.check_devices()
+    plan.run(
+        config,
+        workdir,
+        plan=found.plan,
+        todo=[name for name in gate.STAGES if not found.done[name]],
+        model=model,
+        sizes=sizes,
+        made=len(found.ledger.entries),
+        source=source,
+    )
 
 
 def _try(problems: list[str], look: Callable[[], Any]) -> Any:
@@ -91,7 +94,7 @@ def _ask_source(config: ConfigDict) -> tuple[SourceInfo | None, list[str]]:
 
 def _answer(config: ConfigDict) -> tuple[SourceInfo | None, list[str]]:
     try:
-        return build.source_problems(config)
+        return build.source_problems(config, processes=hosts.count())
     except Exception as error:  # a library's own: the user hears of it with the other problems
         return None, [f'config.data.source is {config.data.source!r}: {type(error).__name__}: {error}']
 

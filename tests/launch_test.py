@@ -450,8 +450,14 @@ def test_a_run_in_the_background_is_followed_stopped_and_started_again(tmp_path)
 
 def test_the_jobset_starts_a_valid_command_in_a_pod_for_each_host(tmp_path):
     jobset = yaml.safe_load((SCRIPTS / 'gke_jobset.yaml').read_text(encoding='utf-8'))
-    assert jobset['kind'] == 'JobSet' and jobset['spec']['failurePolicy']['maxRestarts'] > 0
+    policy = jobset['spec']['failurePolicy']
+    assert jobset['kind'] == 'JobSet' and policy['maxRestarts'] > 0
     (job,) = (found['template']['spec'] for found in jobset['spec']['replicatedJobs'])
+    # An error that would come again ends all: 1 does, "to be continued" does not.
+    (rule,) = job['podFailurePolicy']['rules']
+    assert rule['action'] == 'FailJob' and rule['onExitCodes']['operator'] == 'NotIn'
+    assert 75 in rule['onExitCodes']['values'] and 1 not in rule['onExitCodes']['values']
+    assert policy['rules'][0]['onJobFailureReasons'] == ['PodFailurePolicy']
     assert job['parallelism'] == job['completions'] and job['completionMode'] == 'Indexed'
     assert job['backoffLimit'] == 0 and job['template']['spec']['restartPolicy'] == 'Never'
     (container,) = job['template']['spec']['containers']

@@ -164,7 +164,7 @@ def _blocks(images: np.ndarray | StoredImages) -> Iterator[np.ndarray]:
     if not isinstance(images, StoredImages):
         yield from (images[start : start + at_once] for start in starts)
         return
-    with progress.bar(len(images), 'fingerprint', 'image', compiles=False) as bar:
+    with progress.bar(len(images), 'fingerprint', 'image', compiles=False, meets=False) as bar:
         for start in starts:
             block = images[start : start + at_once]
             yield block

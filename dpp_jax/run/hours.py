@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dpp_jax import files
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
-from dpp_jax.training import devices
+from dpp_jax.training import devices, hosts
 
 # Operations of a noised image's gradient per parameter and pixel: 3.46e9 for the 28x28 network.
 _OPERATIONS = 3.0
@@ -92,7 +92,7 @@ def _read() -> dict[str, float]:
 
 
 def _operations_per_second(model: Model) -> float:
-    """Time a convolution as the network has them, on all devices at once."""
+    """Time a convolution as the network has them, on all devices of this process at once."""
     height, width, _ = model.image_shape
     channels = model.network.width * model.network.multipliers[0]
     images = max(1, 16_384 // (height * width))
@@ -104,11 +104,12 @@ def _operations_per_second(model: Model) -> float:
             x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
         )
 
-    program = devices.parallel(work, in_axes=(0, None))
+    with devices.limited_to(len(devices.local())):  # of several processes, this one measures alone
+        program = devices.parallel(work, in_axes=(0, None))
     jax.block_until_ready(program(x, kernel))
     start, best = time.perf_counter(), float('inf')
     while time.perf_counter() - start < _SECONDS:
         begin = time.perf_counter()
         jax.block_until_ready(program(x, kernel))
         best = min(best, time.perf_counter() - begin)
-    return 2 * 9 * channels**2 * x.size / channels / best
+    return hosts.count() * 2 * 9 * channels**2 * x.size / channels / best

@@ -9,7 +9,9 @@ from dpp_jax.training import hosts, preemption
 _COMPILING = 'compiling …'
 
 
-def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = True) -> 'Bar':
+def bar(
+    total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = True, meets: bool = True
+) -> 'Bar':
     """Make a bar on the terminal; in a log file, a line every half minute instead of a flood.
 
     Its `update` raises `preemption.Interrupted` if the run was asked to stop: no stage can forget it. Of
@@ -23,9 +25,11 @@ def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = 
         initial: steps done before.
         compiles: whether the first step waits for the compiler. The bar says so, and that step does not count
             for the time left.
+        meets: whether all processes take the same steps; else each has as many as it has, and hears of a
+            request to stop where they meet next.
     """
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return Bar(
+    shown = Bar(
         total=total,
         desc=f'{name:<12}',
         unit=unit,
@@ -37,11 +41,14 @@ def bar(total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = 
         postfix=_COMPILING if compiles else None,
         disable=not hosts.is_first(),
     )
+    shown.meets = meets
+    return shown
 
 
 class Bar(tqdm):
     """A bar whose rate is that of the steps after the first one."""
 
+    meets = True
     _first_end = None  # (time, steps done) when the first step ended
 
     def update(self, n: float = 1) -> bool | None:
@@ -52,7 +59,7 @@ class Bar(tqdm):
             shown = None
         else:
             shown = self._end_first(n) if is_first else super().update(n)
-        if not preemption.is_deferred():
+        if not preemption.is_deferred() and (self.meets or hosts.count() == 1):
             hosts.check('the next step', hosts.COMPILING_SECONDS if is_first else None)
         return shown
 

@@ -730,7 +730,8 @@ def test_where_images_lie_is_decided_by_their_size(make_set, monkeypatch):
     monkeypatch.setattr(os, 'sysconf', lambda name: 50)  # memory of 2,500 bytes; the images take 2,952
     assert isinstance(sources.load(**arguments).images, StoredImages)
     assert isinstance(sources.load(**arguments, rows=slice(0, None, 3)).images, np.ndarray)
-    assert isinstance(sources.load(**arguments, average_down=2).images, np.ndarray)
+    # They are read before they are pooled.
+    assert isinstance(sources.load(**arguments, average_down=2).images, StoredImages)
 
 
 def test_a_source_that_cannot_be_read_row_by_row_says_so(npz_set):

@@ -17,7 +17,7 @@ TIMEOUT = 5.0
 PROGRAM = f"""
 import os, sys, time
 from dpp_jax import command_line
-from dpp_jax.training import hosts, preemption
+from dpp_jax.training import hosts, preemption, progress
 import jax, numpy as np
 preemption.leave_at_once()
 number = int(sys.argv[1].rpartition(',')[2])
@@ -42,6 +42,9 @@ ACTS = {
     assert large['a'].dtype == np.float32 and (large['a'] == np.arange(100_000)).all()
     assert hosts.from_first(lambda: hosts.from_first(lambda: hosts.meet('x', 'apart'))) == ['apart']
     assert (hosts.gather(np.array([number, 7])) == [[0, 7], [1, 7]]).all()
+    with progress.bar(9, 'own rows', 'row', meets=False) as bar:  # each has as many as it has
+        for _ in range(3 + 2 * number):
+            bar.update()
     hosts.agree('settings', {'same': 1})
     try:
         hosts.agree('settings', {'same': 1, 'config.seed': number})

@@ -139,7 +139,7 @@ def _stored(found: Source, split: str, average_down: int, in_memory: str) -> Sto
     if in_memory == 'yes' or not found.has_random_access:
         return None
     stored = found.stored(split)
-    is_large = stored.nbytes / max(1, average_down) ** 2 > memory_of_machine() / 2
+    is_large = stored.nbytes > memory_of_machine() / 2  # they are read before they are pooled
     return stored if in_memory == 'no' or is_large else None
 
 

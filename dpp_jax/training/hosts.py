@@ -289,6 +289,7 @@ def wait_for_verdict() -> None:
     """Wait until it is known which process was lost: JAX's own error says only that one is."""
     if _watch:
         time.sleep(_watch.timeout + watch.FAREWELL)
+        _watch.give_way()
 
 
 def _is_alone() -> bool:

@@ -170,6 +170,11 @@ class Watch:
             time.sleep(2 * self._period)
         self._part()
 
+    def give_way(self) -> None:
+        """Wait for the end if another thread has said why this process ends."""
+        if self._end.locked():
+            time.sleep(3600)
+
     def say_stopped(self, line: str, code: int) -> None:
         """As `say_failed`, of a process that is ended by a signal in the middle of a step."""
         self.say_failed(line, code)

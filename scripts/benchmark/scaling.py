@@ -30,19 +30,6 @@ from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
 from scripts.benchmark import timing
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'As for the program.')
-_DEVICES = flags.DEFINE_list('devices', ['1', '2', '4', '8'], 'Numbers of devices to measure; empty: none.')
-_IMAGES = flags.DEFINE_integer('images', 64, 'Images of a step, a multiple of devices and microbatch.')
-_DRAWS = flags.DEFINE_integer('draws', 8, 'Noise draws K in what is measured.')
-_REPEATS = flags.DEFINE_integer('repeats', 7, 'Turns that count, at least 1.')
-_TURN_SECONDS = flags.DEFINE_float('turn_seconds', 0.5, 'How long each step is measured in every turn.')
-_CHIPS = flags.DEFINE_list('chips', ['8', '64', '256', '1024', '4096'], 'Numbers of devices to predict.')
-_RATE = flags.DEFINE_float('rate', 5000.0, 'Assumed noised images per second of a chip.')
-_BACKEND = flags.DEFINE_string('backend', 'tpu', 'Kind of the chips: tpu or gpu.')
-_PER_HOST = flags.DEFINE_integer('per_host', 8, 'Chips of a host.')
-_AT_ONCE = flags.DEFINE_integer('at_once', 512, 'Noised images that a chip takes at once, at most.')
-_JSON = flags.DEFINE_string('json', None, 'File for the figures.')
-
 
 @dataclasses.dataclass
 class Measured:
@@ -53,9 +40,25 @@ class Measured:
     empty: timing.Contender
 
 
+def define_flags() -> None:
+    """Define the flags of the command; not when other programs import the module."""
+    config_flags.DEFINE_config_file('config', None, 'As for the program.')
+    flags.DEFINE_list('devices', ['1', '2', '4', '8'], 'Numbers of devices to measure; empty: none.')
+    flags.DEFINE_integer('images', 64, 'Images of a step, a multiple of devices and microbatch.')
+    flags.DEFINE_integer('draws', 8, 'Noise draws K in what is measured.')
+    flags.DEFINE_integer('repeats', 7, 'Turns that count, at least 1.')
+    flags.DEFINE_float('turn_seconds', 0.5, 'How long each step is measured in every turn.')
+    flags.DEFINE_list('chips', ['8', '64', '256', '1024', '4096'], 'Numbers of devices to predict.')
+    flags.DEFINE_float('rate', 5000.0, 'Assumed noised images per second of a chip.')
+    flags.DEFINE_string('backend', 'tpu', 'Kind of the chips: tpu or gpu.')
+    flags.DEFINE_integer('per_host', 8, 'Chips of a host.')
+    flags.DEFINE_integer('at_once', 512, 'Noised images that a chip takes at once, at most.')
+    flags.DEFINE_string('json', None, 'File for the figures.')
+
+
 def main(argv):
     del argv
-    config, counts = _CONFIG.value, [int(number) for number in _DEVICES.value]
+    config, counts = flags.FLAGS.config, [int(number) for number in flags.FLAGS.devices]
     report = {}
     if counts:
         jax.config.update('jax_num_cpu_devices', max(counts))
@@ -63,23 +66,23 @@ def main(argv):
         report |= measure(
             config,
             counts,
-            images=_IMAGES.value,
-            draws=_DRAWS.value,
-            repeats=_REPEATS.value,
-            turn_seconds=_TURN_SECONDS.value,
+            images=flags.FLAGS.images,
+            draws=flags.FLAGS.draws,
+            repeats=flags.FLAGS.repeats,
+            turn_seconds=flags.FLAGS.turn_seconds,
         )
         print(measured_text(report) + '\n', flush=True)
     report['predicted'] = predictions(
         config,
-        [int(number) for number in _CHIPS.value],
-        rate=_RATE.value,
-        backend=_BACKEND.value,
-        per_host=_PER_HOST.value,
-        at_once=_AT_ONCE.value,
+        [int(number) for number in flags.FLAGS.chips],
+        rate=flags.FLAGS.rate,
+        backend=flags.FLAGS.backend,
+        per_host=flags.FLAGS.per_host,
+        at_once=flags.FLAGS.at_once,
     )
     print(predicted_text(report['predicted']))
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
+    if flags.FLAGS.json:
+        Path(flags.FLAGS.json).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
 
 
 def measure(
@@ -243,5 +246,6 @@ def predicted_text(rows: list[dict]) -> str:
 
 
 if __name__ == '__main__':
+    define_flags()
     flags.mark_flag_as_required('config')
     app.run(main)

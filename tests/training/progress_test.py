@@ -15,7 +15,7 @@ def clock(monkeypatch):
         now = 0.0
 
     monkeypatch.setattr(
-        progress._Bar, '_time', property(lambda _: lambda: Clock.now, lambda *_: None), raising=False
+        progress.Bar, '_time', property(lambda _: lambda: Clock.now, lambda *_: None), raising=False
     )
     return Clock
 

@@ -150,8 +150,8 @@ def test_of_two_that_start_at_once_one_works(path, monkeypatch):
 
 def test_of_two_one_works_also_if_the_other_is_slow_between_look_and_write(path, monkeypatch):
     """The quick one has settled by then: it must find out before the slow one begins."""
-    monkeypatch.setattr(lease, '_QUICK', 0.1)
-    monkeypatch.setattr(lease, '_LOOK_AGAIN', 1.0)
+    for name, seconds in (('_QUICK', 0.1), ('EVERY', 0.5), ('_LOOK_AGAIN', 0.5)):
+        monkeypatch.setattr(lease, name, seconds)
     slow, looked, goes_on = lease.Lease(path), threading.Event(), threading.Event()
     write = slow._write
 

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 import re
 import shutil
+import stat
 import struct
 import tempfile
 import time
@@ -29,7 +30,7 @@ import numpy as np
 
 from dpp_jax import lease, object_store
 
-InUse = lease.InUse
+InUse, Lost = lease.InUse, lease.Lost
 path = object_store.path
 is_in_store = object_store.has
 fetch_folder = object_store.get_folder
@@ -44,7 +45,11 @@ _timeless: dict[Path, Path] = {}  # folder → file whose time all in it has
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
-    """Yield a binary file that appears under its name when it is complete, or not at all."""
+    """Yield a binary file that appears under its name when it is complete, or not at all.
+
+    This and all that writes or removes folders raises `Lost` if another process took the work directory over.
+    """
+    lease.check()
     if object_store.has(path):
         kept = io.BytesIO()
         yield kept
@@ -69,9 +74,11 @@ def whole_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty local folder that takes the place of `path` when it is complete, or not at all."""
+    lease.check()
     if object_store.has(path):
         with local_folder() as unfinished, _with_note_of(path, unfinished):
             yield unfinished
+            lease.check()  # again: to fill it may have taken long
             object_store.put_folder(unfinished, path)
         return
     unfinished = path.with_name(_UNFINISHED + path.name)
@@ -80,6 +87,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     yield unfinished  # after an error the remains are removed by the next run
     for each in (*unfinished.rglob('*'), unfinished):
         _set_time(each)
+    lease.check()
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
     _set_times_above(path)
@@ -87,6 +95,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def move_folder(source: Path, path: Path) -> None:
     """Let the folder `source` take the place of `path`, whole or not at all, on any file system."""
+    lease.check()
     if object_store.has(source) or object_store.has(path):
         with local_copy(source) as local:
             put_folder(local, path)
@@ -103,13 +112,18 @@ def absolute(path: Path) -> Path:
 
 
 def make_folder(path: Path, mode: int | None = None) -> bool:
-    """Make a folder, with all above it; return whether it has the mode. An object store knows neither."""
+    """Make a folder, with all above it; return whether it has the mode. An object store knows neither.
+
+    Some mounts ignore a mode, or refuse it.
+    """
     if object_store.has(path):
         return mode is None
     path.mkdir(mode=0o777 if mode is None else mode, parents=True, exist_ok=True)
-    if mode is not None:
+    if mode is None:
+        return True
+    with contextlib.suppress(PermissionError):
         os.chmod(path, mode)
-    return True
+    return stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def check_writable(folder: Path) -> None:
@@ -127,7 +141,7 @@ def store_advice(release: Path, private: Path, is_closed: bool) -> list[str]:
     if not is_closed:
         found.append(
             f'WARNING: {private} cannot be closed to others from here (mode 0700), and who reads it has the '
-            'keys. Give it a bucket of its own that only you and this machine may read. ' + _advice(private)
+            'keys. Give it a place of its own that only you and this machine may read. ' + _advice(private)
         )
     if object_store.has(release):
         found.append(
@@ -138,6 +152,8 @@ def store_advice(release: Path, private: Path, is_closed: bool) -> list[str]:
 
 
 def _advice(private: Path) -> str:
+    if not object_store.has(private):
+        return 'Set on its disk or mount: no access for others. Or keep it elsewhere: --private=<folder>.'
     scheme, _, rest = str(private).partition('://')
     bucket = rest.partition('/')[0]
     if scheme == 'gs':
@@ -160,6 +176,7 @@ def put_folder(source: Path, path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder, if it is there."""
+    lease.check()
     if object_store.has(path):
         object_store.remove_folder(path)
     elif path.exists():
@@ -168,6 +185,7 @@ def remove_folder(path: Path) -> None:
 
 def delete_private(path: Path) -> None:
     """Delete the folder `path`, keys and all, beside which nothing is ours."""
+    lease.check()
     object_store.delete(path) if object_store.has(path) else shutil.rmtree(path)
 
 
@@ -504,7 +522,7 @@ class Log:
         lease.check()
         if self._is_object:
             found = object_store.size(self._path)
-            if found != self.size:
+            if found != self.size and not self._is_put_back():
                 raise OSError(_changed(self._path, found, self.size))
             object_store.write(self._path, bytes(self._known + data))
             self._known += data
@@ -513,6 +531,13 @@ class Log:
                 create(self._path)
             append(self._path, data, self.size)
         self.size += len(data)
+
+    def _is_put_back(self) -> bool:
+        """Whether the object is an older state of this log, and this process alone may write.
+
+        That is what a write of an earlier owner of the lease leaves, if it was on its way all the time.
+        """
+        return lease.is_held() and self._path.exists() and self._known.startswith(self._path.read_bytes())
 
     def truncate(self, size: int) -> None:
         """Cut the file to `size` bytes and wait for the disk."""

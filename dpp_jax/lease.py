@@ -1,12 +1,13 @@
 """A lease in place of a lock, where a file system has none: one process at a time works in a folder.
 
 The lease is an object that its owner writes again and again. Whoever finds one that does not change any more
-takes it over. No clock of one machine is compared with that of another: a reader watches the owner's counter,
-or asks the store alone how old the object is.
+takes it over. No clock of one machine decides alone: a reader asks the store how old the object is, and
+always watches the owner's counter for longer than a beat: a mounted bucket may tell times of the writers.
 
 A lease cannot be as strict as a lock: a process that stood still may write once more before it looks. So an
-owner looks before each line of the ledger (`check`); and two processes of a run that both hold its keys draw
-the same batches and the same noise.
+owner looks before each line of the ledger, and before what it writes or removes (`check`); and two processes
+of a run that both hold its keys draw the same batches and the same noise. A write that was on its way all the
+time may put back an older ledger: the owner writes its longer one again (`files.Log`).
 """
 
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from dpp_jax import object_store
 EVERY = 30.0  # seconds between two beats
 DEAD_AFTER = 300.0  # seconds without a beat
 _SETTLE = 2.0  # seconds, until of two that start at once both see who wrote last
+_QUICK = 2.0  # seconds from a look to the end of a write, at most `_SETTLE`: who is slower waits longer
 _LOOK_AGAIN = 5.0  # seconds for which a look at the lease is good
 _SIZE = 512  # bytes, always: a store that remembers an old size reads no part
 _FORM = {'owner': str, 'host': str, 'pid': int, 'process': str, 'beat': int, 'dead_after': float}
@@ -58,9 +60,14 @@ def held(path: Path) -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise `Lost` unless this process still holds the leases. Before each line of the ledger."""
+    """Raise `Lost` unless this process still holds its leases. Before each line of the ledger; quick."""
     for lease in _held:
         lease.check()
+
+
+def is_held() -> bool:
+    """Whether this process holds a lease, and all that it holds are its own as of now."""
+    return bool(_held) and all(lease.is_own() for lease in _held)
 
 
 class Lease:
@@ -72,6 +79,7 @@ class Lease:
         self._beat = 0
         self._lost = ''
         self._confirmed = _now()  # when this process last saw that the lease is its own
+        self._looked = _now()  # when it last began to read what is there
         self._lock = threading.Lock()  # of beats and looks of this process
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
@@ -82,7 +90,9 @@ class Lease:
         if found:
             self._wait_for_the_dead(found)
         self._write()
-        time.sleep(_SETTLE)
+        # Whoever wrote in between has settled by now, and looks again at its next beat at the latest.
+        is_quick = _now() - self._looked <= _QUICK
+        time.sleep(_SETTLE if is_quick else EVERY + _LOOK_AGAIN)
         found = self._read()
         if found is None or found['owner'] != self._owner:
             raise InUse(f'another process began at the same time ({_words(found)}). Let one of them work')
@@ -99,6 +109,11 @@ class Lease:
                 f'{self._lost}. This process stops: only one may work in a folder. What it released is in '
                 'the ledger; run the same command when the other one has ended'
             )
+
+    def is_own(self) -> bool:
+        """Whether the store says, now, that the lease is this process's own."""
+        with self._lock:
+            return not self._lost and self._look()
 
     def give_back(self) -> None:
         """End the renewal and remove the lease, if it is still this process's own."""
@@ -143,13 +158,13 @@ class Lease:
         )
         if _is_here(found):  # and not killed
             raise InUse(alive.format(_ago(age)))
-        left = found['dead_after'] - (age or 0.0)
-        if left > 0:
-            print(
-                f'{self.path} belongs to {_words(found)}, renewed {_ago(age)}. Looking for up to '
-                f'{left:.0f} s whether that process is alive',
-                flush=True,
-            )
+        # A beat is always waited for: by another machine's clock a living owner may look old.
+        left = max(1.5 * EVERY, found['dead_after'] - (age or 0.0))
+        print(
+            f'{self.path} belongs to {_words(found)}, renewed {_ago(age)}. Looking for up to '
+            f'{left:.0f} s whether that process is alive',
+            flush=True,
+        )
         until = _now() + left
         while _now() < until:
             time.sleep(min(_LOOK_AGAIN, max(0.0, until - _now())))
@@ -160,7 +175,7 @@ class Lease:
                 raise InUse(alive.format('just now'))
 
     def _age(self) -> float | None:
-        """Return how old the lease is, in seconds, by the clock of the store alone; None if that has none."""
+        """Return how old the lease is, in seconds, by the store's times; None if it tells none."""
         probe = self.path.with_name(f'{object_store.UNFINISHED}{self._owner}')
         object_store.write(probe, b'Asks for the time of the store.\n')
         try:
@@ -173,6 +188,7 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         """Return what the lease says; None if nobody holds it, or what is there is no lease."""
+        self._looked = _now()
         for again in (True, True, False):
             try:
                 found = json.loads(self.path.read_bytes())
@@ -208,7 +224,7 @@ def _ago(age: float | None) -> str:
 
 
 def _time(path: Path) -> float:
-    """Return when an object was written, in seconds, by the store's clock; 0 if it does not say."""
+    """Return when an object was written, in seconds, as the store tells; 0 if it does not."""
     found = path.stat()
     return float(getattr(found, 'mtime', None) or getattr(found, 'st_mtime', 0.0))
 

@@ -130,23 +130,23 @@ def objects(folder: Path) -> list[Path]:
     return found
 
 
-def sign(folder: Path) -> Path:
+def unfinished_mark(folder: Path) -> Path:
     """Return the object that is there while a folder is not whole."""
     return folder.with_name(UNFINISHED + folder.name)
 
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder is there and complete."""
-    return folder.exists() and not sign(folder).exists()
+    return folder.exists() and not unfinished_mark(folder).exists()
 
 
 def put_folder(source: Path, folder: Path) -> None:
     """Let a copy of the local folder `source` take the place of `folder`, whole or not at all."""
-    write(sign(folder), b'The folder of this name is not whole.\n')
+    write(unfinished_mark(folder), b'The folder of this name is not whole.\n')
     delete(folder)
     local = [inner for inner in sorted(source.rglob('*')) if inner.is_file()]
     _each(lambda inner: write(folder / inner.relative_to(source).as_posix(), inner.read_bytes()), local)
-    sign(folder).unlink()
+    unfinished_mark(folder).unlink()
 
 
 def get_folder(folder: Path, target: Path) -> None:
@@ -164,13 +164,13 @@ def get_folder(folder: Path, target: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Delete a folder; one that is only half deleted is not taken for whole."""
     if folder.exists():
-        write(sign(folder), b'The folder of this name is not whole.\n')
+        write(unfinished_mark(folder), b'The folder of this name is not whole.\n')
         delete(folder)
-        sign(folder).unlink()
+        unfinished_mark(folder).unlink()
 
 
 def delete(folder: Path) -> None:
-    """Delete all that is below a folder, without the sign that it is not whole."""
+    """Delete all that is below a folder, without the mark that it is not whole."""
     _each(lambda found: found.unlink(missing_ok=True), objects(folder))
     if folder.is_dir():  # a mounted one, or an object that stands for a folder
         _remove_empty(folder)

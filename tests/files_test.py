@@ -26,7 +26,7 @@ def refuse(message):
     """A function that fails as the system does."""
 
     def fail(*_):
-        raise OSError(message)
+        raise message if isinstance(message, Exception) else OSError(message)
 
     return fail
 
@@ -62,6 +62,21 @@ def test_a_file_is_open_to_those_that_the_caller_says(tmp_path):
     files.write_json(tmp_path / 'secret', {}, mode=0o600)
     files.write_json(tmp_path / 'public', {})
     assert [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ('secret', 'public')] == [0o600, 0o644]
+
+
+@pytest.mark.parametrize('chmod', [lambda *_: None, 'refused'], ids=['ignored', 'refused'])
+def test_where_a_mount_takes_no_mode_the_user_hears_it(tmp_path, monkeypatch, chmod):
+    private = tmp_path / 'private'
+    assert files.make_folder(private, mode=0o700)
+    assert files.store_advice(tmp_path / 'release', private, is_closed=True) == []
+    private.chmod(0o777)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'chmod', refuse(PermissionError('chmod')) if chmod == 'refused' else chmod)
+        assert files.make_folder(private)
+        is_closed = files.make_folder(private, mode=0o700)
+    assert not is_closed
+    (told,) = files.store_advice(tmp_path / 'release', private, is_closed)
+    assert 'private cannot be closed to others from here' in told and 'no access for others' in told
 
 
 def test_a_folder_takes_the_place_of_the_old_one_when_it_is_complete(tmp_path):

@@ -88,13 +88,29 @@ def test_one_that_gives_none_for_the_time_that_it_said_is_followed(path, capsys,
     )
 
 
-def test_an_old_one_is_followed_at_once_by_the_clock_of_the_store(path, monkeypatch):
+def test_an_old_one_is_followed_after_a_beat_by_the_clock_of_the_store(path, monkeypatch):
     """However wrong the clock of this machine is: two times of the store are compared."""
     elsewhere(path, dead_after=300.0)
     monkeypatch.setattr(lease, '_time', lambda found: 1000.0 if found == path else 1301.0)
     monkeypatch.setattr(time, 'time', lambda: 0.0)
+    start = time.monotonic()
     with lease.held(path):
+        assert 1.5 * lease.EVERY <= time.monotonic() - start < 10
         lease.check()
+
+
+def test_a_living_one_whose_clock_is_behind_is_not_followed(path, monkeypatch):
+    """A mounted bucket may tell the time of the machine that wrote."""
+    found = elsewhere(path, dead_after=300.0)
+    monkeypatch.setattr(lease, 'EVERY', 1.0)
+    monkeypatch.setattr(lease, '_time', lambda found: 1000.0 if found == path else 9000.0)
+    said = json.dumps(found | {'beat': 99}).encode()
+    beat = threading.Timer(0.2, lambda: object_store.write(path, said))
+    beat.start()
+    with pytest.raises(lease.InUse, match='process 7 on far works there'):
+        with lease.held(path):
+            pass
+    beat.join()
 
 
 def test_a_process_of_this_machine_that_was_killed_is_followed_at_once(path, monkeypatch):
@@ -130,6 +146,43 @@ def test_of_two_that_start_at_once_one_works(path, monkeypatch):
     for thread in threads:
         thread.join()
     assert sorted(results) == ['refused', 'works']
+
+
+def test_of_two_one_works_also_if_the_other_is_slow_between_look_and_write(path, monkeypatch):
+    """The quick one has settled by then: it must find out before the slow one begins."""
+    for name, seconds in (('_QUICK', 0.1), ('EVERY', 0.5), ('_LOOK_AGAIN', 0.5)):
+        monkeypatch.setattr(lease, name, seconds)
+    slow, looked, goes_on = lease.Lease(path), threading.Event(), threading.Event()
+    write = slow._write
+
+    def write_late():
+        looked.set()
+        goes_on.wait(5)
+        write()
+
+    monkeypatch.setattr(slow, '_write', write_late)
+    results = []
+
+    def work():
+        try:
+            slow.take()
+            results.append('works')
+        except lease.InUse:
+            results.append('refused')
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert looked.wait(5)
+    quick = lease.Lease(path)
+    quick.take()
+    time.sleep(0.15)
+    goes_on.set()
+    thread.join()
+    # As a rule the slow one works. A beat of the quick one just then would take the lease back.
+    assert results == (['works'] if quick._lost else ['refused'])
+    for each in (quick, slow):
+        each.give_back()
+    assert not path.exists()
 
 
 def first_sees_nothing(read, barrier):

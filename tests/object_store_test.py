@@ -153,6 +153,64 @@ def test_a_log_stops_when_the_lease_was_lost_wherever_it_lies(store, tmp_path, m
         assert path.read_bytes() == b'one\n'
 
 
+WRITES = {
+    'file': lambda where, source: files.write_bytes(where / 'file', b'new'),
+    'whole_folder': lambda where, source: files.put_folder(source, where / 'folder'),
+    'move_there': lambda where, source: files.move_folder(source, where / 'folder'),
+    'move_away': lambda where, source: files.move_folder(where / 'folder', where / 'aside'),
+    'remove': lambda where, source: files.remove_folder(where / 'folder'),
+    'delete': lambda where, source: files.delete_private(where / 'folder'),
+}
+
+
+@pytest.mark.parametrize('is_there_too', [True, False])
+@pytest.mark.parametrize('work', WRITES.values(), ids=WRITES)
+def test_who_lost_the_lease_writes_and_removes_nothing(store, tmp_path, monkeypatch, work, is_there_too):
+    monkeypatch.setattr(lease, '_LOOK_AGAIN', 0.0)
+    where = store if is_there_too else tmp_path / 'disk'
+    files.write_bytes(where / 'file', b'old')
+    files.write_bytes(where / 'folder' / 'a', b'old')
+    source = local_folder(tmp_path / 'source', a=b'new')
+    with files.locked(store / '.lock'):
+        (store / '.lock').unlink()
+        with pytest.raises(lease.Lost):
+            work(where, source)
+    assert files.names(where) == ['file', 'folder'] and files.is_whole(where / 'folder')
+    assert (where / 'file').read_bytes() == (where / 'folder' / 'a').read_bytes() == b'old'
+    assert (source / 'a').read_bytes() == b'new'
+
+
+def test_a_folder_that_was_filled_while_the_lease_was_lost_takes_no_place(store, monkeypatch):
+    monkeypatch.setattr(lease, '_LOOK_AGAIN', 0.0)
+    files.write_bytes(store / 'folder' / 'a', b'old')
+    with files.locked(store / '.lock'), pytest.raises(lease.Lost):
+        with files.whole_folder(store / 'folder') as unfinished:
+            (unfinished / 'a').write_bytes(b'new')
+            (store / '.lock').unlink()
+    assert (store / 'folder' / 'a').read_bytes() == b'old' and files.is_whole(store / 'folder')
+
+
+def test_a_log_that_a_late_write_put_back_is_written_again_by_who_holds_the_lease(store):
+    path = store / 'log'
+    with files.locked(store / '.lock'):
+        log = files.Log(path)
+        for line in (b'one\n', b'two\n'):
+            log.append(line)
+        object_store.write(path, b'one\n')
+        log.append(b'three\n')
+        assert path.read_bytes() == b'one\ntwo\nthree\n' and log.size == 14
+        for other in (b'ONE\n', b'one\ntwo\nthree\nmore'):  # what this process never wrote
+            object_store.write(path, other)
+            with pytest.raises(OSError, match='another process changed it'):
+                log.append(b'four\n')
+            assert path.read_bytes() == other
+        object_store.write(path, b'one\n')
+        (store / '.lock').unlink()  # just now: a look of five seconds ago is not enough
+        with pytest.raises(OSError, match='another process changed it'):
+            log.append(b'four\n')
+    assert path.read_bytes() == b'one\n'
+
+
 def test_files_follow_from_a_folder_of_this_machine(store):
     with files.following(store / 'metrics', 0.0) as (local, follow):
         (local / 'events').write_bytes(b'1')

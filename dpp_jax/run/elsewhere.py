@@ -86,6 +86,12 @@ def check(root: Path, private: Path) -> None:
             f'empty folder. Or, if it is that of --workdir={root}, move it back to {inside} and leave '
             '--private out'
         )
+    found = [name for name in files.names(private) if name != _NAME]
+    if found:  # it would be closed to others, and deleted whole when the run is cleaned
+        raise ValueError(
+            f'--private is {private}, which holds {found[0]}. Name an empty folder: all in it will belong to '
+            'this run, and --stage=clean deletes it'
+        )
 
 
 def bind(root: Path, private: Path) -> None:
@@ -95,7 +101,8 @@ def bind(root: Path, private: Path) -> None:
     known = place(root)
     text = str(files.absolute(private))
     if known is None or known['path'] != text:
-        run = _name(private) or secrets.token_hex(8)
+        # Never the name that is there: that of another work directory, killed here, would join the two.
+        run = known['run'] if known else secrets.token_hex(8)
         files.write_json(private / _NAME, {'run': run}, mode=0o600)
         note = 'Where private/ of this run is. Do not delete: without it the run would begin with new keys.'
         files.write_json(root / _PLACE, {'_note': note, 'path': text, 'run': run}, mode=0o600)

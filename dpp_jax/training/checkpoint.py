@@ -37,6 +37,8 @@ def _saving(folder: Path) -> Iterator[None]:
     """Errors of the file system, which orbax raises as ValueError with many lines, in one line."""
     try:
         yield
+    except files.Lost:
+        raise
     except Exception as error:
         text = str(error)
         cause = 'no space left on the device' if 'No space left' in text else text.splitlines()[0]
@@ -176,7 +178,7 @@ class _Copy:
         here, there = self._steps(self.local), self._steps(self._folder)
         for name in sorted(here - there, key=int):
             files.put_folder(self.local / name, self._folder / name)
-        for name in there - here:
+        for name in there - here:  # of this process's own training: `remove_folder` looks at the lease
             files.remove_folder(self._folder / name)
 
     @staticmethod

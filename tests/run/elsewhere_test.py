@@ -72,6 +72,45 @@ def test_the_keys_of_one_run_serve_no_other(tmp_path):
     refuse(refuse_new, tmp_path / 'inside' / 'private', 'which belongs to another run')
 
 
+def test_a_folder_with_anything_in_it_is_refused_and_untouched(tmp_path):
+    """It would be closed to others, and a cleaning would delete it whole."""
+    home = tmp_path / 'home'
+    (home / 'documents').mkdir(parents=True)
+    home.chmod(0o755)
+    (tmp_path / 'run').mkdir()
+    refuse(tmp_path / 'run', home, f'--private is {home}, which holds documents. Name an empty folder')
+    assert stat.S_IMODE(home.stat().st_mode) == 0o755 and list((tmp_path / 'run').iterdir()) == []
+    (home / 'documents').rmdir()
+    begin(tmp_path / 'run', home)
+    (home / 'more').touch()  # once it is that of the run, anything may be there
+    begin(tmp_path / 'run', home)
+
+
+def test_a_prefix_of_a_store_with_anything_below_it_is_refused(store, tmp_path):
+    files.write_bytes(store / 'theirs' / 'photos' / 'a', b'')
+    (tmp_path / 'run').mkdir()
+    refuse(tmp_path / 'run', store / 'theirs', 'which holds photos. Name an empty folder')
+
+
+def test_two_work_directories_never_share_one(tmp_path, monkeypatch):
+    """Also if one was killed when private/ knew it and it did not know private/."""
+    write = files.write_json
+
+    def kill(path, *arguments, **named):
+        if path.name == 'private.json':
+            raise KeyboardInterrupt
+        write(path, *arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, 'write_json', kill)
+        begin(tmp_path / 'killed', tmp_path / 'there')
+    first = json.loads((tmp_path / 'there' / 'run.json').read_text())['run']
+    begin(tmp_path / 'run', tmp_path / 'there')
+    assert json.loads((tmp_path / 'run' / 'private.json').read_text())['run'] != first
+    refuse(tmp_path / 'killed', tmp_path / 'there', 'belongs to another run')
+    begin(tmp_path / 'run', tmp_path / 'there')
+
+
 @pytest.mark.parametrize('private', ['run', 'run/release', 'run/release/private', 'run/other', '.'])
 def test_it_must_lie_outside_of_what_is_published(tmp_path, private):
     (tmp_path / 'run').mkdir()

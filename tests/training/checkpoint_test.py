@@ -1,5 +1,7 @@
+import contextlib
 import errno
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from dpp_jax import files, lease
 from dpp_jax.training import checkpoint
 from dpp_jax.training import state as state_lib
 
@@ -177,3 +180,26 @@ def test_a_damaged_model_is_named(tmp_path, how):
     damage(tmp_path / 'model', how)
     with pytest.raises(ValueError, match='model cannot be read .*move it away'):
         checkpoint.load_model(tmp_path / 'model', params)
+
+
+def test_who_lost_the_lease_leaves_the_checkpoints_of_the_new_owner(store, monkeypatch):
+    monkeypatch.setattr(lease, '_LOOK_AGAIN', 0.0)
+    monkeypatch.setattr(lease, '_SETTLE', 0.0)
+    folder, state = store / 'resume', {'w': np.arange(3.0)}
+    with files.locked(store / '.lock'):
+        with pytest.raises(lease.Lost, match='This process stops'):
+            with checkpoint.TrainingStore(folder, keep=1) as training:
+                training.save(1, state)
+                assert training.latest_step() == 1
+                (store / '.lock').unlink()
+                training.save(2, state)
+    assert files.names(folder) == ['1'] and files.is_whole(folder / '1')
+    files.write_bytes(folder / '7' / 'a', b'')  # of the new owner, which the old one does not know
+    with files.locked(store / '.lock'), contextlib.ExitStack() as stack:
+        copy = checkpoint._Copy(folder, stack)
+        shutil.rmtree(copy.local / '7')
+        (store / '.lock').unlink()
+        copy.begin(lambda: None)
+        with pytest.raises(lease.Lost):
+            copy.wait()
+    assert files.names(folder) == ['1', '7']

@@ -108,23 +108,31 @@ def start_jax() -> None:
     Raises:
         ValueError: the environment asks for what is not there, or for what JAX does not know.
     """
-    names = sorted(name for name in os.environ if name.startswith(('JAX_', 'XLA_')))
-    asked = ' '.join(f'{name}={os.environ[name]}' for name in names)
-    try:
+    with _told_with_environment():
         from dpp_jax.training import devices, hosts  # import JAX, which reads the environment
 
         devices.one_per_core()
         devices.in_32_bits()
         devices.keep_compiled_programs()
-        if STAGE.value == 'compose':  # reads ledgers
-            return
-        hosts.join(hosts.asked(DISTRIBUTED.value), hosts=HOSTS.value, timeout=HOST_TIMEOUT.value)
+    if STAGE.value == 'compose':  # reads ledgers
+        return
+    asked = {'hosts': HOSTS.value, 'timeout': HOST_TIMEOUT.value}
+    hosts.find(hosts.asked(DISTRIBUTED.value), **asked)
+    with _told_with_environment():
         devices.local()
-        hosts.introduce()
-        devices.connect()
+    hosts.join(**asked)
+    hosts.introduce()
+    devices.connect()
+
+
+@contextlib.contextmanager
+def _told_with_environment() -> Iterator[None]:
+    """Tell errors of JAX as it starts together with the variables that it reads."""
+    names = sorted(name for name in os.environ if name.startswith(('JAX_', 'XLA_')))
+    asked = ' '.join(f'{name}={os.environ[name]}' for name in names)
+    try:
+        yield
     except (AssertionError, RuntimeError, ValueError) as error:
-        if type(error).__name__ == 'NotTogether':
-            raise
         told = ' '.join(str(error).split()) or 'there is no such device'
         raise ValueError(
             f'JAX cannot start with {asked or "the devices of this machine"} ({told}). Change that; '
@@ -392,7 +400,9 @@ def _end(line: str, code: int) -> None:
     Not by sys.exit: threads of a failed save would wait for each other, and a compilation that was
     interrupted crashes when Python takes JAX apart.
     """
-    print(line, file=sys.stderr)
+    others = _hosts()
+    own = f'process {others.index()}: ' if others and others.is_together() else ''
+    print(own + line.strip() if own else line, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     _tell_others(line, code)

@@ -92,23 +92,33 @@ class Run:
     @functools.cached_property
     def train(self) -> Images:
         """The private images that this process has."""
-        share = rows.Share(index=hosts.index(), count=hosts.count()) if hosts.count() > 1 else None
-        if share:
-            # Alone: tensorflow-datasets may have to prepare it.
-            data = self.config.data
-            hosts.at_first(lambda: sources.shape(data.source, 'train', data_dir=data.dir))
+        share = None
+        if hosts.count() > 1:
+            share = rows.Share(index=hosts.index(), count=hosts.count())
+            self._check_files()
         found = build.images(self.config, 'train', rows=share)
-        gather = functools.partial(hosts.meet, 'the fingerprint', limit=hosts.COMPILING_SECONDS)
+        gather = functools.partial(hosts.meet, 'the fingerprint', limit=hosts.PATIENT_SECONDS)
         self.workdir.check_fingerprint('train', found, gather=gather, at_first=hosts.from_first)
         return found
+
+    def _check_files(self) -> None:
+        """Check that all processes see the same files: their shares must be of one set."""
+        data = self.config.data
+        names = functools.partial(sources.identity, data.source, 'train', data_dir=data.dir)
+        hosts.at_first(names)  # alone: tensorflow-datasets may have to prepare the set
+        own = {f'file {number}': name for number, name in enumerate(names())}
+        hosts.meet('the look at the private images', limit=hosts.PATIENT_SECONDS)
+        hosts.agree('files of the private images', own)
 
     @functools.cached_property
     def share(self) -> Share:
         """Whose gradients this process computes."""
         if hosts.count() == 1:
             return WHOLE
-        units = self.train.total if self.train.groups is None else len(np.unique(self.train.groups))
-        hosts.agree('private images', {'number of units': units})
+        groups = self.train.groups
+        units = self.train.total if groups is None else len(np.unique(groups))
+        told = '' if groups is None else files.digest([groups])
+        hosts.agree('private images', {'number of units': units, 'groups': told})
         return Share(hosts.index(), hosts.count(), units)
 
     @functools.cached_property
@@ -140,7 +150,7 @@ class Run:
             hosts.agree('plans', self.plan.figures())
         preemption.wait_for_steps()
         for stage in todo:
-            hosts.check(f'the beginning of {stage}', hosts.COMPILING_SECONDS)
+            hosts.check(f'the beginning of {stage}', hosts.PATIENT_SECONDS)
             start = time.monotonic()
             if stage in _RELEASING:
                 hosts.at_first(lambda stage=stage: statement.record_code(self.workdir, stage))

@@ -55,7 +55,8 @@ def of_mechanism(
     else:
         size, own = share.units or len(private.images), None
         expected = share.size(size)
-    if len(private.images) != expected:
+    has_own = own is None or np.array_equal(private.kept.numbers(), own)
+    if len(private.images) != expected or not has_own:
         raise ValueError(
             f'process {share.index} of {share.count} has {len(private.images)} private images; it must have '
             f'the {expected} of its share'

@@ -104,6 +104,7 @@ class Keys:
             return found
 
         found = hosts.from_first(get)
+        hosts.agree('random bits', _random_bits())  # else each would add noise of its own
         noise = NoiseKey(identifier=found['identifier'], keys=_jax_keys(found['noise']))
         drawing, _, sampling = found['sampling'].rpartition(':')
         return MechanismKeys(sampling=int(sampling, 16), noise=noise, drawing=drawing or poisson.COINS)

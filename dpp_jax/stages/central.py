@@ -79,8 +79,7 @@ def run(
             )
             batch['images'] = resize.nearest(batch['images'], settings.downsample)
             answer, entry = ask(number, *devices.deal_own((batch, mask)))
-            if hosts.is_first():
-                ledger.append(entry)
+            hosts.at_first(lambda entry=entry: ledger.append(entry))
             answers.append(devices.first(answer))
             bar.update()
     size = private.images.shape[1:3]

@@ -52,8 +52,12 @@ def why_no_fid(labels: np.ndarray, classes: int) -> str | None:
     )
 
 
-def _in_memory(train: Images) -> _InMemory:
-    """Read images that stay in files, to train networks on them; or say why that cannot be."""
+def _in_memory(private: Callable[[], Images], share: Images) -> _InMemory:
+    """Read all private images, to train networks on them; or say why that cannot be, with the share."""
+    try:
+        train = private()
+    except ValueError as error:  # a host holds its share, but not all
+        return share, str(error)
     images = train.images
     if not isinstance(images, StoredImages):
         return train, None
@@ -90,7 +94,7 @@ def run(
         test: gives real images that no training saw.
     """
     evaluation = Evaluation(workdir, flatten(config.to_dict())) if hosts.is_first() else None
-    read = functools.cache(lambda: _in_memory(private()))
+    read = functools.cache(lambda: _in_memory(private, share))
     arrays = hosts.from_first(lambda: _begin(config, workdir, keys, evaluation, read))
     if arrays is not None:
         network = features.FeatureNetwork.from_arrays(arrays, source='process 0')

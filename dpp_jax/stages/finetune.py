@@ -99,9 +99,8 @@ def run(
         )
         used = steps.used_microbatches(share.largest(indices), sizes.microbatch, team)
         result, entry = dp_step(number, state, devices.deal_own(batch, team), used)
-        if hosts.is_first():
-            # The device computes on meanwhile. All processes meet after this, see `loop.train`.
-            ledger.append(entry)
+        # The devices compute on meanwhile. No process goes on before the line is on the disk.
+        hosts.at_first(lambda: ledger.append(entry))
         return result
 
     with loop.outputs(workdir.checkpoints('finetune'), workdir.metrics('finetune')) as outputs:

@@ -161,8 +161,9 @@ def _sample_all(
         first, rows = in_flight.popleft()
         images = devices.collect(rows)[: total - first]
         if hosts.is_first():
-            files.write_npz(parts / f'{first:010d}.npz', images=images)
             done.append(images)
+        # The others wait: for a store it may take long.
+        hosts.at_first(lambda: files.write_npz(parts / f'{first:010d}.npz', images=images))
         bar.update(len(images))
 
     with progress.bar(total, title, 'image', start) as bar:

@@ -15,7 +15,6 @@ from dpp_jax.run.sizes import Sizes
 from dpp_jax.training import checkpoint, devices, hosts, loop, steps
 from dpp_jax.training import state as state_lib
 
-_MEET_EVERY_STEPS = 10  # of several processes: a step may take a millisecond, and releases nothing
 _ADVICE = (
     ' and give the same command, with the same --workdir: before fine-tuning begins, all settings of '
     'config.pretrain but enabled may change. Pre-training begins again from the same central images, and '
@@ -65,7 +64,6 @@ def run(
             **outputs,
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
-            meet_every_steps=_MEET_EVERY_STEPS,
             is_loss_public=True,  # central images are released
             advice=_ADVICE,
         )

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -29,13 +30,15 @@ from dpp_jax.training import preemption, watch
 
 PyTree = Any
 TIMEOUT_SECONDS = 60.0  # without a sign of life, or at a meeting
-# For the first step of a program: one process may have it compiled already, and others not.
-COMPILING_SECONDS = 3600.0
+# Where processes may take different times: at a program's first step, which one may have compiled already;
+# where each reads its images; and where process 0 does more than others.
+PATIENT_SECONDS = 3600.0
 _START_SECONDS = 600  # for all processes to come; cold machines take minutes
 _IN_MESSAGE = 2**18  # bytes; more than these travel from device to device
 _SLICE = 1.0  # seconds between two looks at signals while the main thread waits
 
 _numbers = itertools.count()  # of messages and meetings: every process counts the same
+_sent: list[str] = []  # names of what process 0 sent since the last meeting
 _is_apart = False  # within `from_first`
 _watch: watch.Watch | None = None
 
@@ -75,31 +78,58 @@ def asked(text: str) -> Asked:
     )
 
 
-def join(how: Asked, *, hosts: int | None = None, timeout: float = TIMEOUT_SECONDS) -> None:
-    """Join the other processes of this run, before JAX starts; print who this one is.
+def find(how: Asked, *, hosts: int | None = None, timeout: float = TIMEOUT_SECONDS) -> None:
+    """Find the other processes of this run, before JAX starts.
 
     Args:
-        how: see `asked`. 'auto' takes what JAX finds (TPU pods, SLURM, GKE, Open MPI, JAX's environment
-            variables); nothing is found on a plain machine: then there is one process.
+        how: see `asked`. 'auto' takes what JAX finds (TPU pods, SLURM, GKE, Open MPI); nothing is found
+            on a plain machine: then there is one process.
         hosts: how many processes there must be; None: any number.
+        timeout: as of `join`.
+
+    Raises:
+        NotTogether: they do not come, or are known to be more or fewer.
+    """
+    expected = how.processes or _processes_of_slurm()
+    if how.how != 'none' and expected is not None:
+        _check_number(hosts, expected)
+        if expected > 1:
+            print(f'waiting for {expected} processes', how.coordinator or '', flush=True)
+    if how.how != 'none':
+        _initialize(how, timeout)
+
+
+def join(*, hosts: int | None = None, timeout: float = TIMEOUT_SECONDS) -> None:
+    """Join the processes that were found, when JAX has started.
+
+    Args:
+        hosts: as of `find`.
         timeout: seconds without a sign of life after which a process counts as lost; also how long the
             others wait for a late one at a meeting.
 
     Raises:
-        NotTogether: there are more or fewer processes, or they do not come.
+        NotTogether: there are more or fewer processes.
     """
     global _watch
-    if how.how != 'none':
-        _initialize(how, timeout)
-    if hosts is not None and hosts != jax.process_count():
-        raise NotTogether(
-            f'--hosts is {hosts}, but this run has {jax.process_count()} process(es). Start the command on '
-            'every host (on a TPU pod: gcloud … ssh --worker=all), or leave --hosts out'
-        )
+    _check_number(hosts, jax.process_count())
     if count() > 1:
         _watch = watch.Watch(timeout)
         _watch.start()
-        preemption.before_end = _watch.say_stopped
+        preemption.before_end = _watch.say_failed
+
+
+def _check_number(hosts: int | None, found: int) -> None:
+    if hosts not in (None, found):
+        raise NotTogether(
+            f'--hosts is {hosts}, but this run has {found} process(es). Start the command on every host (on a '
+            'TPU pod: gcloud … ssh --worker=all), or leave --hosts out'
+        )
+
+
+def _processes_of_slurm() -> int | None:
+    """Return how many tasks a Slurm step has, if this process is one of them."""
+    names = ('SLURM_JOB_ID', 'SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS')
+    return int(os.environ['SLURM_NTASKS']) if all(name in os.environ for name in names) else None
 
 
 def introduce() -> None:
@@ -122,7 +152,7 @@ def _initialize(how: Asked, timeout: float) -> None:
     # It would take SIGTERM from `preemption`, which also answers Ctrl-C.
     jax.config.update('jax_enable_preemption_service', False)
     patience = {
-        'initialization_timeout': _START_SECONDS,
+        'initialization_timeout': _START_SECONDS + 60,  # JAX would abort
         'heartbeat_timeout_seconds': int(3 * timeout) + 60,  # `watch` comes first
     }
     _use_all_gpus_of_a_node()
@@ -131,20 +161,40 @@ def _initialize(how: Asked, timeout: float) -> None:
         is_local = host in ('localhost', '127.0.0.1')
         patience |= {'coordinator_bind_address': how.coordinator} if is_local else {}
         patience |= {'cluster_detection_method': 'deactivate'}
-    try:
-        jax.distributed.initialize(how.coordinator, how.processes, how.index, **patience)
-    except ValueError as error:
-        # Nothing was found on a plain machine.
-        if how.how == 'auto' and 'coordinator_address should be defined' in str(error):
-            jax.config.update('jax_cpu_collectives_implementation', None)
-            return
+    error = _in_a_thread(
+        lambda: jax.distributed.initialize(how.coordinator, how.processes, how.index, **patience)
+    )
+    # Nothing was found on a plain machine.
+    if how.how == 'auto' and 'coordinator_address should be defined' in str(error):
+        jax.config.update('jax_cpu_collectives_implementation', None)
+    elif isinstance(error, ValueError):
         raise NotTogether(f'--distributed: {error}') from error
-    except Exception as error:
+    elif error is not None:
         told = ' '.join(str(error).split())[:300]
         raise NotTogether(
             f'the processes of this run did not find each other within {_START_SECONDS} s ({told}). Start '
             'the same command on every host, and let the port of the coordinator through the firewall'
         ) from error
+
+
+def _in_a_thread(function: Callable[[], object]) -> Exception | None:
+    """Call a function that may wait long, while this thread answers Ctrl-C and SIGTERM; return its error."""
+    errors: list[Exception] = []
+
+    def call():
+        try:
+            function()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    until = time.monotonic() + _START_SECONDS
+    while thread.is_alive() and time.monotonic() < until:
+        thread.join(_SLICE / 4)
+    if thread.is_alive():
+        return TimeoutError('some did not come')
+    return errors[0] if errors else None
 
 
 def _use_all_gpus_of_a_node() -> None:
@@ -163,6 +213,11 @@ def index() -> int:
 def count() -> int:
     """Return the number of processes in the run."""
     return jax.process_count()
+
+
+def is_together() -> bool:
+    """Whether this process is one of several, which look after each other by now."""
+    return _watch is not None
 
 
 def is_first() -> bool:
@@ -223,6 +278,8 @@ def meet(what: str, word: str = '', limit: float | None = None) -> list[str]:
         service.wait_at_barrier(name, int(1000 * limit))
     except jax.errors.JaxRuntimeError as error:
         _watch.end_after(_late(str(error), what, limit))
+    while _sent:  # all have received it; keys must not lie there for who comes later
+        service.key_value_delete(_sent.pop())
     found = dict(service.key_value_dir_get(f'{name}/words/'))
     return [found.get(f'{name}/words/{number}', '') for number in range(count())]
 
@@ -275,7 +332,7 @@ def check(what: str, limit: float | None = None) -> None:
 def leave() -> None:
     """Leave a run that ended well: process 0 last, because the others talk through it."""
     if _watch:
-        meet('the end', limit=COMPILING_SECONDS)
+        meet('the end', limit=PATIENT_SECONDS)
         _watch.leave()
 
 
@@ -311,6 +368,7 @@ def _send(name: str, value: PyTree) -> PyTree:
     """Send a value from process 0 to all."""
     data = flax.serialization.msgpack_serialize({'value': value})
     service = watch.client()
+    _sent.append(name)
     if len(data) <= _IN_MESSAGE:
         service.key_value_set_bytes(name, b'\0' + data)
     else:

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpp_jax import files
 from dpp_jax.training import checkpoint, devices, hosts, preemption, progress, tensorboard
 from dpp_jax.training.state import TrainState
 
 PyTree = Any
 # (state on devices, step number) → (state, metrics on devices)
 Step = Callable[[PyTree, int], tuple[PyTree, dict]]
+_MEETING_SECONDS, _MOST_STEPS = 1.0, 100  # between two meetings of several processes
 _SAVE = 'save'  # what process 0 says to the others at a step, or the number of a signal
 _COUNTS = {'non_finite'}  # metrics that are added up between two writings; of others the last counts
 
@@ -44,14 +46,13 @@ def train(
     write: Callable[[int, dict[str, float]], None] | None,
     log_every_steps: int,
     checkpoint_every_seconds: float,
-    meet_every_steps: int = 1,
     is_loss_public: bool = False,
     advice: str = '',
 ) -> TrainState:
     """Run `step` until `total_steps`, from the newest checkpoint in `store` if there is one.
 
-    Of several processes, all start from the state of process 0, and meet after a step: when they pass,
-    process 0 has recorded what the step released, and all know whether to stop or to wait for a checkpoint.
+    Of several processes, all start from the state of process 0, and meet about once a second: there process 0
+    says whether to stop or to wait for a checkpoint.
 
     Args:
         step: called with the replicated state and the number of the step (0, 1, ...), which
@@ -63,7 +64,6 @@ def train(
         write: takes a step's number and its metrics, as floats; None as of `store`.
         log_every_steps: how often metrics are fetched from the device.
         checkpoint_every_seconds: how often the state is saved.
-        meet_every_steps: after how many steps processes meet; 1 where a step is a release.
         is_loss_public: whether a loss that is not finite ends the training. The loss of private images must
             not: it carries no noise, and whether something is released is a release.
         advice: what to do besides lowering the learning rate if the training diverges.
@@ -82,7 +82,7 @@ def train(
     record = _Record(
         write, log_every_steps, is_loss_public, lambda *told: _diverged(name, *told, store, advice)
     )
-    previous = None
+    previous, meetings = None, _Meetings(name, start)
     with (
         preemption.deferred(raises_at_end=hosts.count() == 1) as stop,
         progress.bar(total_steps, name, 'step', start) as bar,
@@ -96,13 +96,7 @@ def train(
                 record.add(number + 1, metrics)
             bar.update()
             is_late = time.monotonic() - saved_at > checkpoint_every_seconds
-            word = str(stop[0]) if stop else _SAVE if is_late else ''
-            if number == start or (number + 1) % meet_every_steps == 0:
-                # The first step waits for the compiler, which may have more to do in one process.
-                limit = hosts.COMPILING_SECONDS if number == start else None
-                word = hosts.meet(f'step {number + 1} of {name}', word, limit)[0]
-            elif hosts.count() > 1:
-                word = ''
+            word = meetings.after(number, str(stop[0]) if stop else _SAVE if is_late else '')
             if word:
                 _save(store, state, record)
                 saved_at = time.monotonic()
@@ -125,6 +119,37 @@ def _from_first(restore: Callable[[], TrainState | None], state: TrainState) -> 
         return [np.asarray(leaf) for leaf in jax.tree.leaves(state if restored is None else restored)]
 
     return jax.tree.unflatten(jax.tree.structure(state), hosts.from_first(found))
+
+
+class _Meetings:
+    """After which steps processes meet; process 0 decides, by the time that steps take."""
+
+    def __init__(self, name: str, start: int):
+        self._name, self._start, self._next = name, start, start
+        self._last = start, time.monotonic()
+
+    def after(self, number: int, word: str) -> str:
+        """Return what process 0 has to say after step `number`, or nothing if there is no meeting.
+
+        Args:
+            number: of the step.
+            word: of this process.
+        """
+        if hosts.count() == 1:
+            return word
+        if number < self._next:
+            return ''
+        seconds = (time.monotonic() - self._last[1]) / max(1, number - self._last[0])
+        steps = (
+            1
+            if number == self._start
+            else max(1, min(_MOST_STEPS, int(_MEETING_SECONDS / max(seconds, 1e-6))))
+        )
+        # The first step waits for the compiler, which may have more to do in one process.
+        limit = hosts.PATIENT_SECONDS if number == self._start else None
+        word, steps = hosts.meet(f'step {number + 1} of {self._name}', f'{word},{steps}', limit)[0].split(',')
+        self._next, self._last = number + int(steps), (number, time.monotonic())
+        return word
 
 
 class _Record:
@@ -171,7 +196,14 @@ class _Record:
 
 
 def _save(store: checkpoint.TrainingStore | None, state: PyTree, record: _Record) -> None:
-    """Checkpoint a replicated state, if it is worth going on from; the other processes wait for process 0."""
+    """Checkpoint a replicated state, if it is worth going on from; the other processes wait for process 0.
+
+    Raises:
+        ValueError: processes have other weights: they added other noise, or compute otherwise.
+    """
+
+    own = devices.first(state.params)
+    hosts.agree('weights', {'SHA-256': files.digest(jax.tree.leaves(own))} if hosts.count() > 1 else {})
 
     def save():
         record.flush()

@@ -60,7 +60,7 @@ class Bar(tqdm):
         else:
             shown = self._end_first(n) if is_first else super().update(n)
         if not preemption.is_deferred() and (self.meets or hosts.count() == 1):
-            hosts.check('the next step', hosts.COMPILING_SECONDS if is_first else None)
+            hosts.check('the next step', hosts.PATIENT_SECONDS if is_first else None)
         return shown
 
     def _end_first(self, n: float) -> bool:

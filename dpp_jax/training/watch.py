@@ -45,6 +45,7 @@ class Watch:
         self._heard = time.monotonic()  # when JAX's service answered last
         self._asked = False  # whether process 0 was told of a request to stop
         self._end = threading.Lock()  # taken by who ends this process
+        self._ending: int | None = None  # the thread that does, if it is one with work of its own
         self._teller = None if self._is_first else Teller(self._index)
 
     def start(self) -> None:
@@ -158,8 +159,11 @@ class Watch:
         """Let the others end because of an error of this process, which has printed its line."""
         if self._teller:
             self._teller.end()
+        if self._ending == threading.get_ident():  # a signal came while this thread says good-bye
+            return
         if not self._end.acquire(blocking=False):
             time.sleep(3600)
+        self._ending = threading.get_ident()
         if self._is_first:
             self._publish_end(f'{self.name(0)} ended: {line}' if code else line, code)
             self._wait_for_others()
@@ -174,10 +178,6 @@ class Watch:
         """Wait for the end if another thread has said why this process ends."""
         if self._end.locked():
             time.sleep(3600)
-
-    def say_stopped(self, line: str, code: int) -> None:
-        """As `say_failed`, of a process that is ended by a signal in the middle of a step."""
-        self.say_failed(line, code)
 
     def leave(self) -> None:
         """End this process well."""

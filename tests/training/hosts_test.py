@@ -21,7 +21,8 @@ from dpp_jax.training import hosts, preemption, progress
 import jax, numpy as np
 preemption.leave_at_once()
 number = int(sys.argv[1].rpartition(',')[2])
-hosts.join(hosts.asked(sys.argv[1]), timeout={TIMEOUT})
+hosts.find(hosts.asked(sys.argv[1]), timeout={TIMEOUT})
+hosts.join(timeout={TIMEOUT})
 hosts.introduce()
 def act():
 {{act}}

@@ -47,6 +47,11 @@ def shape(source: str, split: str, *, data_dir: str = '', rows: AnyRows = None) 
     return _find(source, data_dir, kept).shape(_checked(split))
 
 
+def identity(source: str, split: str, *, data_dir: str = '') -> list[str]:
+    """Tell which files a split has; arguments and errors are those of `load`."""
+    return _find(source, data_dir).identity(_checked(split))
+
+
 def near_groups(source: str, name: str, *, data_dir: str = '') -> np.ndarray | None:
     """Return whose each training image is, integers (N,); None where only the whole set tells.
 

@@ -21,6 +21,9 @@ _BLOCK = 2**20  # bytes of an array that are read at a time
 _DAMAGED = (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile)
 
 
+_ENDS = 2**24  # bytes
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn all errors of a damaged file into a ValueError that names it."""
@@ -55,6 +58,16 @@ def read_rows(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, rows: Row
         places, chosen = rows.within(start, stop)
         kept[places] = np.frombuffer(block, dtype).reshape(stop - start, *shape[1:])[chosen]
     return kept, found + len(file.read(1))
+
+
+def checksum(path: Path) -> str:
+    """Return name, size, and a checksum of the first and the last 16 MiB of a file."""
+    with open(path, 'rb') as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        start = file.read(_ENDS)
+        file.seek(max(0, size - _ENDS))
+        return f'{path.name} {size} {zlib.crc32(file.read(_ENDS), zlib.crc32(start)):08x}'
 
 
 def image_shape(

@@ -36,6 +36,9 @@ class Idx(Source):
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         return self._array(split, 'images-idx3', self.rows), self._array(split, 'labels-idx1', self.rows)
 
+    def identity(self, split: str) -> list[str]:
+        return [folder.checksum(self._path(split, kind)) for kind in _MAGIC]
+
     def _array(self, split: str, kind: str, rows: Callable[[int], Rows]) -> np.ndarray:
         """Return some rows of the content of one file, uint8; `rows`: N → which."""
         path = self._path(split, kind)

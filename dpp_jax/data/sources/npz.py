@@ -44,6 +44,11 @@ class Npz(Source):
         path, images, _ = self._find(split)
         return _array(path, images, self.rows), self._labels(split, self.rows)
 
+    def identity(self, split: str) -> list[str]:
+        path, *_ = self._find(split)
+        with folder.reading(path), zipfile.ZipFile(path) as file:
+            return [f'{found.filename} {found.file_size} {found.CRC:08x}' for found in file.infolist()]
+
     def near_groups(self, name: str) -> np.ndarray:
         return self.groups('train', name)
 

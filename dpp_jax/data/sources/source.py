@@ -91,6 +91,14 @@ class Source(abc.ABC):
             ValueError: its files are damaged.
         """
 
+    def identity(self, split: str) -> list[str]:
+        """Tell which files a split has, by names, sizes and checksums: as far as that is soon read.
+
+        Hosts of a run compare it: each has rows of its own, which are shares of one set only if the files are
+        the same.
+        """
+        return [self.name, str(self.shape(split))]
+
     def stored(self, split: str) -> StoredImages:
         """Return the kept images of one of `SPLITS`, to be read when needed.
 

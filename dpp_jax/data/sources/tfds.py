@@ -68,6 +68,14 @@ class Tfds(Source):
             labels[places] = [record['label'] for record in batch]
         return labels
 
+    def identity(self, split: str) -> list[str]:
+        from etils import epath
+
+        builder = self._prepared(prepare=True)
+        paths = map(epath.Path, builder.info.splits[split].filepaths)
+        files = [f'{path.name} {path.stat().length}' for path in paths]
+        return [builder.info.full_name, *files, *(f'{name} {_version(name)}' for name in _DECODERS)]
+
     def stamp(self, split: str) -> str:
         from etils import epath
 

@@ -33,6 +33,7 @@ TIMEOUT_SECONDS = 60.0  # without a sign of life, or at a meeting
 # Where processes may take different times: at a program's first step, which one may have compiled already;
 # where each reads its images; and where process 0 does more than others.
 PATIENT_SECONDS = 3600.0
+_TELL_SECONDS = 5.0  # before people are told why nothing happens
 _START_SECONDS = 600  # for all processes to come; cold machines take minutes
 _IN_MESSAGE = 2**18  # bytes; more than these travel from device to device
 _SLICE = 1.0  # seconds between two looks at signals while the main thread waits
@@ -93,8 +94,6 @@ def find(how: Asked, *, hosts: int | None = None, timeout: float = TIMEOUT_SECON
     expected = how.processes or _processes_of_slurm()
     if how.how != 'none' and expected is not None:
         _check_number(hosts, expected)
-        if expected > 1:
-            print(f'waiting for {expected} processes', how.coordinator or '', flush=True)
     if how.how != 'none':
         _initialize(how, timeout)
 
@@ -121,8 +120,8 @@ def join(*, hosts: int | None = None, timeout: float = TIMEOUT_SECONDS) -> None:
 def _check_number(hosts: int | None, found: int) -> None:
     if hosts not in (None, found):
         raise NotTogether(
-            f'--hosts is {hosts}, but this run has {found} process(es). Start the command on every host (on a '
-            'TPU pod: gcloud … ssh --worker=all), or leave --hosts out'
+            f'--hosts is {hosts}, but this run has {found} process(es). Start the command on every host (on '
+            'a TPU pod: gcloud … ssh --worker=all), or leave --hosts out'
         )
 
 
@@ -189,9 +188,12 @@ def _in_a_thread(function: Callable[[], object]) -> Exception | None:
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    until = time.monotonic() + _START_SECONDS
-    while thread.is_alive() and time.monotonic() < until:
+    start, is_told = time.monotonic(), False
+    while thread.is_alive() and time.monotonic() - start < _START_SECONDS:
         thread.join(_SLICE / 4)
+        if time.monotonic() - start > _TELL_SECONDS and not is_told:
+            print('waiting for the other processes of this run', flush=True)
+            is_told = True
     if thread.is_alive():
         return TimeoutError('some did not come')
     return errors[0] if errors else None

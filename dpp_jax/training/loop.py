@@ -126,7 +126,7 @@ class _Meetings:
 
     def __init__(self, name: str, start: int):
         self._name, self._start, self._next = name, start, start
-        self._last = start, time.monotonic()
+        self._last = start, 0.0  # the last meeting: its step, and when it was
 
     def after(self, number: int, word: str) -> str:
         """Return what process 0 has to say after step `number`, or nothing if there is no meeting.

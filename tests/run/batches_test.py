@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dpp_jax.data.images import Images
+from dpp_jax.data.rows import Rows
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.ledger import Ledger
@@ -15,11 +16,14 @@ COUNT = 30
 PEOPLE = np.random.default_rng(1).integers(100, 112, COUNT)
 
 
-def make(folder, images, share, groups=None, drawing=None):
+def make(folder, images, share, groups=None, rows=None):
     keys = Keys(folder / 'keys.json', None)
     own_keys = keys.of_mechanism('dp_sgd', Ledger(folder / 'ledger.jsonl'))
     private = Images(
-        images=np.zeros((images, 2, 2, 1), np.uint8), labels=np.zeros(images, np.int32), groups=groups
+        images=np.zeros((images, 2, 2, 1), np.uint8),
+        labels=np.zeros(images, np.int32),
+        groups=groups,
+        rows=None if groups is None or rows is None else Rows(COUNT, rows),
     )
     size = {} if groups is None else {'groups': 20, 'images_per_group': 2}
     made = batches.of_mechanism(private, Unit(images=25, **size), share, keys, own_keys, 0.3)
@@ -40,12 +44,16 @@ def test_every_process_draws_from_the_number_of_all_units_which_need_not_be_the_
             if groups is None
             else np.isin(groups, np.unique(groups)[index::4]).sum()
         )
-        part = make(tmp_path, size, share, groups)
+        own = np.flatnonzero(np.isin(groups, np.unique(groups)[index::4])) if groups is not None else None
+        part = make(tmp_path, size, share, groups, own)
         assert part.sampler == one.sampler
         numbers.append(part.own)
         with pytest.raises(
             ValueError, match=f'process {index} of 4 has {size + 1} private .* the {size} of its'
         ):
-            make(tmp_path, size + 1, share, groups)
+            make(tmp_path, size + 1, share, groups, own)
+        if groups is not None:  # as many, but others
+            with pytest.raises(ValueError, match=f'process {index} of 4 has .* private images'):
+                make(tmp_path, size, share, groups, np.arange(size))
     if groups is not None:
         np.testing.assert_array_equal(np.sort(np.concatenate(numbers)), np.arange(COUNT))

@@ -81,7 +81,7 @@ def test_what_would_be_spent_is_planned_also_where_it_is_too_much(refused):
 
 def test_a_source_that_does_not_answer_is_not_waited_for(tiny_config, refused, monkeypatch):
     monkeypatch.setattr(planning, '_PATIENCE', 0.2)
-    monkeypatch.setattr(build, 'source_problems', lambda config: time.sleep(20))
+    monkeypatch.setattr(build, 'source_problems', lambda config, processes: time.sleep(20))
     start = time.monotonic()
     _, (problem,) = refused()
     assert "config.data.source is 'digits', which did not answer within 0.2 s" in problem

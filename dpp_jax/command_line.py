@@ -401,8 +401,13 @@ def _end(line: str, code: int) -> None:
     interrupted crashes when Python takes JAX apart.
     """
     others = _hosts()
-    own = f'process {others.index()}: ' if others and others.is_together() else ''
-    print(own + line.strip() if own else line, file=sys.stderr)
+    if others and others.is_together():
+        if code != 1 and not others.is_first():
+            # Process 0 says what is saved, and where it stopped. Launchers look for these words.
+            line = f'process {others.index()}: stopped. Run the same command to continue.'
+        elif code == 1:
+            line = f'dpp-jax: process {others.index()}: {line.removeprefix("dpp-jax: ")}'
+    print(line, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     _tell_others(line, code)
@@ -412,7 +417,7 @@ def _end(line: str, code: int) -> None:
 def _tell_others(line: str, code: int) -> None:
     """Let the other processes of the run end, too."""
     if _hosts():
-        _hosts().fail(' '.join(line.split()), code)
+        _hosts().fail(' '.join(line.removeprefix('dpp-jax: ').split()), code)
 
 
 def _hosts():

@@ -47,6 +47,8 @@ def run(config: ConfigDict, root: str | Path, stage: str, private: str | Path | 
     Raises:
         ValueError, OSError: settings, data or work directory are not as they must be; nothing is spent.
     """
+    told = {'--stage': stage} | flatten(config.to_dict()) | statement.code_version()
+    hosts.agree('commands and versions', told)
     workdir = WorkDir(root, private=private)
     why = why_not_private(config.seed)
     with files.noted(workdir.root, why) as note, files.noted(workdir.private, why):
@@ -63,7 +65,6 @@ def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
     settings.check(config)
     devices.check()
     all_settings = flatten(config.to_dict())
-    hosts.agree('settings and versions', all_settings | statement.code_version())
     model = build.model(config)
     images = artefacts.SyntheticImages(workdir, all_settings)
     stages = STAGES if stage == 'all' else (stage,)

@@ -29,10 +29,10 @@ def main() -> int:
         '--grace', type=float, default=150, help='seconds that others have to end after one failed'
     )
     parser.add_argument('arguments', nargs='*', help='of dpp-jax, after --')
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()  # the -- may be left out
     if options.processes < 1 or options.devices < 1:
         parser.error('--processes and --devices must be at least 1')
-    processes = start(options.arguments, options.processes, options.devices)
+    processes = start(options.arguments + more, options.processes, options.devices)
     print(f'processes: {" ".join(str(process.pid) for process in processes)}', flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: [process.send_signal(number) for process in processes])
@@ -45,7 +45,7 @@ def main() -> int:
     statuses = wait(processes, options.grace)
     for reader in readers:
         reader.join()
-    return max(abs(status) for status in statuses)
+    return max(128 - status if status < 0 else status for status in statuses)
 
 
 def start(
@@ -80,8 +80,11 @@ def wait(processes: list[subprocess.Popen], grace: float) -> list[int]:
     """Wait for the processes; kill what is left `grace` seconds after one failed. Returns exit statuses."""
     failed_at = None
     while any(process.poll() is None for process in processes):
-        if failed_at is None and any(process.returncode not in (None, 0) for process in processes):
+        failed = [number for number, process in enumerate(processes) if process.returncode not in (None, 0)]
+        if failed and failed_at is None:
             failed_at = time.monotonic()
+            told = f'[{failed[0]}] ended with {processes[failed[0]].returncode}'
+            print(f'{told}; the others notice within --host_timeout', flush=True)
         if failed_at is not None and time.monotonic() - failed_at > grace:
             for process in processes:
                 process.kill()

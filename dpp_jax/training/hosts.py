@@ -132,7 +132,9 @@ def _processes_of_slurm() -> int | None:
 
 
 def introduce() -> None:
-    """Print who this process is; say nothing more on the standard output unless it is process 0."""
+    """Print which of several processes this is; only the first says more on the standard output."""
+    if count() == 1:
+        return
     print(
         f'process {index()} of {count()}, {jax.local_device_count()} of {jax.device_count()} devices, '
         f'{platform.node()}',
@@ -160,14 +162,21 @@ def _initialize(how: Asked, timeout: float) -> None:
         is_local = host in ('localhost', '127.0.0.1')
         patience |= {'coordinator_bind_address': how.coordinator} if is_local else {}
         patience |= {'cluster_detection_method': 'deactivate'}
+    who = '' if how.index is None else f' process {how.index} of {how.processes} at {how.coordinator}:'
     error = _in_a_thread(
-        lambda: jax.distributed.initialize(how.coordinator, how.processes, how.index, **patience)
+        lambda: jax.distributed.initialize(how.coordinator, how.processes, how.index, **patience),
+        f'waiting,{who} for the other processes of this run, {_START_SECONDS} s at most',
     )
     # Nothing was found on a plain machine.
     if how.how == 'auto' and 'coordinator_address should be defined' in str(error):
         jax.config.update('jax_cpu_collectives_implementation', None)
     elif isinstance(error, ValueError):
         raise NotTogether(f'--distributed: {error}') from error
+    elif 'Failed to start RPC server' in str(error):
+        raise NotTogether(
+            f'process 0 cannot listen at {how.coordinator or "the port of the coordinator"}: another program '
+            'uses the port, or the address is not of this machine. Choose another port'
+        ) from error
     elif error is not None:
         told = ' '.join(str(error).split())[:300]
         raise NotTogether(
@@ -176,8 +185,11 @@ def _initialize(how: Asked, timeout: float) -> None:
         ) from error
 
 
-def _in_a_thread(function: Callable[[], object]) -> Exception | None:
-    """Call a function that may wait long, while this thread answers Ctrl-C and SIGTERM; return its error."""
+def _in_a_thread(function: Callable[[], object], waiting: str) -> Exception | None:
+    """Call a function that may wait long, while this thread answers Ctrl-C and SIGTERM; return its error.
+
+    After some seconds it prints `waiting`.
+    """
     errors: list[Exception] = []
 
     def call():
@@ -192,7 +204,7 @@ def _in_a_thread(function: Callable[[], object]) -> Exception | None:
     while thread.is_alive() and time.monotonic() - start < _START_SECONDS:
         thread.join(_SLICE / 4)
         if time.monotonic() - start > _TELL_SECONDS and not is_told:
-            print('waiting for the other processes of this run', flush=True)
+            print(waiting, flush=True)
             is_told = True
     if thread.is_alive():
         return TimeoutError('some did not come')

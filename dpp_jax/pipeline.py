@@ -106,8 +106,9 @@ class Run:
         """Check that all processes see the same files: their shares must be of one set."""
         data = self.config.data
         names = functools.partial(sources.identity, data.source, 'train', data_dir=data.dir)
-        hosts.at_first(names)  # alone: tensorflow-datasets may have to prepare the set
-        own = {f'file {number}': name for number, name in enumerate(names())}
+        # Process 0 first: tensorflow-datasets may have to prepare the set.
+        known = hosts.from_first(names)
+        own = {f'file {number}': name for number, name in enumerate(known if hosts.is_first() else names())}
         hosts.meet('the look at the private images', limit=hosts.PATIENT_SECONDS)
         hosts.agree('files of the private images', own)
 

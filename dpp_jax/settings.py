@@ -329,10 +329,14 @@ _RELATIONS = (
     _Relation(
         'data.in_memory',
         ('data.source',),
-        lambda where, source: where != 'no' or sources.SOURCES[source.partition(':')[0]].has_random_access,
+        lambda where, source: (
+            where != 'no' or issubclass(sources.SOURCES[source.partition(':')[0]], sources.StoredSource)
+        ),
         lambda source: (
             f"'auto' or 'yes': rows of {source!r} cannot be read when they are needed. Sources that can are "
-            + ' and '.join(kind.form for kind in sources.SOURCES.values() if kind.has_random_access)
+            + ' and '.join(
+                kind.form for kind in sources.SOURCES.values() if issubclass(kind, sources.StoredSource)
+            )
         ),
     ),
     _Relation(

@@ -3,8 +3,7 @@
 Sums are kept in float64.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -15,55 +14,6 @@ _COVARIANCE_TOLERANCE = 1e-6
 # With fewer images in a set FID is too large by more than 1 (64 features): samples of one Gaussian are 2.2
 # apart, 1,000 against 1,000, and 35 apart, 64 against 64.
 FEW_IMAGES = 2_000
-
-
-class FeatureExtractor(Protocol):
-    """What `fid` needs; an Inception network, for one, would be another.
-
-    Attributes:
-        name: what the features are, to be shown beside every FID.
-    """
-
-    name: str
-
-    def features(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-        """Return real numbers (N, D) for uint8 images (N, H, W, C)."""
-        ...
-
-
-def fid(
-    extractor: FeatureExtractor,
-    images_a: np.ndarray,
-    images_b: np.ndarray,
-    *,
-    batch_size: int = 256,
-    progress: Callable[[int], object] | None = None,
-) -> float:
-    """Return the Fréchet distance between the features of two sets of images (Heusel et al. 2017).
-
-    Few images make it too large: compare only distances between sets of the same sizes.
-
-    Args:
-        extractor: gives the features.
-        images_a, images_b: uint8 (N, H, W, C), at least two images each.
-        batch_size: images whose features are computed at once.
-        progress: called with the number of images whose features came last.
-
-    Returns:
-        A number, at least 0, the same if the two sets change places.
-
-    Raises:
-        ValueError: fewer than two images, or images that the extractor refuses.
-    """
-
-    def batches(images: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(images), batch_size):
-            found = extractor.features(images[start : start + batch_size], batch_size)
-            if progress is not None:
-                progress(len(found))
-            yield found
-
-    return frechet_distance(*moments(batches(images_a)), *moments(batches(images_b)))
 
 
 def moments(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

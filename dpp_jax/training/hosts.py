@@ -39,7 +39,7 @@ _IN_MESSAGE = 2**18  # bytes; more than these travel from device to device
 _SLICE = 1.0  # seconds between two looks at signals while the main thread waits
 
 _numbers = itertools.count()  # of messages and meetings: every process counts the same
-_sent: list[str] = []  # names of what process 0 sent since the last meeting
+_sent: list[str] = []  # in process 0, names of what was said and sent since the last meeting, and at it
 _is_apart = False  # within `from_first`
 _watch: watch.Watch | None = None
 
@@ -146,12 +146,17 @@ def introduce() -> None:
 
 def _initialize(how: Asked, timeout: float) -> None:
     """Start JAX's distributed runtime, if there is anything to start it with."""
-    # Over loopback and Ethernet; accelerators have links of their own.
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    # Else JAX ends all processes by itself, with a stack trace. `watch` does so with a line.
-    jax.config.update('jax_enable_recoverability', True)
-    # It would take SIGTERM from `preemption`, which also answers Ctrl-C.
-    jax.config.update('jax_enable_preemption_service', False)
+    options = {
+        # Over loopback and Ethernet; accelerators have links of their own.
+        'jax_cpu_collectives_implementation': 'gloo',
+        # Else JAX ends all processes by itself, with a stack trace. `watch` does so with a line.
+        'jax_enable_recoverability': True,
+        # It would take SIGTERM from `preemption`, which also answers Ctrl-C.
+        'jax_enable_preemption_service': False,
+    }
+    for name, value in options.items():
+        if hasattr(jax.config, name):  # another version of JAX may do without
+            jax.config.update(name, value)
     patience = {
         'initialization_timeout': _START_SECONDS + 60,  # JAX would abort
         'heartbeat_timeout_seconds': int(3 * timeout) + 60,  # `watch` comes first
@@ -167,21 +172,21 @@ def _initialize(how: Asked, timeout: float) -> None:
         lambda: jax.distributed.initialize(how.coordinator, how.processes, how.index, **patience),
         f'waiting,{who} for the other processes of this run, {_START_SECONDS} s at most',
     )
-    # Nothing was found on a plain machine.
     if how.how == 'auto' and 'coordinator_address should be defined' in str(error):
-        jax.config.update('jax_cpu_collectives_implementation', None)
-    elif isinstance(error, ValueError):
-        raise NotTogether(f'--distributed: {error}') from error
-    elif 'Failed to start RPC server' in str(error):
+        return  # nothing was found: a plain machine
+    alone = ', or --distributed=none if this is the only process' if how.how == 'auto' else ''
+    if isinstance(error, ValueError):
+        raise NotTogether(f'--distributed is {how.how}: {error}{alone}') from error
+    if 'Failed to start RPC server' in str(error):
         raise NotTogether(
             f'process 0 cannot listen at {how.coordinator or "the port of the coordinator"}: another program '
             'uses the port, or the address is not of this machine. Choose another port'
         ) from error
-    elif error is not None:
+    if error is not None:
         told = ' '.join(str(error).split())[:300]
         raise NotTogether(
             f'the processes of this run did not find each other within {_START_SECONDS} s ({told}). Start '
-            'the same command on every host, and let the port of the coordinator through the firewall'
+            f'the same command on every host, and let the port of the coordinator through the firewall{alone}'
         ) from error
 
 
@@ -295,6 +300,8 @@ def meet(what: str, word: str = '', limit: float | None = None) -> list[str]:
     while _sent:  # all have received it; keys must not lie there for who comes later
         service.key_value_delete(_sent.pop())
     found = dict(service.key_value_dir_get(f'{name}/words/'))
+    if found and is_first():
+        _sent.append(f'{name}/words/')
     return [found.get(f'{name}/words/{number}', '') for number in range(count())]
 
 

@@ -201,13 +201,12 @@ def _save(store: checkpoint.TrainingStore | None, state: PyTree, record: _Record
     Raises:
         ValueError: processes have other weights: they added other noise, or compute otherwise.
     """
-
-    own = devices.first(state.params)
-    hosts.agree('weights', {'SHA-256': files.digest(jax.tree.leaves(own))} if hosts.count() > 1 else {})
+    host_state = devices.first(state)
+    if hosts.count() > 1:
+        hosts.agree('weights', {'SHA-256': files.digest(jax.tree.leaves(host_state.params))})
 
     def save():
         record.flush()
-        host_state = devices.first(state)
         step = int(host_state.step)
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host_state.params)):
             raise record.diverged('weights are', step)

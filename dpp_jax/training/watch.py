@@ -12,11 +12,11 @@ import time
 from typing import NoReturn
 
 import jax
-from jax.experimental import multihost_utils
 
 from dpp_jax.training import preemption
 
 AGAIN = 'Run the same command to continue from what is saved.'
+_START_SECONDS = 600  # for JAX to start on all hosts
 FAREWELL = 5.0  # seconds in which the others hear why a process ends
 
 
@@ -53,7 +53,7 @@ class Watch:
         """Start to give signs of life and to look for those of others."""
         service = client()
         service.key_value_set(f'host/{self._index}', platform.node())
-        multihost_utils.sync_global_devices('dpp_jax starts')
+        service.wait_at_barrier('hosts are known', int(1000 * _START_SECONDS))
         self._hosts = dict(service.key_value_dir_get('host/'))
         for target in (self._talk, self._listen):
             threading.Thread(target=target, daemon=True).start()

@@ -14,7 +14,7 @@ from dpp_jax.data.rows import Share
 from dpp_jax.data.sources.digits import Digits
 from dpp_jax.data.sources.idx import Idx
 from dpp_jax.data.sources.npz import Npz
-from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
+from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo, StoredSource
 from dpp_jax.data.sources.tfds import Tfds
 from dpp_jax.data.stored import StoredImages, memory_of_machine
 
@@ -135,13 +135,13 @@ def _stored(found: Source, split: str, average_down: int, in_memory: str) -> Sto
     """Return the images that stay in files; None: they are to be read into memory."""
     if in_memory not in IN_MEMORY:
         raise ValueError(f'in_memory is {in_memory!r}; it must be one of {", ".join(IN_MEMORY)}')
-    if in_memory == 'no' and not found.has_random_access:
+    if in_memory == 'no' and not isinstance(found, StoredSource):
         raise ValueError(
             f"config.data.in_memory is 'no'; for {found.name} it must be 'auto' or 'yes'. Only these sources "
             'are read row by row: '
-            + ', '.join(kind.form for kind in SOURCES.values() if kind.has_random_access)
+            + ', '.join(kind.form for kind in SOURCES.values() if issubclass(kind, StoredSource))
         )
-    if in_memory == 'yes' or not found.has_random_access:
+    if in_memory == 'yes' or not isinstance(found, StoredSource):
         return None
     stored = found.stored(split)
     is_large = stored.nbytes > memory_of_machine() / 2  # they are read before they are pooled

@@ -41,12 +41,10 @@ class Source(abc.ABC):
         data_dir: where tensorflow-datasets keeps its data; '' = its own default.
         kept: which rows of a split are read and must fit in memory, as of `Rows`.
         has_groups: whether a set of this kind may say whose an image is, see `groups`.
-        has_random_access: whether rows of a set of this kind can be read when they are needed, see `stored`.
     """
 
     form: ClassVar[str]
     has_groups: ClassVar[bool] = False
-    has_random_access: ClassVar[bool] = False
     name: str
     where: str
     data_dir: str
@@ -99,24 +97,6 @@ class Source(abc.ABC):
         """
         return [self.name, str(self.shape(split))]
 
-    def stored(self, split: str) -> StoredImages:
-        """Return the kept images of one of `SPLITS`, to be read when needed.
-
-        Only kinds with `has_random_access` can; the same holds for `labels` and `stamp`.
-        """
-        raise NotImplementedError(self.form)
-
-    def labels(self, split: str) -> np.ndarray:
-        """Return the kept labels alone, integers (n,), beside `stored`."""
-        raise NotImplementedError(self.form)
-
-    def stamp(self, split: str) -> str:
-        """Return what decides the pixels of `stored`, but for the files' content: a SHA-256 in hexadecimal.
-
-        These are names, sizes and times of its files, and what decodes them.
-        """
-        raise NotImplementedError(self.form)
-
     def groups(self, split: str, name: str) -> np.ndarray:
         """Return whose each image of a split is, kept or not, integers (N,); kinds with `has_groups` can.
 
@@ -132,3 +112,22 @@ class Source(abc.ABC):
     def near_groups(self, name: str) -> np.ndarray | None:
         """Return `groups` of the training images where they can be read without these; None: not so."""
         return None
+
+
+class StoredSource(Source):
+    """A set whose rows can be read when they are needed."""
+
+    @abc.abstractmethod
+    def stored(self, split: str) -> StoredImages:
+        """Return the kept images of one of `SPLITS`, to be read when needed."""
+
+    @abc.abstractmethod
+    def labels(self, split: str) -> np.ndarray:
+        """Return the kept labels alone, integers (n,), beside `stored`."""
+
+    @abc.abstractmethod
+    def stamp(self, split: str) -> str:
+        """Return what decides the pixels of `stored`, but for the files' content: a SHA-256 in hexadecimal.
+
+        These are names, sizes and times of its files, and what decodes them.
+        """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpp_jax.data.rows import Rows
-from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
+from dpp_jax.data.sources.source import SPLITS, SourceInfo, StoredSource
 from dpp_jax.data.stored import StoredImages
 
 _BATCH = 4096  # images decoded by one call
@@ -20,12 +20,11 @@ _SECONDS_TO_CONNECT = 5  # to a server; tensorflow-datasets itself would try for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tfds(Source):
+class Tfds(StoredSource):
     """A set with the features `image` and `label` and the splits train and test, in array_record files."""
 
     form = 'tfds:<name>'
     has_groups = True
-    has_random_access = True
 
     def describe(self) -> SourceInfo:
         info = self._prepared(prepare=False).info

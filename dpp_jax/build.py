@@ -264,7 +264,7 @@ def images(config: ConfigDict, split: str, rows: sources.AnyRows = None) -> Imag
     Args:
         config: the settings.
         split: 'train' or 'test'.
-        rows: the share of a process, or which rows of the split it keeps, see `sources.load`; None: all. The
+        rows: which rows of the split it keeps, see `sources.load`; None: all. The
             number of images that is compared is that of the whole split.
 
     Raises:

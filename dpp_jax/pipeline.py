@@ -16,14 +16,13 @@ import time
 
 import jax
 from ml_collections import ConfigDict
-import numpy as np
 
 from dpp_jax import build, files, gate, planning, settings
-from dpp_jax.data import rows, sources
+from dpp_jax.data import sources
 from dpp_jax.data.images import Images
 from dpp_jax.gate import STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
-from dpp_jax.privacy.shares import WHOLE, Share
+from dpp_jax.privacy.shares import Share
 from dpp_jax.run import artefacts, statement
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
@@ -93,13 +92,14 @@ class Run:
     @functools.cached_property
     def train(self) -> Images:
         """The private images that this process has."""
-        share = None
         if hosts.count() > 1:
-            share = rows.Share(index=hosts.index(), count=hosts.count())
             self._check_files()
-        found = build.images(self.config, 'train', rows=share)
+        found = build.images(self.config, 'train', rows=self.share.images if hosts.count() > 1 else None)
         gather = functools.partial(hosts.meet, 'the fingerprint', limit=hosts.PATIENT_SECONDS)
         self.workdir.check_fingerprint('train', found, gather=gather, at_first=hosts.from_first)
+        if hosts.count() > 1:
+            groups = '' if found.groups is None else files.digest([found.groups])
+            hosts.agree('private images', {'number': found.total, 'groups': groups})
         return found
 
     def _check_files(self) -> None:
@@ -112,16 +112,10 @@ class Run:
         hosts.meet('the look at the private images', limit=hosts.PATIENT_SECONDS)
         hosts.agree('files of the private images', own)
 
-    @functools.cached_property
+    @property
     def share(self) -> Share:
         """Whose gradients this process computes."""
-        if hosts.count() == 1:
-            return WHOLE
-        groups = self.train.groups
-        units = self.train.total if groups is None else len(np.unique(groups))
-        told = '' if groups is None else files.digest([groups])
-        hosts.agree('private images', {'number of units': units, 'groups': told})
-        return Share(hosts.index(), hosts.count(), units)
+        return Share(hosts.index(), hosts.count())
 
     @functools.cached_property
     def whole_train(self) -> Images:

@@ -2,12 +2,14 @@
 
     python scripts/launch_local.py --processes=2 --devices=4 -- --config=digits_8:10 --workdir=runs/digits
 
-Each process simulates so many devices. Every line of output begins with the number of its process. If a
+Each process simulates so many devices, and has its share of the cores. Every line of output begins with the
+number of its process. If a
 process fails, the others end by themselves; whatever is left some time after that is killed. Ctrl-C and
 SIGTERM go to all processes.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -70,10 +72,17 @@ def start(
     options = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'stdin': subprocess.DEVNULL} | options
     others = lambda number: [f'--distributed=127.0.0.1:{port},{processes},{number}'] if processes > 1 else []
     places = folders or [options.pop('cwd', None)] * processes
-    return [
+    found = [
         subprocess.Popen([*command, *others(number)], env=environment, cwd=folder, **options)
         for number, folder in enumerate(places)
     ]
+    if hasattr(os, 'sched_setaffinity') and processes > 1:  # Linux
+        cores = sorted(os.sched_getaffinity(0))
+        for number, process in enumerate(found):
+            # As hosts do, each has cores of its own, if there are enough.
+            with contextlib.suppress(ProcessLookupError):  # it ended by a mistake
+                os.sched_setaffinity(process.pid, cores[number::processes] or cores)
+    return found
 
 
 def wait(processes: list[subprocess.Popen], grace: float) -> list[int]:

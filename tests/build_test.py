@@ -11,9 +11,9 @@ import pytest
 from dpp_jax import build
 from dpp_jax.configs import camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28
 from dpp_jax.data import resize
-from dpp_jax.data.rows import Share
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.shares import Share
 
 CONFIGS = {
     'mnist_28': mnist_28,
@@ -148,8 +148,8 @@ def test_the_mechanisms_are_those_of_the_settings(tiny_config):
 
 def test_the_number_of_images_that_is_compared_is_that_of_the_whole_split(tiny_config):
     config = tiny_config()
-    share = build.images(config, 'train', rows=Share(index=1, count=3))
+    share = build.images(config, 'train', rows=Share(1, 3).images)
     assert (len(share.images), share.total) == (479, config.data.train_images)
     config.data.train_images = 479
     with pytest.raises(ValueError, match='config.data.train_images is 479; it must be 1437'):
-        build.images(config, 'train', rows=Share(index=1, count=3))
+        build.images(config, 'train', rows=Share(1, 3).images)

@@ -43,10 +43,6 @@ class Images:
         """The groups of the rows that are kept, (n,)."""
         return None if self.groups is None else self.groups[self.kept.numbers()]
 
-    def class_counts(self, classes: int) -> np.ndarray:
-        """Return how many of the kept images each class has, int64 (classes,); shares' counts add up."""
-        return np.bincount(self.labels, minlength=classes)
-
 
 def check_images(
     images: np.ndarray | StoredImages, *, name: str, image_shape: tuple[int, int, int] | None = None

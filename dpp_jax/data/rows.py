@@ -1,45 +1,6 @@
-"""Which rows of a split a process keeps, and how the split is dealt to processes."""
-
-import dataclasses
+"""Which rows of a split a process keeps."""
 
 import numpy as np
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
-    """The rows of one of several processes: of unit number u, those with u % count = index.
-
-    A unit is an image or, where images have groups, a group: then u is its place among the groups in the
-    order of their numbers, as in `groups.choose`.
-
-    Attributes:
-        index: of the process, in 0..count - 1.
-        count: of processes, at least 1.
-
-    Raises:
-        ValueError: a field is out of range.
-    """
-
-    index: int
-    count: int
-
-    def __post_init__(self):
-        if self.count < 1 or not 0 <= self.index < self.count:
-            raise ValueError(
-                f'the share is number {self.index} of {self.count}; its number must be at least 0 and below '
-                'theirs'
-            )
-
-    def kept(self, groups: np.ndarray | None = None) -> slice | np.ndarray:
-        """Return the numbers of the rows, ascending.
-
-        Args:
-            groups: (N,) integers, whose each image of the whole split is; None: an image is the unit.
-        """
-        if groups is None:
-            return slice(self.index, None, self.count)
-        units = np.unique(groups, return_inverse=True)[1]
-        return np.flatnonzero(units % self.count == self.index)
 
 
 class Rows:
@@ -73,11 +34,6 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    @property
-    def are_all(self) -> bool:
-        """Whether these are all rows of the split."""
-        return len(self) == self.total
 
     def numbers(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the numbers that rows `start`..`stop` of the kept ones have in the whole split, int64."""

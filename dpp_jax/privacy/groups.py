@@ -115,17 +115,6 @@ def choose(groups: np.ndarray, images_per_group: int, key: int) -> np.ndarray:
     return members
 
 
-def images_of(groups: np.ndarray, share: shares.Share) -> np.ndarray:
-    """Return the numbers of all images of a share's groups: ascending int64, (n,).
-
-    Args:
-        groups: (N,) integers, the group that each image belongs to.
-        share: of the groups, counted in the order of their numbers.
-    """
-    _, group_of = np.unique(groups, return_inverse=True)
-    return np.flatnonzero(share.has(group_of))
-
-
 def numbers(
     members: np.ndarray,
     indices: np.ndarray,

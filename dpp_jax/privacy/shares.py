@@ -24,22 +24,18 @@ class Share:
     Attributes:
         index: p, which process, in [0, count).
         count: P, how many processes, > 0.
-        units: how many units all processes have together; None: one process has all that is there.
 
     Raises:
-        ValueError: a field is out of range, or there are several processes and `units` is not set.
+        ValueError: a field is out of range.
     """
 
     index: int = 0
     count: int = 1
-    units: int | None = None
 
     def __post_init__(self):
         checks.require('count', self.count, checks.is_whole(self.count, 1), 'a whole number, at least 1')
         is_index = checks.is_whole(self.index, 0, self.count - 1)
         checks.require('index', self.index, is_index, f'a whole number in [0, {self.count - 1}]')
-        is_units = checks.is_whole(self.units, 1) or (self.units is None and self.count == 1)
-        checks.require('units', self.units, is_units, 'a whole number, at least 1; or None for one process')
 
     def has(self, units: np.ndarray) -> np.ndarray:
         """Whether units, (n,) whole numbers, are of this share: (n,) bool."""
@@ -48,6 +44,17 @@ class Share:
     def own(self, units: np.ndarray) -> np.ndarray:
         """Return those of the units, (n,), that are of this share, in the same order."""
         return units if self.count == 1 else units[self.has(units)]
+
+    def images(self, groups: np.ndarray | None) -> slice | np.ndarray:
+        """Return which images of a set a process of this share keeps: a slice, or ascending numbers, int64.
+
+        Args:
+            groups: (N,) integers, the group that each image belongs to; units are groups then, counted in the
+                order of their numbers. None: units are images.
+        """
+        if groups is None:
+            return slice(self.index, None, self.count)
+        return np.flatnonzero(self.has(np.unique(groups, return_inverse=True)[1]))
 
     def places(self, own: np.ndarray) -> np.ndarray:
         """Return where this process keeps units of its own: their rows in its arrays."""

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 
 from dpp_jax.data.images import Images
-from dpp_jax.privacy import groups
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.poisson import PoissonSampler
 from dpp_jax.privacy.shares import WHOLE, Share
@@ -47,16 +46,16 @@ def of_mechanism(
     Raises:
         ValueError: the process does not have the images of its share.
     """
-    members = keys.members(private.groups, unit.images_per_group)
-    if members is not None:
-        size = len(members)
-        own = None if share.count == 1 else groups.images_of(private.groups, share)
-        expected = len(private.groups) if own is None else len(own)
+    members, own = keys.members(private.groups, unit.images_per_group), None
+    if members is None:
+        size = private.total
+        expected, is_own = share.size(size), True
     else:
-        size, own = share.units or len(private.images), None
-        expected = share.size(size)
-    has_own = own is None or np.array_equal(private.kept.numbers(), own)
-    if len(private.images) != expected or not has_own:
+        size = len(members)
+        kept, wanted = private.kept.numbers(), share.images(private.groups)
+        expected, is_own = len(wanted), np.array_equal(kept, wanted)
+        own = kept if share.count > 1 else None
+    if len(private.images) != expected or not is_own:
         raise ValueError(
             f'process {share.index} of {share.count} has {len(private.images)} private images; it must have '
             f'the {expected} of its share'

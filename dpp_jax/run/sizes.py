@@ -96,8 +96,9 @@ def choose(
         devices=devices.count(),
         microbatch=microbatch or max(1, images // draws),
         devices_per_image=devices_per_image or 1,
+        hosts=devices.count() // len(devices.local()),
     )
-    if batch is not None and batch.expected < layout.rows_at_once:
+    if batch is not None:
         parameters = model_lib.size(model.shapes())
         step = step_time.Step(batch=batch, draws=draws, parameters=parameters, images_per_row=images_per_row)
         layout = step_time.choose(

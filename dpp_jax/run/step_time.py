@@ -4,9 +4,11 @@
          + u                  what every device does once: noise, optimizer, average of the weights
          + bytes / b + a      for the sum over all devices, and for those of teams that share an image
 
-Rows are dealt evenly. r is m E[ceil(n / (T m))], for a batch of n rows, T = D / g teams and a microbatch of
-m: what Poisson sampling costs is the last microbatch, which all devices compute and few fill. The sum of all
-P int32 takes 2 (D - 1) / D · 4 P bytes of each device (a ring); a team's takes (g - 1) / g · 4 P for a row.
+A host deals its rows evenly. r is m E[ceil(H n / (T m))], for H hosts, T = D / g teams, a microbatch of m,
+and n, the rows of the host that has most: each host has those of its own images. What Poisson sampling costs
+is the last microbatch, which all devices compute and few fill, and what that host has more than others. The
+sum of all P int32 takes 2 (D - 1) / D · 4 P bytes of each device (a ring); that of a team takes
+(g - 1) / g · 4 P for a row.
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from scipy import stats
 
 _BYTES = 4  # of a float32 or an int32
 _SURE = 8.0  # standard deviations within which all batches lie
+_MORE = (0, 1, 2, 4, 8)  # microbatches that are tried
 _WORTH = 0.95  # a larger team must compute so much less, at least
 # Assumptions: bytes per second that a device sends in a ring, within a host and between hosts; and seconds of
 # a collective, however little it sends. Those of a CPU within a host are fitted (docs/scaling.md).
@@ -52,14 +55,25 @@ class Batch:
         """Standard deviation of the rows."""
         return math.sqrt(self.expected * (1 - self.probability))
 
-    def microbatches(self, rows: int) -> float:
-        """Compute E[ceil(n / rows)] of a batch of n rows; `rows` go at a time on all devices together."""
-        if self.deviation > rows:  # so many that the last is filled evenly: right to 1e-8
+    def of_host(self, hosts: int) -> 'Batch':
+        """Return the part of one of several hosts."""
+        return dataclasses.replace(self, units=-(-self.units // hosts))
+
+    def microbatches(self, rows: int, hosts: int = 1) -> float:
+        """Compute E[ceil(n / own rows)] of the host that has most: n of the batch's rows.
+
+        Args:
+            rows: that go at a time on all devices together; each host's own rows are as many for each.
+            hosts: each has the rows of its own units.
+        """
+        own, part = rows // hosts, self.of_host(hosts)
+        if hosts == 1 and self.deviation > rows:  # so many that the last is filled evenly: right to 1e-8
             return (self.expected + (rows - 1) / 2) / rows
-        width = _SURE * self.deviation
-        sure = max(0, math.floor((self.expected - width) / rows))
-        others = np.arange(sure, math.ceil((self.expected + width) / rows) + 1)
-        return sure + float(stats.binom.sf(others * rows, self.units, self.probability).sum())
+        width = _SURE * part.deviation
+        sure = max(0, math.floor((part.expected - width) / own))
+        others = np.arange(sure, math.ceil((part.expected + width) / own) + 1)
+        no_more = stats.binom.cdf(others * own, part.units, self.probability)
+        return sure + float((1 - no_more**hosts).sum())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,11 +125,13 @@ class Layout:
         devices: D.
         microbatch: m, rows of a device whose gradients exist at once.
         devices_per_image: g, devices of a team.
+        hosts: H, processes; each has the images of its share.
     """
 
     devices: int
     microbatch: int
     devices_per_image: int = 1
+    hosts: int = 1
 
     @property
     def rows_at_once(self) -> int:
@@ -165,7 +181,7 @@ def predict(step: Step, machine: Machine, layout: Layout) -> Prediction:
 def _parts(step: Step, machine: Machine, layout: Layout) -> tuple[float, float, float]:
     """Return seconds for images, for padding, and for sending."""
     d, g = layout.devices, layout.devices_per_image
-    rows = step.batch.microbatches(layout.rows_at_once) * layout.microbatch
+    rows = step.batch.microbatches(layout.rows_at_once, layout.hosts) * layout.microbatch
     row_seconds = machine.image_seconds * step.noised_images / g
     images = row_seconds * step.batch.expected * g / d
     gradient = _BYTES * step.parameters
@@ -210,9 +226,10 @@ def choose(
 ) -> Layout:
     """Choose how many devices share an image, and the microbatch then.
 
-    As long as every device has a microbatch of its own in the mean, the layout stays. Otherwise the predicted
-    time decides; a smaller team is preferred to one that is a little faster. All of it follows from public
-    numbers and from the kind of device, so that a run that goes on takes the same choice.
+    On one host the layout stays as long as every device has a microbatch of its own in the mean. Otherwise
+    the predicted time decides; a smaller team and a larger microbatch are preferred to what is a little
+    faster. All of it follows from public numbers and from the kind of device, so that a run that goes on
+    takes the same choice.
 
     Args:
         step: the work.
@@ -221,19 +238,25 @@ def choose(
         sizes: of teams, in rising order.
         is_microbatch_set: whether the microbatch stays.
     """
-    if step.batch.expected >= layout.rows_at_once:
+    if layout.hosts == 1 and step.batch.expected >= layout.rows_at_once:
         return layout
     layouts = [dataclasses.replace(layout, devices_per_image=size) for size in sizes]
     if not is_microbatch_set:
-        layouts = [layout, *(even(step.batch, each) for each in layouts)]
+        layouts = [layout, *(even(step.batch, each, more) for each in layouts for more in _MORE)]
     seconds = [predict(step, assumed, each).seconds for each in layouts]
     return next(each for each, own in zip(layouts, seconds) if _WORTH * own <= min(seconds))
 
 
-def even(batch: Batch, layout: Layout) -> Layout:
-    """Lower the microbatch so that those of nearly every batch are full: 17 rows are 2 of 9, not 16 and 1."""
-    most = math.ceil((batch.expected + 2 * batch.deviation) * layout.devices_per_image / layout.devices)
-    number = math.ceil(most / layout.microbatch)
+def even(batch: Batch, layout: Layout, more: int = 0) -> Layout:
+    """Lower the microbatch so that those of nearly every batch are full: 17 rows are 2 of 9, not 16 and 1.
+
+    `more` are microbatches above as few as possible: smaller ones follow a batch's size better.
+    """
+    part = batch.of_host(layout.hosts)
+    width = 2 + math.sqrt(2 * math.log(layout.hosts))  # of the host that has most
+    teams_of_host = layout.devices / layout.devices_per_image / layout.hosts
+    most = math.ceil((part.expected + width * part.deviation) / teams_of_host)
+    number = math.ceil(most / layout.microbatch) + more
     return dataclasses.replace(layout, microbatch=max(1, math.ceil(most / max(1, number))))
 
 

@@ -189,6 +189,7 @@ def _step(plan: Plan, sizes: Sizes, draws: int, rate: float) -> step_time.Predic
             devices=devices.count(),
             microbatch=sizes.microbatch,
             devices_per_image=sizes.devices_per_image,
+            hosts=devices.count() // own,
         ),
     )
 

@@ -209,10 +209,11 @@ def predictions(
             devices_of_host=min(count, per_host),
             image_seconds=1 / rate,
         )
-        most = step_time.Layout(devices=count, microbatch=max(1, at_once // step.draws))
+        hosts = max(1, count // per_host)
+        most = step_time.Layout(devices=count, microbatch=max(1, at_once // step.draws), hosts=hosts)
         layouts = {
             'largest': most,
-            'lower': step_time.even(step.batch, most) if step.batch.expected < most.rows_at_once else most,
+            'lower': step_time.choose(step, machine, most, sizes=[1]),
             'by the rule': step_time.choose(
                 step, machine, most, sizes=step_time.teams(step.draws, min(count, per_host))
             ),

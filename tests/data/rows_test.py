@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpp_jax.data.rows import Rows, Share
+from dpp_jax.data.rows import Rows
 
 TOTAL = 23
 KEPT = [
@@ -22,7 +22,7 @@ def test_a_slice_is_its_numbers(kept):
     numbers = np.arange(TOTAL)[slice(None) if kept is None else kept]
     one, other = Rows(TOTAL, kept), Rows(TOTAL, numbers)
     for rows in (one, other):
-        assert len(rows) == len(numbers) and rows.are_all == (len(numbers) == TOTAL)
+        assert len(rows) == len(numbers)
         np.testing.assert_array_equal(rows.numbers(), numbers)
         np.testing.assert_array_equal(rows.numbers(1, 3), numbers[1:3])
         expected = [numbers.tolist().index(i) if i in numbers else -1 for i in range(TOTAL)]
@@ -51,15 +51,3 @@ def test_blocks_of_the_split_give_all_kept_rows_in_their_places(kept, at_once):
 def test_rows_that_do_not_ascend_inside_the_split_are_refused(wrong):
     with pytest.raises(ValueError, match='rows is .*; it must be numbers from 0 to 22 that ascend'):
         Rows(TOTAL, wrong)
-
-
-@pytest.mark.parametrize('index, count', [(-1, 2), (2, 2), (0, 0)])
-def test_a_share_is_one_of_its_number(index, count):
-    with pytest.raises(ValueError, match='its number must be at least 0 and below'):
-        Share(index=index, count=count)
-
-
-def test_groups_are_dealt_as_a_whole_in_the_order_of_their_numbers():
-    groups = np.array([70, 5, 70, -3, 5, 90])  # in order: -3, 5, 70, 90
-    np.testing.assert_array_equal(Share(index=0, count=2).kept(groups), [0, 2, 3])
-    np.testing.assert_array_equal(Share(index=1, count=2).kept(groups), [1, 4, 5])

@@ -406,9 +406,9 @@ def central_images(query, release, arrays, members, indices, processes, number, 
     people = np.arange(len(arrays['labels'])) % len(members)
     with devices.limited_to(number):
         for index in range(processes):
-            share = Share(index, processes, len(members))
+            share = Share(index, processes)
             keywords = {'capacity': number * -(-rows // number), 'share': share, 'rows': rows}
-            own = groups.images_of(people, share)
+            own = share.images(people)
             own_arrays = {name: array[own] for name, array in arrays.items()}
             if query.images_per_group:
                 fetched = groups.fetch(own_arrays, members, indices, own=own, **keywords)

@@ -33,7 +33,7 @@ def test_shares_hold_the_whole_batch_once_in_arrays_of_one_shape(dealt, number, 
     met, shapes = [], set()
     with devices.limited_to(number):
         for index in range(count):
-            share = Share(index, count, size)
+            share = Share(index, count)
             own = np.arange(size)[index::count]
             assert share.size(size) == len(own)
             batch = steps.make_batch(images[own], labels[own], indices, capacity, share=share, rows=rows)
@@ -69,8 +69,8 @@ def test_shares_of_groups_hold_their_images_and_nobody_elses(people, m, count, d
     everything = steps.make_batch(people, np.arange(len(people)), indices, 8, members)
     met, kept = [], []
     for index in range(count):
-        share = Share(index, count, len(members))
-        own = groups.images_of(people, share)
+        share = Share(index, count)
+        own = share.images(people)
         kept.append(own)
         batch = steps.make_batch(
             people[own], np.arange(len(people))[own], indices, 8, members, share=share, own=own
@@ -94,7 +94,7 @@ def test_a_usual_batch_leaves_the_shapes_of_all_shares_as_they_are(size, q, coun
     assert capacity % multiple == 0
     for number in range(3):
         indices = sampler.indices(number)
-        lengths = {len(shares.pad(indices, capacity, Share(p, count, size), rows)[0]) for p in range(count)}
+        lengths = {len(shares.pad(indices, capacity, Share(p, count), rows)[0]) for p in range(count)}
         assert lengths == {capacity}
 
 
@@ -102,12 +102,16 @@ def test_a_usual_batch_leaves_the_shapes_of_all_shares_as_they_are(size, q, coun
     ('arguments', 'told'),
     [
         ((0, 0), 'count is 0; it must be a whole number, at least 1'),
-        ((2, 2, 9), r'index is 2; it must be a whole number in \[0, 1\]'),
-        ((-1, 2, 9), r'index is -1; it must be a whole number in \[0, 1\]'),
-        ((0, 2), 'units is None; it must be a whole number, at least 1; or None for one process'),
-        ((0, 1, 0), 'units is 0; it must be a whole number, at least 1; or None for one process'),
+        ((2, 2), r'index is 2; it must be a whole number in \[0, 1\]'),
+        ((-1, 2), r'index is -1; it must be a whole number in \[0, 1\]'),
     ],
 )
 def test_a_share_out_of_range_is_refused(arguments, told):
     with pytest.raises(ValueError, match=f'^{told}'):
         Share(*arguments)
+
+
+def test_groups_are_dealt_as_a_whole_in_the_order_of_their_numbers():
+    groups = np.array([70, 5, 70, -3, 5, 90])  # in order: -3, 5, 70, 90
+    np.testing.assert_array_equal(Share(0, 2).images(groups), [0, 2, 3])
+    np.testing.assert_array_equal(Share(1, 2).images(groups), [1, 4, 5])

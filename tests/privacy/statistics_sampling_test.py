@@ -94,6 +94,6 @@ def test_processes_meet_parts_of_one_batch():
     with devices.limited_to(4):
         for number in range(20):
             indices = sampler.indices(number)
-            parts = [visited(indices, 4, 80, Share(index, 2, 500)) for index in range(2)]
+            parts = [visited(indices, 4, 80, Share(index, 2)) for index in range(2)]
             np.testing.assert_array_equal(np.sort(np.concatenate(parts)), indices)
             assert min(map(len, parts)) > 0.3 * len(indices)

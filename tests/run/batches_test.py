@@ -23,7 +23,7 @@ def make(folder, images, share, groups=None, rows=None):
         images=np.zeros((images, 2, 2, 1), np.uint8),
         labels=np.zeros(images, np.int32),
         groups=groups,
-        rows=None if groups is None or rows is None else Rows(COUNT, rows),
+        rows=Rows(COUNT, share.images(groups) if rows is None else rows),
     )
     size = {} if groups is None else {'groups': 20, 'images_per_group': 2}
     made = batches.of_mechanism(private, Unit(images=25, **size), share, keys, own_keys, 0.3)
@@ -38,20 +38,19 @@ def test_every_process_draws_from_the_number_of_all_units_which_need_not_be_the_
     assert (one.sampler.size, one.own) == (units, None)
     numbers = []
     for index in range(4):
-        share = Share(index, 4, units)
+        share = Share(index, 4)
         size = (
             len(range(index, COUNT, 4))
             if groups is None
             else np.isin(groups, np.unique(groups)[index::4]).sum()
         )
-        own = np.flatnonzero(np.isin(groups, np.unique(groups)[index::4])) if groups is not None else None
-        part = make(tmp_path, size, share, groups, own)
+        part = make(tmp_path, size, share, groups)
         assert part.sampler == one.sampler
         numbers.append(part.own)
         with pytest.raises(
             ValueError, match=f'process {index} of 4 has {size + 1} private .* the {size} of its'
         ):
-            make(tmp_path, size + 1, share, groups, own)
+            make(tmp_path, size + 1, share, groups)
         if groups is not None:  # as many, but others
             with pytest.raises(ValueError, match=f'process {index} of 4 has .* private images'):
                 make(tmp_path, size, share, groups, np.arange(size))

@@ -9,8 +9,9 @@ import pytest
 
 from dpp_jax import files
 from dpp_jax.data.images import Images
-from dpp_jax.data.rows import Rows, Share
+from dpp_jax.data.rows import Rows
 from dpp_jax.data.stored import StoredImages
+from dpp_jax.privacy.shares import Share
 from dpp_jax.run import fingerprint
 
 N = 11
@@ -20,7 +21,7 @@ WHOLE = Images(images=IMAGES, labels=LABELS, groups=GROUPS)
 
 
 def share_of(whole, index, count):
-    rows = Rows(whole.total, Share(index=index, count=count).kept(whole.groups))
+    rows = Rows(whole.total, Share(index, count).images(whole.groups))
     numbers = rows.numbers()
     return dataclasses.replace(whole, images=whole.images[numbers], labels=whole.labels[numbers], rows=rows)
 

@@ -45,8 +45,8 @@ def test_a_trial_does_two_microbatches(tiny_config):
     'size, count, expected',
     [
         (None, 8, sizes.Sizes(images=512, microbatch=16, draws=32)),
-        (None, 1024, sizes.Sizes(images=512, microbatch=9, draws=16, devices_per_image=2)),
-        (1, 1024, sizes.Sizes(images=512, microbatch=5, draws=32)),
+        (None, 4096, sizes.Sizes(images=512, microbatch=1, draws=16, devices_per_image=2)),
+        (1, 1024, sizes.Sizes(images=512, microbatch=3, draws=32)),
         (8, 8, sizes.Sizes(images=512, microbatch=16, draws=4, devices_per_image=8)),
     ],
 )

@@ -59,6 +59,15 @@ def test_microbatches_are_those_that_a_step_visits():
             )
 
 
+@pytest.mark.parametrize('hosts, own', [(2, 7), (4, 3), (16, 1)])
+def test_hosts_wait_for_the_one_that_has_most(hosts, own):
+    """Against samples: each host has the rows of its own units."""
+    rows = np.random.default_rng(0).binomial(4800 // hosts, 0.05, (20_000, hosts)).max(axis=1)
+    found = Batch(units=4800, probability=0.05).microbatches(own * hosts, hosts)
+    assert found == pytest.approx(np.ceil(rows / own).mean(), rel=3e-3)
+    assert found > Batch(units=4800, probability=0.05).microbatches(own * hosts)
+
+
 def machine(**changes):
     values = dict(
         image_seconds=1e-3, update_seconds=0.0, bytes_per_second=np.inf, team_bytes_per_second=np.inf,
@@ -108,7 +117,12 @@ def test_the_choice_is_one_device_for_an_image_until_devices_lack_images(count, 
         assert 8 % found.devices_per_image == 0 and found.microbatch <= 16
         assert seconds(found) <= seconds(most)
         assert not is_set or found.microbatch == 16
-    if count >= (512 if is_set else 1024):
+        # No team of another size is clearly faster, whatever its microbatch, if that may change.
+        for size in (1, 2, 4, 8):
+            other = Layout(devices=count, microbatch=16, devices_per_image=size)
+            lowered = [other] if is_set else [step_time.even(MNIST.batch, other, more) for more in range(9)]
+            assert 0.9 * seconds(found) <= min(map(seconds, lowered))
+    if count >= (512 if is_set else 16384):
         assert found.devices_per_image > 1
 
 

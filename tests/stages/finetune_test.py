@@ -8,6 +8,7 @@ import pytest
 
 from dpp_jax import build
 from dpp_jax.data.images import Images
+from dpp_jax.data.rows import Rows
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
@@ -44,7 +45,7 @@ def test_processes_take_the_same_steps_with_the_rows_of_their_own_shares(
         (folder / 'private').mkdir(parents=True)
         if index:  # the keys of the first process
             shutil.copy(tmp_path / '0' / 'private' / 'keys.json', folder / 'private')
-        share = Share(index, 3, count)
+        share = Share(index, 3)
         seen.append(check_steps(tiny_config, tiny_model, folder, monkeypatch, share))
     for settings in ('rows', 'capacity', 'expected_batch_size'):
         assert len({process[settings] for process in seen}) == 1
@@ -95,7 +96,7 @@ def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share, team=1):
         workdir,
         keys,
         ledger,
-        Images(images=images[own], labels=labels[own]),
+        Images(images=images[own], labels=labels[own], rows=Rows(count, share.images(None))),
         before_release,
         releases=releases,
         unit=plan.unit,

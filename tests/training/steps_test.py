@@ -134,7 +134,7 @@ def take_in_shares(step, params, digits, indices, *, processes, number, microbat
     parts, used = [], set()
     with devices.limited_to(number):
         for index in range(processes):
-            share, own = Share(index, processes, 60), slice(index, None, processes)
+            share, own = Share(index, processes), slice(index, None, processes)
             batch = steps.make_batch(
                 digits[0][own], digits[1][own], indices, capacity, share=share, rows=rows
             )

@@ -4,13 +4,13 @@ A name is '<kind>' or '<kind>:<where>', for example 'idx:/data/mnist'. Each kind
 of this folder and one entry of `SOURCES`. Checks and average pooling are the same for all kinds.
 """
 
+from collections.abc import Callable
 import dataclasses
 
 import numpy as np
 
 from dpp_jax.data.images import Images, check_groups, check_images, check_labels
 from dpp_jax.data.resize import average_pool
-from dpp_jax.data.rows import Share
 from dpp_jax.data.sources.digits import Digits
 from dpp_jax.data.sources.idx import Idx
 from dpp_jax.data.sources.npz import Npz
@@ -18,7 +18,8 @@ from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo, StoredSource
 from dpp_jax.data.sources.tfds import Tfds
 from dpp_jax.data.stored import StoredImages, memory_of_machine
 
-AnyRows = slice | np.ndarray | Share | None  # which rows of a split, see `load`
+# Which rows of a split are kept, see `load`.
+AnyRows = slice | np.ndarray | Callable[[np.ndarray | None], slice | np.ndarray] | None
 IN_MEMORY = ('auto', 'yes', 'no')
 SOURCES: dict[str, type[Source]] = {'digits': Digits, 'tfds': Tfds, 'idx': Idx, 'npz': Npz}
 
@@ -43,7 +44,7 @@ def shape(source: str, split: str, *, data_dir: str = '', rows: AnyRows = None) 
 
     None stands for what is not known, never for N. Arguments and errors are those of `load`.
     """
-    kept = rows.kept() if isinstance(rows, Share) else rows  # with groups, about so many
+    kept = rows(None) if callable(rows) else rows  # with groups, about so many
     return _find(source, data_dir, kept).shape(_checked(split))
 
 
@@ -85,8 +86,8 @@ def load(
         average_down: k, replaces blocks of k x k pixels by their mean, rounded.
         classes: how many the labels must have; None = as `describe` says.
         groups: name of the array that says whose a training image is; '' = not asked for.
-        rows: the numbers in the whole split of those that are kept, a slice or ascending integers; or the
-            share of a process; None = all.
+        rows: the numbers in the whole split of those that are kept, a slice or ascending integers; or a
+            function that chooses them by the groups of all, integers (N,), or None; None = all.
         in_memory: 'yes'; 'no': images stay in files, and rows are read when they are needed; 'auto': they
             stay there if the source allows it and they are more than half of this machine's memory.
 
@@ -99,7 +100,7 @@ def load(
     """
     found, name = _find(source, data_dir), f'{source} ({_checked(split)})'
     group_of = found.groups(split, groups) if groups and split == 'train' else None
-    kept = rows.kept(group_of) if isinstance(rows, Share) else rows
+    kept = rows(group_of) if callable(rows) else rows
     found = dataclasses.replace(found, kept=kept)
     total, *image_shape = found.shape(split)
     if group_of is not None:

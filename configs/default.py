@@ -50,6 +50,7 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     data.image_size = 28  # pixels, after average_down
     data.channels = 1  # 1 or 3
     data.classes = 10  # labels are 0 .. classes - 1
+    data.class_names = ()  # of the classes, in the order of labels; public; () = their numbers
     data.average_down = 1  # k: replace blocks of k x k pixels by their mean
 
     config.query = query = ConfigDict()  # the noisy central images; runs if pretrain.enabled

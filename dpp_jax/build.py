@@ -44,6 +44,11 @@ def model(config: ConfigDict) -> Model:
     )
 
 
+def class_names(config: ConfigDict) -> tuple[str, ...]:
+    """Return the names of the classes, in the order of labels: as set, or their numbers."""
+    return tuple(config.data.class_names) or tuple(map(str, range(config.data.classes)))
+
+
 def unit(config: ConfigDict) -> Unit:
     """Make the unit of privacy: one image, or a group of images."""
     return Unit(

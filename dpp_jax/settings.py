@@ -187,6 +187,7 @@ def _table() -> dict[str, _Rule]:
         'data.image_size': _COUNT,
         'data.channels': _whole(lambda n: n in (1, 3), '1 or 3'),
         'data.classes': _COUNT,
+        'data.class_names': _sequence(_TEXT, 'texts, one for each class'),
         'data.average_down': _COUNT,
         # query
         'query.kind': _name_in(known['query']),
@@ -325,6 +326,12 @@ _RELATIONS = (
             f"'': {source!r} says of no image whose it is. Sources with groups are "
             + ' and '.join(kind.form for kind in sources.SOURCES.values() if kind.has_groups)
         ),
+    ),
+    _Relation(
+        'data.class_names',
+        ('data.classes',),
+        lambda names, classes: len(names) in (0, classes) and len(set(names)) == len(names),
+        lambda classes: f'{classes} different names, or ()',
     ),
     _Relation(
         'data.in_memory',

@@ -39,6 +39,7 @@ _NEW_SETTINGS = {
     'dp.images_per_group': None,
     'data.groups': '',
     'data.train_groups': None,
+    'data.class_names': [],
 }
 _PATH = '<path>'
 # Settings that hold paths, with what release/config.json says in their place.

@@ -6,7 +6,8 @@ from dpp_jax import build
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import already_spent, artefacts, composition, folder, plan, sizes, statement
 from dpp_jax.run.keys import Keys
-from dpp_jax.stages import evaluate, report
+from dpp_jax.stages import report
+from dpp_jax.stages.evaluate import utility
 
 OTHERS = [None, True, 'abc', -1, 1.5, float('nan'), [], [1], {}, {'a': 1}]
 
@@ -44,7 +45,7 @@ def readers(config, workdir):
         workdir.fingerprints: lambda: workdir.check_fingerprint('train', private),
         workdir.sizes: lambda: sizes._read(workdir.sizes),
         workdir.evaluation: scores,
-        workdir.ceiling: lambda: evaluate._known_ceiling(workdir),
+        workdir.ceiling: lambda: utility._known_ceiling(workdir),
         workdir.report: scores,
         workdir.scored: scores,
         workdir.synthetic / 'settings.json': images.check,

@@ -10,7 +10,8 @@ from dpp_jax import pipeline
 from dpp_jax.data.images import Images
 from dpp_jax.data.stored import StoredImages
 from dpp_jax.run.folder import WorkDir
-from dpp_jax.stages import evaluate, report
+from dpp_jax.stages import report
+from dpp_jax.stages.evaluate import common
 
 
 def run(config, root, train, test, classes):
@@ -100,14 +101,14 @@ def test_without_the_ceiling_no_classifier_sees_private_images(copied_run):
 def test_images_that_stay_in_files_are_read_for_networks_that_learn_from_them_if_they_fit(monkeypatch):
     array = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1), np.uint8)
     train = Images(images=StoredImages(lambda rows: array[rows], array.shape), labels=np.arange(6) % 2)
-    read, reason = evaluate._in_memory(lambda: train, train)
+    read, reason = common.in_memory(lambda: train, train)
     assert isinstance(read.images, np.ndarray) and reason is None
     np.testing.assert_array_equal(read.images, array)
     monkeypatch.setattr(os, 'sysconf', lambda name: 13)  # memory of 169 bytes; the images take 96
-    same, reason = evaluate._in_memory(lambda: train, train)
+    same, reason = common.in_memory(lambda: train, train)
     assert same is train and 'more than half of the memory of this machine' in reason
 
     def too_large():
         raise ValueError('train.npz claims an array of 3.0 GiB')
 
-    assert evaluate._in_memory(too_large, train) == (train, 'train.npz claims an array of 3.0 GiB')
+    assert common.in_memory(too_large, train) == (train, 'train.npz claims an array of 3.0 GiB')

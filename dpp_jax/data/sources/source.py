@@ -21,6 +21,7 @@ class SourceInfo:
         train_images, test_images: how many images each split has.
         image_shape: (H, W, C), before any average pooling.
         classes: labels are 0..classes - 1.
+        class_names: of the classes, in the order of labels; (): the set does not tell.
     """
 
     name: str
@@ -28,6 +29,7 @@ class SourceInfo:
     test_images: int
     image_shape: tuple[int, int, int]
     classes: int
+    class_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,58 @@
+"""Stage `evaluate`: synthetic images against real ones. No guarantee: results stay in private/."""
+
+from collections.abc import Callable
+import functools
+
+from ml_collections import ConfigDict
+
+from dpp_jax.data.images import Images
+from dpp_jax.evaluation import needs
+from dpp_jax.run.artefacts import Evaluation, SyntheticImages
+from dpp_jax.run.folder import WorkDir, flatten
+from dpp_jax.run.keys import Keys
+from dpp_jax.stages.evaluate import common, distances, utility
+from dpp_jax.training import hosts
+
+
+def left_out(config: ConfigDict, test_images: int) -> list[str]:
+    """Say, in a line each, what will be left out; public numbers decide it, before anything is spent."""
+    settings = config.evaluate
+    return needs.left_out(
+        classes=config.data.classes,
+        test_images=test_images,
+        fid=settings.fid,
+        classifiers=len(settings.classifiers),
+    )
+
+
+def run(
+    config: ConfigDict,
+    workdir: WorkDir,
+    keys: Keys,
+    *,
+    images: SyntheticImages,
+    share: Images,
+    private: Callable[[], Images],
+    test: Callable[[], Images],
+) -> None:
+    """Compute FID against the real training images, and each classifier's accuracy on real test images.
+
+    Results are written as they come, and what is there already is not computed again. Of several processes,
+    all compute features; process 0 does the rest.
+
+    Args:
+        config: the settings.
+        workdir: keeps the feature network.
+        keys: of the run.
+        images: the synthetic images.
+        share: the private images that this process has.
+        private: gives all private images; called in process 0 alone, and so is `test`.
+        test: gives real images that no training saw.
+    """
+    evaluation = Evaluation(workdir, flatten(config.to_dict())) if hosts.is_first() else None
+    hosts.at_first(lambda: evaluation.begin())
+    read = functools.cache(lambda: common.in_memory(private, share))
+    distances.run(
+        config, workdir, keys, evaluation=evaluation, images=images, share=share, private=read, test=test
+    )
+    hosts.at_first(lambda: utility.run(config, workdir, keys, evaluation, images, read, test))

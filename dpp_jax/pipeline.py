@@ -29,7 +29,7 @@ from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys, why_not_private
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.stages import central, clean, evaluate, finetune, generate, plan, pretrain, report
-from dpp_jax.training import devices, hosts, preemption
+from dpp_jax.training import devices, hosts, preemption, progress
 
 _RELEASING = ('central', 'pretrain', 'finetune', 'generate')  # what the others make stays in private/
 
@@ -75,7 +75,8 @@ def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
         # Again: another process may have worked here.
         changed = gate.check_folder(config, workdir, images, stage)
         found = gate.read(config, workdir, model, images, changed=changed)
-        Run(config, workdir, model, images, found, changed).run(stages)
+        with progress.noted(workdir.progress):
+            Run(config, workdir, model, images, found, changed).run(stages)
 
 
 class Run:

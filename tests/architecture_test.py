@@ -27,8 +27,10 @@ ALLOWED = {
     'planning': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate'},
     'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate', 'planning'},
     'command_line': {'configs', 'training', 'object_store'},
-    'library': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'configs'},
-    'main': {'command_line', 'training', 'run', 'pipeline'},
+    'status': LEAVES | {'training', 'run', 'gate', 'configs'},
+    'library': LEAVES
+    | {'training', 'run', 'stages', 'build', 'settings', 'configs', 'command_line', 'pipeline'},
+    'main': {'command_line', 'training', 'run', 'pipeline', 'status'},
 }
 # Rooms that know what a config is; below them, functions take arrays, callables and named arguments.
 KNOW_CONFIG = {

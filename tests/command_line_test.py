@@ -15,7 +15,8 @@ def parse(monkeypatch):
     config = config_flags.DEFINE_config_file('config', None, 'Settings.', flag_values=values)
     flags.DEFINE_string('workdir', None, 'Folder.', flag_values=values)
     flags.DEFINE_string('private', None, 'Folder.', flag_values=values)
-    flags.DEFINE_enum('stage', 'all', ['plan', 'all'], 'Stage.', flag_values=values)
+    flags.DEFINE_enum('stage', 'all', ['plan', 'all', 'status'], 'Stage.', flag_values=values)
+    flags.DEFINE_boolean('json', False, 'JSON.', flag_values=values)
 
     def parse(*arguments):
         argv = ['dpp-jax', *arguments]
@@ -102,7 +103,7 @@ GOOD = ('--config=digits_8:10', '--workdir=run')
         ((*GOOD, '--noconfig.query.post_process=1'), 'does not take an argument'),
         ((*GOOD, '--config.finetune.epochs'), 'config.finetune.epochs has no value; write --config.fine'),
         (('--config.finetune.epochs', *GOOD), 'config.finetune.epochs has no value; write --config.fine'),
-        ((*GOOD, '--stage=training'), '<plan|all>'),
+        ((*GOOD, '--stage=training'), '<plan|all|status>'),
         ((*GOOD, '--stages=plan'), "Unknown command line flag 'stages'. Did you mean: stage ?"),
         ((*GOOD, 'plan'), 'plan is not a flag'),
     ],
@@ -169,3 +170,12 @@ def test_bytes_that_are_no_text_are_refused(parse, place):
 def test_a_place_that_cannot_be_used_is_told_with_what_is_allowed(parse, argument, text):
     assert text in line(parse, '--config=digits_8:3', '--workdir=run', argument)
     parse('--config=digits_8:3', '--workdir=gs://bucket/run', '--private=~/private')
+
+
+def test_status_needs_no_config(parse):
+    assert parse('--workdir=run', '--stage=status', '--json') is None
+
+
+def test_json_is_for_status(parse):
+    told = line(parse, '--config=digits_8:3', '--workdir=run', '--json')
+    assert '--json is for --stage=status; --stage is all' in told

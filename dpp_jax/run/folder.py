@@ -84,6 +84,7 @@ class WorkDir:
         self.evaluation = self.private / 'evaluation.json'
         self.scored = self.private / 'scored.json'
         self.ceiling = self.private / 'accuracy_of_real_images.json'
+        self.progress = self.private / 'progress.json'
         self.report = self.private / 'report.json'
         self.report_text = self.private / 'report.txt'
         self.report_page = self.private / 'report.html'

@@ -1,12 +1,35 @@
 """Progress bars with the time left. Between two steps they also stop a run that was asked to stop."""
 
+from collections.abc import Iterator
+import contextlib
+from pathlib import Path
 import sys
+import time
 
 from tqdm import tqdm
 
+from dpp_jax import files
 from dpp_jax.training import hosts, preemption
 
 _COMPILING = 'compiling …'
+_NOTE_SECONDS = 5.0  # between two notes of what is in progress
+# What a note holds.
+NOTE_FORM = {'name': str, 'done': int, 'total': int, 'unit': str, 'seconds_left?': float, 'time': float}
+_note: list[Path] = []  # where it goes, if anywhere
+
+
+@contextlib.contextmanager
+def noted(path: Path) -> Iterator[None]:
+    """Let bars note every few seconds in a JSON file what is in progress; the file is gone at the end.
+
+    It tells how long steps on private images take: `path` must lie in private/.
+    """
+    _note.append(path)
+    try:
+        yield
+    finally:
+        _note.remove(path)
+        path.unlink(missing_ok=True)
 
 
 def bar(
@@ -50,6 +73,7 @@ class Bar(tqdm):
 
     meets = True
     _first_end = None  # (time, steps done) when the first step ended
+    _noted = 0.0  # when this was noted last
 
     def update(self, n: float = 1) -> bool | None:
         """Advance by `n`, meet the other processes, raise Interrupted if the run was asked to stop."""
@@ -59,9 +83,27 @@ class Bar(tqdm):
             shown = None
         else:
             shown = self._end_first(n) if is_first else super().update(n)
+            self._take_note()
         if not preemption.is_deferred() and (self.meets or hosts.count() == 1):
             hosts.check('the next step', hosts.PATIENT_SECONDS if is_first else None)
         return shown
+
+    def _take_note(self) -> None:
+        """Note what is in progress, if it is time and somebody asked for it."""
+        if not _note or time.monotonic() < self._noted + _NOTE_SECONDS:
+            return
+        self._noted = time.monotonic()
+        told = {
+            'name': self.desc.removesuffix(': ').strip(),
+            'done': int(self.n),
+            'total': int(self.total),
+            'unit': self.unit,
+            'time': time.time(),
+        }
+        rate = self.format_dict['rate']
+        if rate and self._first_end and self.n > self._first_end[1]:
+            told['seconds_left'] = (self.total - self.n) / rate
+        files.write_json(_note[-1], told, mode=0o600)
 
     def _end_first(self, n: float) -> bool:
         """Advance by the first step: the rate is measured from here."""

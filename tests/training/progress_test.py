@@ -1,5 +1,6 @@
 """Progress bars: what they say while the compiler works, and the time left."""
 
+import json
 import re
 
 import pytest
@@ -46,3 +47,22 @@ def test_a_note_stays_through_the_first_step():
         bar.set_postfix_str('epoch 1/3', refresh=False)
         bar.update()
         assert re.search('1/3 .*epoch 1/3', str(bar))
+
+
+def test_what_is_in_progress_is_noted_while_it_is(tmp_path, monkeypatch, clock):
+    path = tmp_path / 'progress.json'
+    monkeypatch.setattr(progress, '_NOTE_SECONDS', 0.0)
+    with progress.noted(path), progress.bar(100, 'finetune', 'step') as bar:
+        bar.update()
+        note = json.loads(path.read_text(encoding='utf-8'))
+        assert (note['name'], note['done'], note['total'], note['unit']) == ('finetune', 1, 100, 'step')
+        assert 'seconds_left' not in note  # one step tells no rate
+        for _ in range(9):
+            clock.now += 2
+            bar.update()
+        assert json.loads(path.read_text(encoding='utf-8'))['seconds_left'] == pytest.approx(180, rel=0.05)
+        assert path.stat().st_mode & 0o077 == 0
+    assert not path.exists()
+    with progress.bar(100, 'finetune', 'step') as bar:
+        bar.update()
+    assert not path.exists()

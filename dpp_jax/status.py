@@ -1,0 +1,152 @@
+"""`--stage=status`: how far a run is, from its folder alone. It writes nothing and takes no lock.
+
+Another process may be at work. What it is doing now stands in private/progress.json.
+"""
+
+import json
+from pathlib import Path
+import time
+from typing import Any
+
+from dpp_jax import files, gate
+from dpp_jax.configs import default
+from dpp_jax.privacy import accounting
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, group, total_event
+from dpp_jax.privacy.ledger import Ledger
+from dpp_jax.run import artefacts, elsewhere, hours
+from dpp_jax.run.folder import WorkDir, flatten
+from dpp_jax.training import checkpoint, progress
+
+_OLD = 60.0  # seconds after which a note is that of a process that is gone
+# What is read of plan.json.
+_PLAN = {
+    'delta': float, 'accountant': str, 'relation?': str, 'epsilon_budget': float, 'epsilon_total': float,
+    'query_count': int, 'steps': int, 'pretrain_steps': int,
+}  # fmt: skip
+
+
+def read(root: str | Path, private: str | Path | None = None) -> dict[str, Any]:
+    """Return the state of a work directory, in JSON's types.
+
+    Args:
+        root: the work directory.
+        private: its private/, if that is elsewhere.
+
+    Returns:
+        `workdir`, `name`; `running`: whether a process works there (None: not known); `stages`: stage →
+        {'state': 'done', 'begun' or 'to do', and where it counts 'step', 'of'}; `now`: what is in progress,
+        as `progress.NOTE_FORM` (None: nothing is known); `next`: the first stage that is not done, or None;
+        `epsilon_spent` by the ledger, `epsilon_planned`, `epsilon_budget`, `delta`, `accountant`;
+        `releases`: mechanism → [made, planned].
+
+    Raises:
+        FileNotFoundError, ValueError: it is no work directory, or a file of it is damaged.
+    """
+    root = files.path(root)
+    workdir = WorkDir(root, private=private or elsewhere.of(root))
+    if not workdir.config.exists():
+        raise FileNotFoundError(
+            f'--workdir={root} has no {workdir.config.relative_to(root)}; it must be the folder of a run'
+        )
+    settings = _settings(workdir)
+    images = artefacts.SyntheticImages(workdir, settings)
+    evaluation = artefacts.Evaluation(workdir, settings)
+    done = gate.find_done(workdir, images, evaluation, has_query=settings['pretrain.enabled'])
+    plan = files.read_json(workdir.plan, 'Restore the file', _PLAN) if workdir.plan.exists() else None
+    return {
+        'workdir': str(root),
+        'name': settings['name'],
+        'running': files.is_locked(root / '.lock'),
+        'stages': {stage: _stage(workdir, stage, is_done, plan) for stage, is_done in done.items()},
+        'now': _now(workdir),
+        'next': next((stage for stage, is_done in done.items() if not is_done), None),
+        **(_spent(workdir, plan) if plan else {}),
+    }
+
+
+def _settings(workdir: WorkDir) -> dict[str, Any]:
+    """Return the settings of the run, by full names; of images and scores, those that made what is there."""
+    settings = flatten(default.get_config('1').to_dict())
+    settings |= files.read_json(workdir.config, 'Restore the file')
+    for path, inner in ((workdir.synthetic / 'settings.json', ()), (workdir.evaluation, ('of', 'settings'))):
+        if path.exists():
+            found = files.read_json(path, 'Restore the file, or delete it')
+            for name in inner:
+                found = found.get(name, {})
+            settings |= {name: value for name, value in found.items() if name in settings}
+    return settings
+
+
+def _stage(workdir: WorkDir, stage: str, is_done: bool, plan: dict[str, Any] | None) -> dict[str, Any]:
+    """Describe one stage."""
+    found = {'state': 'done' if is_done else 'to do'}
+    steps = {'pretrain': 'pretrain_steps', 'finetune': 'steps'}
+    if plan is None or stage not in steps:
+        return found
+    total = plan[steps[stage]]
+    saved = None if is_done else checkpoint.latest_training(workdir.checkpoints(stage))
+    if saved:
+        found['state'] = 'begun'
+    return found | {'step': total if is_done else saved[0] if saved else 0, 'of': total}
+
+
+def _now(workdir: WorkDir) -> dict[str, Any] | None:
+    """Read what a process notes of its progress; nothing if it is old."""
+    try:
+        note = files.read_json(workdir.progress, '', progress.NOTE_FORM)
+    except (OSError, ValueError):  # it may vanish at any time
+        return None
+    return note if time.time() < note['time'] + _OLD else None
+
+
+def _spent(workdir: WorkDir, plan: dict[str, Any]) -> dict[str, Any]:
+    """Compute what was spent by the ledger."""
+    ledger = Ledger(workdir.ledger, read_only=True)
+    event = total_event(group(ledger.entries))
+    relation = plan.get('relation', accounting.ZERO_OUT)
+    planned = {CENTRAL_QUERY: plan['query_count'], DP_SGD: plan['steps']}
+    return {
+        'epsilon_spent': accounting.epsilon(event, plan['delta'], plan['accountant'], relation),
+        'epsilon_planned': plan['epsilon_total'],
+        'epsilon_budget': plan['epsilon_budget'],
+        'delta': plan['delta'],
+        'accountant': plan['accountant'],
+        'releases': {name: [ledger.count(name), count] for name, count in planned.items()},
+    }
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """Write what `read` returns for scripts."""
+    return json.dumps(found, ensure_ascii=False)
+
+
+def text(found: dict[str, Any]) -> str:
+    """Write what `read` returns for people."""
+    running = {True: 'a process is at work', False: 'no process is at work', None: ''}[found['running']]
+    lines = [f'{found["name"]} in {found["workdir"]}' + (f': {running}' if running else ''), '']
+    for stage, said in found['stages'].items():
+        steps = (
+            f'  step {said["step"]:,} of {said["of"]:,}'
+            if 'step' in said and said['state'] != 'to do'
+            else ''
+        )
+        lines.append(f'  {stage:<10}{said["state"]:<6}{steps}')
+    lines.append('')
+    if found['now']:
+        now = found['now']
+        left = f', {hours.words(now["seconds_left"])} left' if 'seconds_left' in now else ''
+        lines.append(
+            f'now            {now["name"]}: {now["done"]:,} of {now["total"]:,} {now["unit"]}s{left}'
+        )
+    if 'epsilon_spent' in found:
+        show, exact = accounting.format_epsilon, accounting.format_exact
+        made = ', '.join(f'{name} {made:,} of {of:,}' for name, (made, of) in found['releases'].items() if of)
+        lines += [
+            f'spent          ε = {show(found["epsilon_spent"])} of {exact(found["epsilon_budget"])} at '
+            f'δ = {exact(found["delta"])}',
+            f'releases       {made}',
+        ]
+    else:
+        lines.append('spent          nothing: the run has no plan yet')
+    lines.append(f'next           {found["next"] or "nothing: everything is done"}')
+    return '\n'.join(lines)

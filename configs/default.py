@@ -34,15 +34,18 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     dp.already_spent = ''
 
     config.data = data = ConfigDict()
-    data.source = 'tfds:mnist'  # digits | tfds:<name> | idx:<folder> | npz:<folder>
+    # digits | folder:<path> or zip:<path> of image files | npz:<folder> | idx:<folder> |
+    # tfds:<name>[/<config>][:<version>] | wilds-camelyon:<path>
+    data.source = 'tfds:mnist'
     data.dir = ''  # where tensorflow-datasets keeps its data; '' = its own default
     # Whether a process keeps its share of the private images in memory: yes | no (rows are read from files
     # when a batch needs them; tfds only) | auto (no, if they are more than half of the memory). No result
     # depends on it.
     data.in_memory = 'auto'
     data.train_images = 60000  # number of private images; public (add_remove: any public number near it)
-    # With dp.unit = 'group': the integers that say whose an image is. npz: name of an array in train.npz;
-    # tfds: name of a feature (parts separated by '/'). '' = images are the unit.
+    # With dp.unit = 'group': what says whose an image is. npz: name of an array of integers in train.npz;
+    # tfds: name of a feature (parts separated by '/'); folder, zip: column of the CSV in data.labels;
+    # wilds-camelyon: patient or slide. '' = images are the unit.
     data.groups = ''
     # And the number of groups; public (add_remove: any public number near it). data.train_images is then any
     # public number near that of the images.
@@ -52,6 +55,24 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     data.classes = 10  # labels are 0 .. classes - 1
     data.class_names = ()  # of the classes, in the order of labels; public; () = their numbers
     data.average_down = 1  # k: replace blocks of k x k pixels by their mean
+    # How images of any size become squares of image_size (times average_down), gray or RGB as channels says:
+    # none (they must be so) | crop (the square in the center) | pad (with black).
+    data.fit = 'none'
+    data.resize = 'area'  # area (mean of the pixels below) | lanczos
+    # Of a set without a test part: the share of its images that are test images, in (0, 1), and the public
+    # number that decides which, with the images' names.
+    data.test_share = 0.1
+    data.split_seed = 0
+    # What becomes of a validation part beside train and test (folder, zip, tfds): unused | train (it is
+    # private too).
+    data.validation = 'unused'
+    # Labels of folder and zip: folders (names of sub-folders) | dataset.json (as StyleGAN archives have it) |
+    # path of a CSV with the columns file,label[,group] | none (one class). '' = dataset.json if it is there,
+    # else folders.
+    data.labels = ''
+    # Of tfds: names of features, parts separated by '/', as in attributes/Male. label_key '' = one class.
+    data.image_key = 'image'
+    data.label_key = 'label'
 
     config.query = query = ConfigDict()  # the noisy central images; runs if pretrain.enabled
     query.kind = 'mean'  # mean | mode

@@ -11,6 +11,7 @@ import numpy as np
 
 from dpp_jax.data import augment, sources
 from dpp_jax.data.images import Images
+from dpp_jax.data.preparation import Preparation
 from dpp_jax.diffusion import denoiser, sampler
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
@@ -218,6 +219,32 @@ def samplers(config: ConfigDict) -> dict[str, Callable]:
     }
 
 
+def preparation(config: ConfigDict, cache: Path | None = None) -> Preparation:
+    """Say how the source is read and what is done with its images.
+
+    Args:
+        config: whose image size and channels may be None: not decided yet.
+        cache: folder in private/ for decoded images; None: they are decoded when they are needed.
+    """
+    data = config.data
+    return Preparation(
+        image_size=data.image_size and data.image_size * data.average_down,
+        channels=data.channels,
+        fit=data.fit,
+        resize=data.resize,
+        test_share=data.test_share,
+        split_seed=data.split_seed,
+        labels=data.labels,
+        image_key=data.image_key,
+        label_key=data.label_key,
+        groups=data.groups,
+        validation=data.validation,
+        # Only there does the split follow from what is public, see data/split.py.
+        is_stratified=config.dp.relation == accounting.ZERO_OUT and not data.groups,
+        cache=cache,
+    )
+
+
 def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.SourceInfo | None, list[str]]:
     """Describe the source by its headers, and say where the config does not fit it.
 
@@ -228,34 +255,32 @@ def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.Sou
     Returns:
         What the source says of itself, None if it is not there; and a line for each problem.
     """
-    data = config.data
+    data, prepared = config.data, preparation(config)
     try:
-        info = sources.describe(data.source, data_dir=data.dir, processes=processes)
+        info = sources.describe(data.source, data_dir=data.dir, processes=processes, preparation=prepared)
     except (ValueError, OSError) as error:
         return None, [f'config.data.source: {error}']
-    height, width, channels = info.image_shape
-    factor = data.average_down
-    found, wanted = (height, width, channels), (factor * data.image_size,) * 2 + (data.channels,)
-    problems = []
-    if found != wanted:
+    problems = data_problems(config, 'train', (info.train_images, *prepared.shape(info.image_shape)))
+    if not prepared.changes_images and None in info.image_shape:
+        least, _, most = info.sides or (None, None, None)
+        sides = '' if info.sides is None else f' (short sides from {least} to {most} pixels)'
         problems.append(
-            f'config.data.image_size, channels and average_down are {data.image_size}, {data.channels} and '
-            f'{factor}; they must fit images of shape {found} in {info.name}, not {wanted}'
-        )
-    is_public = accounting.RELATIONS[config.dp.relation].size_is_public
-    if is_public and not data.groups and info.train_images != data.train_images:
-        problems.append(
-            f'config.data.train_images is {data.train_images}; it must be {info.train_images}, the number of '
-            f'private images in {info.name}'
+            f"config.data.fit is 'none'; it must be 'crop' or 'pad', because the images of {info.name} "
+            f'differ in size{sides}'
         )
     if info.classes > data.classes:
         problems.append(
             f'config.data.classes is {data.classes}; it must be at least {info.classes}, because the labels '
             f'in {info.name} go to {info.classes - 1}'
         )
+    if not info.test_images:
+        problems.append(
+            f'config.data.test_share is {data.test_share}, by which {info.name} has no test image; it must '
+            'be larger'
+        )
     if data.groups:
         try:
-            groups = sources.near_groups(data.source, data.groups, data_dir=data.dir)
+            groups = sources.near_groups(data.source, data.groups, data_dir=data.dir, preparation=prepared)
             if groups is not None:
                 _check_groups(config, groups)
         except (ValueError, OSError) as error:
@@ -263,7 +288,29 @@ def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.Sou
     return info, problems
 
 
-def images(config: ConfigDict, split: str, rows: sources.AnyRows = None) -> Images:
+def check_headers(config: ConfigDict, splits: Sequence[str]) -> None:
+    """Compare the headers of these splits with the config, before anything is read, of whatever size.
+
+    Raises:
+        ValueError, FileNotFoundError: one line for everything that does not fit, of all splits.
+    """
+    data, problems = config.data, []
+    for split in splits:
+        try:
+            found = sources.shape(data.source, split, data_dir=data.dir, preparation=preparation(config))
+            problems += data_problems(config, split, found)
+        except ValueError as error:
+            problems.append(str(error))
+    _refuse(list(dict.fromkeys(problems)))
+
+
+def images(
+    config: ConfigDict,
+    split: str,
+    rows: sources.AnyRows = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Images:
     """Load the real images of one split ('train' is the private set) and compare them with the config.
 
     Args:
@@ -271,14 +318,16 @@ def images(config: ConfigDict, split: str, rows: sources.AnyRows = None) -> Imag
         split: 'train' or 'test'.
         rows: which rows of the split it keeps, see `sources.load`; None: all. The
             number of images that is compared is that of the whole split.
+        cache: folder in private/ for decoded images; None: they are decoded again at every start.
+        progress: is told (images decoded, images in all), where that takes long; it may raise to stop.
 
     Raises:
         ValueError, FileNotFoundError: they are not as the config says, or not there. What is wrong with
             labels or pixels, a process with another share may not find.
     """
-    data = config.data
+    data, prepared = config.data, preparation(config, cache)
     # From the headers: before anything is read, of whatever size.
-    shape = sources.shape(data.source, split, data_dir=data.dir, rows=rows)
+    shape = sources.shape(data.source, split, data_dir=data.dir, rows=rows, preparation=prepared)
     _refuse(data_problems(config, split, shape))
     found = sources.load(
         data.source,
@@ -289,6 +338,8 @@ def images(config: ConfigDict, split: str, rows: sources.AnyRows = None) -> Imag
         groups=data.groups,
         rows=rows,
         in_memory=data.in_memory if split == 'train' else 'yes',  # all of the others are needed at once
+        preparation=prepared,
+        progress=progress,
     )
     _, height, width, channels = found.images.shape
     before_pooling = (found.total, height * data.average_down, width * data.average_down, channels)
@@ -320,7 +371,7 @@ def data_problems(config: ConfigDict, split: str, shape: Sequence[int | None]) -
     Args:
         config: the settings.
         split: 'train' or 'test'.
-        shape: (N, H, W, C) of the images, before average pooling; None: not known.
+        shape: (N, H, W, C) of the prepared images, before average pooling; None: not known.
     """
     data, (count, *image_shape) = config.data, shape
     side = data.image_size * data.average_down
@@ -330,7 +381,8 @@ def data_problems(config: ConfigDict, split: str, shape: Sequence[int | None]) -
         problems.append(
             f'config.data.image_size is {data.image_size}, data.average_down is {data.average_down} and '
             f'data.channels is {data.channels}: images must have the shape {wanted}. The {of_split} of '
-            f'{data.source} have the shape {tuple(image_shape)}'
+            f"{data.source} have the shape {tuple(image_shape)}. With config.data.fit 'crop' or 'pad' they "
+            'are made to fit'
         )
     is_public = accounting.RELATIONS[config.dp.relation].size_is_public
     if split == 'train' and is_public and not data.groups and count != data.train_images:

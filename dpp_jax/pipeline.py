@@ -95,7 +95,7 @@ class Run:
         """The private images that this process has."""
         if hosts.count() > 1:
             self._check_files()
-        found = build.images(self.config, 'train', rows=self.share.images if hosts.count() > 1 else None)
+        found = self._images('train', rows=self.share.images if hosts.count() > 1 else None)
         gather = functools.partial(hosts.meet, 'the fingerprint', limit=hosts.PATIENT_SECONDS)
         self.workdir.check_fingerprint('train', found, gather=gather, at_first=hosts.from_first)
         if hosts.count() > 1:
@@ -106,7 +106,10 @@ class Run:
     def _check_files(self) -> None:
         """Check that all processes see the same files: their shares must be of one set."""
         data = self.config.data
-        names = functools.partial(sources.identity, data.source, 'train', data_dir=data.dir)
+        prepared = build.preparation(self.config)
+        names = functools.partial(
+            sources.identity, data.source, 'train', data_dir=data.dir, preparation=prepared
+        )
         # Process 0 first: tensorflow-datasets may have to prepare the set.
         known = hosts.from_first(names)
         own = {f'file {number}': name for number, name in enumerate(known if hosts.is_first() else names())}
@@ -121,11 +124,17 @@ class Run:
     @functools.cached_property
     def whole_train(self) -> Images:
         """All private images, also of other processes: what process 0 needs to train on them for scores."""
-        return self.train if hosts.count() == 1 else build.images(self.config, 'train')
+        return self.train if hosts.count() == 1 else self._images('train')
 
     @functools.cached_property
     def test(self) -> Images:
-        return build.images(self.config, 'test')
+        return self._images('test')
+
+    def _images(self, split: str, rows: sources.AnyRows = None) -> Images:
+        """Load images, which may have to be decoded; process 0 keeps them for the next start."""
+        cache = self.workdir.decoded if hosts.is_first() else None
+        with progress.counting(f'decoding {split}', 'file') as count:
+            return build.images(self.config, split, rows=rows, cache=cache, progress=count)
 
     def run(self, stages: tuple[str, ...]) -> None:
         """Run those of `stages` that are not done, and say what happens."""
@@ -178,6 +187,8 @@ class Run:
                 f'{self.workdir.root}. Run that stage first, or --stage=all'
             )
         if {'central', 'finetune', 'evaluate'} & set(todo):
+            needs_test = 'evaluate' in todo and hosts.is_first()
+            build.check_headers(self.config, ('train', 'test') if needs_test else ('train',))
             _ = self.train  # its checks
             if 'evaluate' in todo and hosts.is_first():
                 for line in evaluate.left_out(self.config, len(self.test.images)):

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpp_jax import build
-from dpp_jax.data import augment, sources
+from dpp_jax.data import augment, preparation, sources
 from dpp_jax.diffusion import denoiser, model, sampler
 from dpp_jax.evaluation import classifiers
 from dpp_jax.privacy import accounting, groups, queries
@@ -189,6 +189,14 @@ def _table() -> dict[str, _Rule]:
         'data.classes': _COUNT,
         'data.class_names': _sequence(_TEXT, 'texts, one for each class'),
         'data.average_down': _COUNT,
+        'data.fit': _name_in(preparation.FITS),
+        'data.resize': _name_in(preparation.RESIZES),
+        'data.test_share': _INSIDE,
+        'data.split_seed': _whole(lambda n: True, 'a whole number'),
+        'data.labels': _TEXT,
+        'data.image_key': _Rule(lambda key: isinstance(key, str) and bool(key), 'the name of a feature'),
+        'data.label_key': _TEXT,
+        'data.validation': _name_in(preparation.VALIDATIONS),
         # query
         'query.kind': _name_in(known['query']),
         'query.noise_multiplier': _POSITIVE,

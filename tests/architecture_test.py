@@ -14,7 +14,7 @@ ALLOWED = {
     'files': {'object_store', 'lease'},
     'privacy': {'files'},
     'diffusion': set(),
-    'data': set(),
+    'data': {'files'},
     'auditing': {'privacy'},
     'interop': {'diffusion'},
     'training': LEAVES,

@@ -42,10 +42,10 @@ def test_without_its_images_a_plan_is_a_draft_that_says_what_is_missing(refused,
 @pytest.mark.parametrize(
     'kept, settings, text',
     [
-        ({'size': 16}, {}, 'image_size, channels and average_down are 8, 1 and 1'),
+        ({'size': 16}, {}, 'config.data.image_size is 8, data.average_down is 1'),
         ({'train': 70}, {}, 'config.data.train_images is 60; it must be 70'),
         ({'classes': 12}, {}, 'config.data.classes is 10; it must be at least 12'),
-        ({}, {'data__average_down': 2}, 'they must fit images of shape .8, 8, 1. '),
+        ({}, {'data__average_down': 2}, 'have the shape .8, 8, 1..'),
     ],
 )
 def test_a_source_that_the_config_does_not_fit_is_told_from_its_headers(

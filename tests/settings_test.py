@@ -70,7 +70,7 @@ def test_images_stay_in_files_only_where_the_source_allows_it():
     assert lines(changed({'data.in_memory': 'no', 'data.source': 'tfds:x'})) == []
     (line,) = lines(changed({'data.in_memory': 'no', 'data.source': 'npz:x'}))
     assert line.startswith("config.data.in_memory is 'no'; it must be 'auto' or 'yes': rows of 'npz:x'")
-    assert line.endswith('tfds:<name>')
+    assert line.endswith('tfds:<name>[/<config>][:<version>]')
 
 
 @pytest.mark.parametrize('missing', [name for name in GROUPED if name not in ('data.source', 'dp.unit')])
@@ -97,7 +97,7 @@ def test_settings_of_groups_go_together(missing, unit):
         ({'data.train_groups': 0}, 'train_groups is 0; it must be a whole number, at least 1'),
         ({'dp.delta': 1 / 900}, 'it must be below 1 / data.train_groups = 0.00111'),
         ({'data.source': 'idx:x'}, "'idx:x' says of no image whose it is"),
-        ({'data.source': 'digits'}, 'Sources with groups are tfds:<name> and npz:<folder>'),
+        ({'data.source': 'digits'}, 'says of no image whose it is. Sources with groups are folder:<path>'),
     ],
 )
 def test_settings_of_groups_out_of_range_are_named(change, text):
@@ -135,7 +135,7 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
             {'dp__relation': 'replace_one'},
             "config.dp.accountant is 'rdp'; it must be 'pld', because dp.relation is 'replace_one'",
         ),
-        ({'data__source': 'digitz'}, "data.source is 'digitz'; it must be 'digits' or 'tfds:<name>'"),
+        ({'data__source': 'digitz'}, "data.source is 'digitz'; it must be 'digits' or 'folder:<path>'"),
         ({'data__source': 'tfds:'}, "data.source is 'tfds:'"),
         ({'data__source': 'digits:'}, "data.source is 'digits:'"),
         ({'data__source': 'digits:here'}, "data.source is 'digits:here'"),

@@ -10,6 +10,7 @@ import filelock
 
 from dpp_jax import files
 from dpp_jax.data.images import Images
+from dpp_jax.data.preparation import LABELS
 from dpp_jax.run import elsewhere, fingerprint
 from dpp_jax.run.keys import NOTE as PRIVATE_NOTE
 
@@ -40,12 +41,22 @@ _NEW_SETTINGS = {
     'data.groups': '',
     'data.train_groups': None,
     'data.class_names': [],
+    # Images as they are.
+    'data.fit': 'none',
+    'data.resize': 'area',
+    'data.test_share': 0.1,
+    'data.split_seed': 0,
+    'data.validation': 'unused',
+    'data.labels': '',
+    'data.image_key': 'image',
+    'data.label_key': 'label',
 }
 _PATH = '<path>'
 # Settings that hold paths, with what release/config.json says in their place.
 _PATHS: dict[str, Callable[[str], str]] = {
     'data.source': lambda source: _source_without_path(source),
     'data.dir': lambda _: _PATH,
+    'data.labels': lambda labels: labels if labels in LABELS else _PATH,
     'dp.already_spent': lambda _: _PATH,
 }
 _RELEASE_NOTE = (
@@ -80,6 +91,7 @@ class WorkDir:
         self.own_ledger = self.private / 'ledger.jsonl'
         self.own_config = self.private / 'config_of_keys.json'
         self.fingerprints = self.private / 'data.json'
+        self.decoded = self.private / 'images'
         self.sizes = self.private / 'images_at_once.json'
         self.evaluation = self.private / 'evaluation.json'
         self.scored = self.private / 'scored.json'

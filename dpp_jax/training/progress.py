@@ -1,6 +1,6 @@
 """Progress bars with the time left. Between two steps they also stop a run that was asked to stop."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 from pathlib import Path
 import sys
@@ -66,6 +66,26 @@ def bar(
     )
     shown.meets = meets
     return shown
+
+
+@contextlib.contextmanager
+def counting(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function (done, total) that shows a bar, made at its first call.
+
+    For work that does not know of bars, and of which each process has its own.
+    """
+    shown: list[Bar] = []
+
+    def count(done: int, total: int) -> None:
+        if not shown:
+            shown.append(bar(total, name, unit, compiles=False, meets=False))
+        shown[0].update(done - shown[0].n)
+
+    try:
+        yield count
+    finally:
+        for each in shown:
+            each.close()
 
 
 class Bar(tqdm):

@@ -1,7 +1,7 @@
 """The name of a source → private images.
 
 A name is '<kind>' or '<kind>:<where>', for example 'idx:/data/mnist'. Each kind is one class in a file
-of this folder and one entry of `SOURCES`. Checks and average pooling are the same for all kinds.
+of this folder and one entry of `SOURCES`. Preparation, checks and average pooling are the same for all kinds.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,12 @@ import dataclasses
 import numpy as np
 
 from dpp_jax.data.images import Images, check_groups, check_images, check_labels
+from dpp_jax.data.preparation import AS_THEY_ARE, Preparation, prepare_arrays
 from dpp_jax.data.resize import average_pool
+from dpp_jax.data.sources.camelyon import Camelyon
 from dpp_jax.data.sources.digits import Digits
 from dpp_jax.data.sources.idx import Idx
+from dpp_jax.data.sources.image_files import Folder, Zip
 from dpp_jax.data.sources.npz import Npz
 from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo, StoredSource
 from dpp_jax.data.sources.tfds import Tfds
@@ -21,44 +24,67 @@ from dpp_jax.data.stored import StoredImages, memory_of_machine
 # Which rows of a split are kept, see `load`.
 AnyRows = slice | np.ndarray | Callable[[np.ndarray | None], slice | np.ndarray] | None
 IN_MEMORY = ('auto', 'yes', 'no')
-SOURCES: dict[str, type[Source]] = {'digits': Digits, 'tfds': Tfds, 'idx': Idx, 'npz': Npz}
+SOURCES: dict[str, type[Source]] = {
+    'digits': Digits,
+    'folder': Folder,
+    'zip': Zip,
+    'npz': Npz,
+    'idx': Idx,
+    'tfds': Tfds,
+    'wilds-camelyon': Camelyon,
+}
 
 
-def describe(source: str, *, data_dir: str = '', processes: int = 1) -> SourceInfo:
+def describe(
+    source: str, *, data_dir: str = '', processes: int = 1, preparation: Preparation = AS_THEY_ARE
+) -> SourceInfo:
     """Return size, shape and classes of a source; reads file headers and labels, never a pixel.
 
     Args:
-        source: 'digits', 'tfds:<name>', 'idx:<folder>' or 'npz:<folder>'.
+        source: a name of one of the forms in `SOURCES`.
         data_dir: where tensorflow-datasets keeps its data; '' = its own default.
         processes: that keep a share each: what this machine's memory must hold.
+        preparation: how the set is read; its image size and channels may be None.
 
     Raises:
         FileNotFoundError: the set is not there, or tensorflow-datasets has not prepared it yet.
-        ValueError: the source is unknown, or its files are damaged.
+        ValueError: the source is unknown, or files are damaged, all of which are named.
     """
-    return _find(source, data_dir, slice(0, None, processes)).describe()
+    return _find(source, data_dir, slice(0, None, processes), preparation).describe()
 
 
-def shape(source: str, split: str, *, data_dir: str = '', rows: AnyRows = None) -> tuple[int | None, ...]:
-    """Return (N, H, W, C) of the images of one split, before average pooling, from headers alone.
+def shape(
+    source: str,
+    split: str,
+    *,
+    data_dir: str = '',
+    rows: AnyRows = None,
+    preparation: Preparation = AS_THEY_ARE,
+) -> tuple[int | None, ...]:
+    """Return (N, H, W, C) of the prepared images of one split, before average pooling, from headers alone.
 
     None stands for what is not known, never for N. Arguments and errors are those of `load`.
     """
     kept = rows(None) if callable(rows) else rows  # with groups, about so many
-    return _find(source, data_dir, kept).shape(_checked(split))
+    total, *found = _find(source, data_dir, kept, preparation).shape(_checked(split))
+    return total, *preparation.shape(found)
 
 
-def identity(source: str, split: str, *, data_dir: str = '') -> list[str]:
+def identity(
+    source: str, split: str, *, data_dir: str = '', preparation: Preparation = AS_THEY_ARE
+) -> list[str]:
     """Tell which files a split has; arguments and errors are those of `load`."""
-    return _find(source, data_dir).identity(_checked(split))
+    return _find(source, data_dir, preparation=preparation).identity(_checked(split))
 
 
-def near_groups(source: str, name: str, *, data_dir: str = '') -> np.ndarray | None:
+def near_groups(
+    source: str, name: str, *, data_dir: str = '', preparation: Preparation = AS_THEY_ARE
+) -> np.ndarray | None:
     """Return whose each training image is, integers (N,); None where only the whole set tells.
 
     Arguments and errors are those of `load`.
     """
-    found = _find(source, data_dir)
+    found = _find(source, data_dir, preparation=preparation)
     groups = found.near_groups(name)
     if groups is None:
         return None
@@ -75,11 +101,13 @@ def load(
     groups: str = '',
     rows: AnyRows = None,
     in_memory: str = 'yes',
+    preparation: Preparation = AS_THEY_ARE,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Images:
     """Return the images of one split, or some of them: what is not kept is not in memory.
 
     Args:
-        source: 'digits', 'tfds:<name>', 'idx:<folder>' or 'npz:<folder>'.
+        source: a name of one of the forms in `SOURCES`.
         split: 'train' (the private images) or 'test'.
         data_dir: where tensorflow-datasets keeps its data; '' = its own default. A set that is not
             prepared there is downloaded and prepared first.
@@ -90,15 +118,17 @@ def load(
             function that chooses them by the groups of all, integers (N,), or None; None = all.
         in_memory: 'yes'; 'no': images stay in files, and rows are read when they are needed; 'auto': they
             stay there if the source allows it and they are more than half of this machine's memory.
+        preparation: what is done with each image, before `average_down`.
+        progress: is told (images decoded, images in all), where that takes long; it may raise to stop.
 
     Raises:
         FileNotFoundError: the set is not there.
-        ValueError: the source or the split is unknown, files are damaged, `average_down` does not fit,
+        ValueError: the source or the split is unknown, files cannot be used, `average_down` does not fit,
             `in_memory` is not possible, or `check_images` or `check_labels` refuses what was read. A class
             may be empty: whether it is depends on single images, and must not decide whether anything is
             released. Labels are those of the kept rows: of a share, another process may find nothing wrong.
     """
-    found, name = _find(source, data_dir), f'{source} ({_checked(split)})'
+    found, name = _find(source, data_dir, None, preparation, progress), f'{source} ({_checked(split)})'
     group_of = found.groups(split, groups) if groups and split == 'train' else None
     kept = rows(group_of) if callable(rows) else rows
     found = dataclasses.replace(found, kept=kept)
@@ -112,6 +142,8 @@ def load(
         images, labels = stored, found.labels(split)
     if images.ndim == 3:
         images = images[..., None]
+    if preparation.changes_images and not found.prepares:
+        images = prepare_arrays(images, preparation)
     if classes is None:
         classes = dataclasses.replace(found, kept=slice(0)).describe().classes
     if not total or len(images):  # a share may be empty, a split not
@@ -155,11 +187,23 @@ def _checked(split: str) -> str:
     return split
 
 
-def _find(source: str, data_dir: str, kept: slice | np.ndarray | None = None) -> Source:
+def _find(
+    source: str,
+    data_dir: str,
+    kept: slice | np.ndarray | None = None,
+    preparation: Preparation = AS_THEY_ARE,
+    progress: Callable[[int, int], None] | None = None,
+) -> Source:
     """Return the source of this name, of which these rows are kept."""
     kind, colon, where = source.partition(':')
     known = SOURCES.get(kind)
     if known is None or bool(colon) != (':' in known.form) or bool(colon) != bool(where):
         allowed = ', '.join(entry.form for entry in SOURCES.values())
         raise ValueError(f'the data source is {source!r}; it must be one of: {allowed}')
-    return known(name=source, where=where, data_dir=data_dir, kept=kept)
+    if preparation.validation != 'unused' and not known.joins_validation:
+        raise ValueError(
+            f"config.data.validation is {preparation.validation!r}; it must be 'unused' for {source}"
+        )
+    return known(
+        name=source, where=where, data_dir=data_dir, kept=kept, preparation=preparation, progress=progress
+    )

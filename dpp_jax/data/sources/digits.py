@@ -15,7 +15,13 @@ class Digits(Source):
 
     def describe(self) -> SourceInfo:
         return SourceInfo(
-            name=self.name, train_images=1437, test_images=360, image_shape=(8, 8, 1), classes=10
+            name=self.name,
+            train_images=1437,
+            test_images=360,
+            image_shape=(8, 8, 1),
+            classes=10,
+            class_counts=(142, 146, 142, 146, 145, 145, 145, 143, 139, 144),
+            sides=(8, 8, 8),
         )
 
     def shape(self, split: str) -> tuple[int, ...]:

@@ -78,13 +78,13 @@ def image_shape(
     Args:
         path: of the images.
         images: the shape that the header of the images claims, (N, H, W) or (N, H, W, C).
-        labels: likewise, (N,).
+        labels: likewise, (N,), or one-hot (N, classes).
         rows: N → those that are kept in memory.
 
     Raises:
         ValueError: the shapes do not fit each other, or more is claimed than this machine's memory holds.
     """
-    if len(images) not in (3, 4) or math.prod(labels) != images[0]:
+    if len(images) not in (3, 4) or len(labels) not in (1, 2) or labels[0] != images[0]:
         raise ValueError(
             f'{path} has images of shape {images} and labels of shape {labels}; it must have images of shape '
             '(images, height, width) or (images, height, width, channels), and one label for each'
@@ -104,7 +104,12 @@ def check_memory(path: Path, size: int) -> None:
 
 
 def describe_arrays(
-    name: str, train_shape: tuple[int, ...], test_shape: tuple[int, ...], train_labels: np.ndarray
+    name: str,
+    train_shape: tuple[int, ...],
+    test_shape: tuple[int, ...],
+    train_labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    notes: tuple[str, ...] = (),
 ) -> SourceInfo:
     """Return what two image arrays and the training labels say.
 
@@ -112,6 +117,8 @@ def describe_arrays(
         name: of the source.
         train_shape, test_shape: (N, H, W, C).
         train_labels: integers (N,); the largest one gives the number of classes.
+        groups: integers (N,), or None.
+        notes: for people.
 
     Raises:
         ValueError: the splits differ in image shape.
@@ -129,4 +136,8 @@ def describe_arrays(
         test_images=test_shape[0],
         image_shape=train_shape[1:],
         classes=classes,
+        class_counts=tuple(np.bincount(train_labels, minlength=classes).tolist()),
+        sides=(min(train_shape[1:3]),) * 3,
+        groups=None if groups is None else len(np.unique(groups)),
+        notes=notes,
     )

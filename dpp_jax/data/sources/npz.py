@@ -16,6 +16,8 @@ from dpp_jax.data.sources.source import SPLITS, Source, SourceInfo
 
 # How archives name images and labels: as here, as MedMNIST, as Keras.
 _NAMES = (('images', 'labels'), ('{split}_images', '{split}_labels'), ('x_{split}', 'y_{split}'))
+# How they name a validation part.
+_VALIDATION = ('val_images', 'val_labels', 'x_val', 'y_val')
 # No images are packed so well. What unpacks to more, and is large, was made to fill the memory.
 _MOST_PACKED, _LARGE = 200, 2**30
 
@@ -25,7 +27,8 @@ class Npz(Source):
     """A folder with train.npz and test.npz, or one .npz file that holds both splits.
 
     Each split's file has the arrays `images` and `labels`. The names of MedMNIST (train_images) and of Keras
-    (x_train) do as well, and labels (N, 1). A file for both splits needs the names that tell the split.
+    (x_train) do as well, and labels (N, 1) or one-hot (N, classes). A file for both splits needs the names
+    that tell the split. A validation part (val_images) is not used.
     """
 
     form = 'npz:<folder>'
@@ -33,12 +36,31 @@ class Npz(Source):
 
     def describe(self) -> SourceInfo:
         shapes = [self.shape(split) for split in SPLITS]
-        return folder.describe_arrays(self.name, *shapes, self._labels('train', Rows))
+        groups = self.preparation.groups
+        return folder.describe_arrays(
+            self.name,
+            *shapes,
+            self._labels('train', Rows),
+            groups=self.groups('train', groups) if groups else None,
+            notes=self._notes(),
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        """Say what is not used."""
+        path, *_ = self._find('train')
+        with folder.reading(path), zipfile.ZipFile(path) as archive:
+            found = [name.removesuffix('.npy') for name in archive.namelist()]
+        unused = [name for name in found if name in _VALIDATION]
+        if not unused:
+            return ()
+        return (f'{", ".join(unused)} (the validation part) are not used',)
 
     def shape(self, split: str) -> tuple[int, ...]:
         path, images, labels = self._find(split)
-        headers = _header(path, images, self.rows, np.uint8), _header(path, labels, self.rows)
-        return folder.image_shape(path, *(header.shape for header in headers), self.rows)
+        headers = _header(path, images, self.rows), _header(path, labels, self.rows)
+        shapes = [header.shape for header in headers]
+        _check_images(path, images, labels, split, headers[0])
+        return folder.image_shape(path, shapes[0], shapes[1], self.rows)
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         path, images, _ = self._find(split)
@@ -66,7 +88,16 @@ class Npz(Source):
     def _labels(self, split: str, rows: Callable[[int], Rows]) -> np.ndarray:
         path, _, name = self._find(split)
         labels = _array(path, name, rows)
-        return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+        if labels.ndim != 2:
+            return labels
+        if labels.shape[1] == 1:
+            return labels[:, 0]
+        if ((labels != 0) & (labels != 1)).any() or (np.count_nonzero(labels, axis=1) != 1).any():
+            raise ValueError(
+                f'{path}: {name} have the shape (images, {labels.shape[1]}), and not one 1 in each row; they '
+                'must be numbers of classes, or one-hot: an image has one class'
+            )
+        return labels.argmax(axis=1)
 
     def _find(self, split: str) -> tuple[Path, str, str]:
         """Return one split's file, and the names of its images and labels."""
@@ -109,14 +140,36 @@ class _Header:
     length: int
 
 
-def _header(path: Path, name: str, rows: Callable[[int], Rows], wanted: type | None = None) -> _Header:
+def _check_images(path: Path, images: str, labels: str, split: str, header: _Header) -> None:
+    """Refuse images of another type or order of axes, with the line that converts them."""
+    shape, dtype = header.shape, header.dtype
+    is_transposed = len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3)
+    if dtype == np.uint8 and not is_transposed:
+        return
+    changed, wanted = "a['" + images + "']", []
+    if is_transposed:
+        changed += '.transpose(0, 2, 3, 1)'
+        wanted.append('of shape (images, height, width, channels)')
+    if dtype != np.uint8:
+        # The usual range of floating-point pixels; whole numbers are those of pixels already.
+        changed = f'np.round({changed} * 255)' if dtype.kind == 'f' else changed
+        changed = f"{changed}.clip(0, 255).astype('uint8')"
+        wanted.insert(0, 'uint8 in 0..255')
+    is_range = ', if its pixels are in [0, 1]' if dtype.kind == 'f' else ''
+    raise ValueError(
+        f'{path}: {images} are {dtype} of shape {shape}; they must be {" ".join(wanted)}. To convert '
+        f"it{is_range}: python -c \"import numpy as np; a = np.load('{path}'); "
+        f"np.savez_compressed('{split}.npz', images={changed}, labels=a['{labels}'])\""
+    )
+
+
+def _header(path: Path, name: str, rows: Callable[[int], Rows]) -> _Header:
     """Read the header of one array, and check that the file can hold so much, and the memory the kept rows.
 
     Args:
         path: of the file.
         name: of the array.
         rows: N → those that are kept.
-        wanted: type of the array; None: any.
     """
     with _opened(path, name) as (file, member):
         is_old = np.lib.format.read_magic(file) == (1, 0)
@@ -125,8 +178,6 @@ def _header(path: Path, name: str, rows: Callable[[int], Rows], wanted: type | N
         start = file.tell()
     if dtype.hasobject:
         raise ValueError(f'{path} cannot be read ({name} holds Python objects); it must hold numbers')
-    if wanted is not None and dtype != wanted:
-        raise ValueError(f'{path}: {name} are {dtype} of shape {shape}; they must be {np.dtype(wanted)}')
     if not shape:
         raise ValueError(f'{path}: {name} is one number; it must have a number for each image')
     claimed = math.prod(shape) * dtype.itemsize

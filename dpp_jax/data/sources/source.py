@@ -1,11 +1,13 @@
 """What a kind of source must offer."""
 
 import abc
+from collections.abc import Callable
 import dataclasses
 from typing import ClassVar
 
 import numpy as np
 
+from dpp_jax.data.preparation import AS_THEY_ARE, Preparation
 from dpp_jax.data.rows import Rows
 from dpp_jax.data.stored import StoredImages
 
@@ -19,17 +21,26 @@ class SourceInfo:
     Attributes:
         name: as the user wrote it.
         train_images, test_images: how many images each split has.
-        image_shape: (H, W, C), before any average pooling.
+        image_shape: (H, W, C) as the images are, before they are prepared or pooled; H or W is None where
+            they differ. C is 3 if any image is in color.
         classes: labels are 0..classes - 1.
         class_names: of the classes, in the order of labels; (): the set does not tell.
+        class_counts: training images of each class; (): only the whole set tells.
+        sides: the least, the median and the largest short side of the images, in pixels; None: not known.
+        groups: number of groups of the training images; None: not asked for, or only the whole set tells.
+        notes: lines for people.
     """
 
     name: str
     train_images: int
     test_images: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int | None, int | None, int]
     classes: int
     class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    sides: tuple[int, int, int] | None = None
+    groups: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,15 +53,23 @@ class Source(abc.ABC):
         where: the part of the name after the colon; '' without colon.
         data_dir: where tensorflow-datasets keeps its data; '' = its own default.
         kept: which rows of a split are read and must fit in memory, as of `Rows`.
+        preparation: what is done with its images.
+        progress: is told (images decoded, images in all), where that takes long; it may raise to stop.
         has_groups: whether a set of this kind may say whose an image is, see `groups`.
+        prepares: whether `read` prepares images itself; else its caller does.
+        joins_validation: whether a validation part can belong to the private images.
     """
 
     form: ClassVar[str]
     has_groups: ClassVar[bool] = False
+    prepares: ClassVar[bool] = False
+    joins_validation: ClassVar[bool] = False
     name: str
     where: str
     data_dir: str
     kept: slice | np.ndarray | None = None
+    preparation: Preparation = AS_THEY_ARE
+    progress: Callable[[int, int], None] | None = None
 
     def rows(self, total: int) -> Rows:
         """Return the kept rows of a split of so many."""
@@ -69,7 +88,7 @@ class Source(abc.ABC):
     def shape(self, split: str) -> tuple[int | None, ...]:
         """Return (N, H, W, C) of all images of one of `SPLITS`, from headers alone; None: not known.
 
-        N is always known.
+        N is always known. H, W and C are those before images are prepared.
 
         Raises:
             FileNotFoundError: the set is not there.
@@ -83,7 +102,7 @@ class Source(abc.ABC):
         Other rows are never in memory, or only a few at a time.
 
         Returns:
-            images: uint8 (n, H, W, C) or (n, H, W).
+            images: uint8 (n, H, W, C) or (n, H, W); prepared, if the kind `prepares`.
             labels: integers (n,).
 
         Raises:

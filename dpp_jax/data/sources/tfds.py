@@ -1,6 +1,6 @@
 """Sets of tensorflow-datasets, read without TensorFlow."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 from importlib import metadata
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from dpp_jax.data import split as split_lib
+from dpp_jax.data.preparation import Preparation, prepare_array
 from dpp_jax.data.rows import Rows
 from dpp_jax.data.sources.source import SPLITS, SourceInfo, StoredSource
 from dpp_jax.data.stored import StoredImages
@@ -21,40 +23,53 @@ _SECONDS_TO_CONNECT = 5  # to a server; tensorflow-datasets itself would try for
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tfds(StoredSource):
-    """A set with the features `image` and `label` and the splits train and test, in array_record files."""
+    """A set in array_record files; `image_key` and `label_key` name its features.
 
-    form = 'tfds:<name>'
+    Private images are its split train, with validation if that is asked for. Test images are its split test;
+    without one, its validation part; without both, images of train that are drawn by their numbers.
+    """
+
+    form = 'tfds:<name>[/<config>][:<version>]'
     has_groups = True
+    prepares = True
+    joins_validation = True
 
     def describe(self) -> SourceInfo:
-        info = self._prepared(prepare=False).info
-        train, test = (info.splits[split].num_examples for split in SPLITS)
+        builder = self._prepared(prepare=False)
+        parts = {split: self._part(builder, split) for split in SPLITS}
+        classes, names = self._classes(builder)
+        shape = _feature(builder, self.preparation.image_key).shape
+        height, width, channels = shape
+        is_known = None not in (height, width)
         return SourceInfo(
             name=self.name,
-            train_images=train,
-            test_images=test,
-            image_shape=info.features['image'].shape,
-            classes=info.features['label'].num_classes,
+            train_images=parts['train'].count,
+            test_images=parts['test'].count,
+            image_shape=(height, width, channels or 3),
+            classes=classes,
+            class_names=names,
+            sides=(min(height, width),) * 3 if is_known else None,
+            notes=tuple(f'{split}: {part.words}' for split, part in parts.items() if part.words),
         )
 
     def shape(self, split: str) -> tuple[int | None, ...]:
-        info = self._prepared(prepare=True).info
-        return (info.splits[split].num_examples, *info.features['image'].shape)
+        builder = self._prepared(prepare=True)
+        return (self._part(builder, split).count, *_feature(builder, self.preparation.image_key).shape)
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         records = self._records(self._prepared(prepare=True), split)
         rows = self.rows(len(records))
-        reader = _Reader(self.name, records)
+        reader = _Reader(self.name, records, self.preparation)
         images = np.empty((len(rows), *reader.shape), reader.dtype)
         labels = np.empty(len(rows), np.int64)
         for places, batch in _batches(records, rows):
             images[places] = reader.images_of(batch)
-            labels[places] = [record['label'] for record in batch]
+            labels[places] = self._labels_of(batch)
         return images, labels
 
     def stored(self, split: str) -> StoredImages:
         records = self._records(self._prepared(prepare=True), split)
-        rows, reader = self.rows(len(records)), _Reader(self.name, records)
+        rows, reader = self.rows(len(records)), _Reader(self.name, records, self.preparation)
         whose = rows.numbers()
         return StoredImages(
             lambda numbers: reader.read(whose[numbers]), (len(rows), *reader.shape), reader.dtype
@@ -64,45 +79,102 @@ class Tfds(StoredSource):
         records = self._records(self._prepared(prepare=True), split, with_images=False)
         labels = np.empty(len(self.rows(len(records))), np.int64)
         for places, batch in _batches(records, self.rows(len(records))):
-            labels[places] = [record['label'] for record in batch]
+            labels[places] = self._labels_of(batch)
         return labels
 
-    def identity(self, split: str) -> list[str]:
-        from etils import epath
+    def _labels_of(self, batch: Sequence[dict[str, Any]]) -> list[int]:
+        key = self.preparation.label_key
+        return [int(_value(record, key)) if key else 0 for record in batch]
 
+    def identity(self, split: str) -> list[str]:
         builder = self._prepared(prepare=True)
-        paths = map(epath.Path, builder.info.splits[split].filepaths)
-        files = [f'{path.name} {path.stat().length}' for path in paths]
+        files = [f'{path.name} {path.stat().length}' for path in self._paths(builder, split)]
         return [builder.info.full_name, *files, *(f'{name} {_version(name)}' for name in _DECODERS)]
 
     def stamp(self, split: str) -> str:
-        from etils import epath
-
-        # What decodes is told, too: of some formats, two libraries make different pixels.
+        # What decodes and resizes is told, too: of some formats, two libraries make different pixels.
         told: list[Any] = [(name, _version(name)) for name in _DECODERS]
-        for path in map(epath.Path, self._prepared(prepare=True).info.splits[split].filepaths):
+        told += [self.preparation.pixels, self.preparation.image_key]
+        builder = self._prepared(prepare=True)
+        part = self._part(builder, split)
+        told += [part.split, None if part.numbers is None else part.numbers.tolist()]
+        for path in self._paths(builder, split):
             found = path.stat()
             told.append((path.name, found.length, found.mtime))
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
+    def _paths(self, builder: Any, split: str) -> list:
+        """Return the files of a split, as epath's paths."""
+        from etils import epath
+
+        names = self._part(builder, split).split.split('+')
+        return [epath.Path(path) for name in names for path in builder.info.splits[name].filepaths]
+
+    def _part(self, builder: Any, split: str) -> '_Part':
+        """Say which records one of `SPLITS` has."""
+        splits, asked = builder.info.splits, self.preparation
+        validation = next((name for name in ('validation', 'val', 'valid') if name in splits), None)
+        joins = validation is not None and asked.validation == 'train'
+        train = f'train+{validation}' if joins else 'train'
+        total = sum(splits[name].num_examples for name in train.split('+'))
+        if 'test' in splits:
+            if split == 'test':
+                return _Part(split='test', count=splits['test'].num_examples)
+            unused = f'the split {validation!r} is not used. To make its images private, set data.validation'
+            words = f"{unused} to 'train'" if validation and not joins else ''
+            return _Part(split=train, count=total, words=words)
+        if validation and not joins:
+            if split == 'test':
+                count, words = splits[validation].num_examples, f'the split {validation!r}: there is no other'
+                return _Part(split=validation, count=count, words=words)
+            return _Part(split=train, count=total)
+        if not asked.is_stratified:
+            raise ValueError(
+                f'{self.name} has no split test. Its records have no names by which each could be drawn '
+                "alone, as dp.unit 'group' and other relations than 'zero_out' need. Write its images to a "
+                "folder, or set config.dp.relation to 'zero_out' and config.dp.unit to 'image'"
+            )
+        chosen = split_lib.is_test(
+            [str(number) for number in range(total)],
+            np.zeros(total, int),
+            share=asked.test_share,
+            seed=asked.split_seed,
+            is_stratified=True,
+        )
+        numbers = np.flatnonzero(chosen == (split == 'test'))
+        drawn = (
+            f'{asked.test_share:.0%} of the split train, by a hash of data.split_seed = {asked.split_seed}'
+        )
+        words = f'{drawn} and their numbers: there is no split test' if split == 'test' else ''
+        return _Part(split=train, count=len(numbers), numbers=numbers, words=words)
+
+    def _classes(self, builder: Any) -> tuple[int, tuple[str, ...]]:
+        """Return the number of classes, and their names if they have any."""
+        key = self.preparation.label_key
+        if not key:
+            return 1, ()
+        feature = _feature(builder, key)
+        if hasattr(feature, 'num_classes'):
+            names = tuple(feature.names or ())
+            return feature.num_classes, () if names == tuple(map(str, range(len(names)))) else names
+        if getattr(feature, 'np_dtype', None) in (bool, np.bool_):
+            return 2, ('False', 'True')
+        raise ValueError(
+            f'config.data.label_key is {key!r}, {feature!r} of {self.name}; it must be a feature with '
+            "classes, or of truth values, or '' (one class)"
+        )
+
     def groups(self, split: str, name: str) -> np.ndarray:
         builder = self._prepared(prepare=True)
-        feature = builder.info.features
-        try:
-            for part in name.split('/'):
-                feature = feature[part]
-        except (KeyError, TypeError) as error:
+        if _feature(builder, name) is None:
             raise ValueError(
                 f'config.data.groups is {name!r}; it must be a feature of {self.name}, which has '
                 f'{sorted(builder.info.features)}'
-            ) from error
+            )
         records = self._records(builder, split, with_images=False)
         found = []
         for _, batch in _batches(records, Rows(len(records))):
-            for record in batch:
-                for part in name.split('/'):
-                    record = record[part]
-                found.append(record)
+            found += [_value(record, name) for record in batch]
         return np.array(found)
 
     def _records(self, builder: Any, split: str, *, with_images: bool = True) -> Any:
@@ -110,8 +182,14 @@ class Tfds(StoredSource):
         from tensorflow_datasets import decode
 
         try:
-            decoders = None if with_images else {'image': decode.SkipDecoding()}
-            return builder.as_data_source(split=split, decoders=decoders)
+            decoders = None
+            if not with_images:
+                decoders = decode.SkipDecoding()
+                for part in reversed(self.preparation.image_key.split('/')):
+                    decoders = {part: decoders}
+            part = self._part(builder, split)
+            records = builder.as_data_source(split=part.split, decoders=decoders)
+            return records if part.numbers is None else _Chosen(records, part.numbers)
         except NotImplementedError as error:
             raise ValueError(
                 f'{self.name} in {builder.data_path} is not in the array_record format; choose '
@@ -129,15 +207,31 @@ class Tfds(StoredSource):
                 f'the data source is {self.name!r}; tensorflow-datasets {tfds.__version__} knows no '
                 f'such set and {self.data_dir or "its default folder"} holds none'
             ) from error
-        _check(self.name, 'features', builder.info.features, ('image', 'label'))
+        self._check_features(builder)
         if not builder.is_prepared():
             if not prepare:
                 raise FileNotFoundError(
                     f'{self.name} is not prepared in {builder.data_path}. {self._how_to_prepare()}'
                 )
             self._prepare(builder)
-        _check(self.name, 'splits', builder.info.splits, SPLITS)
+        if 'train' not in builder.info.splits:
+            raise ValueError(
+                f"{self.name} has the splits {sorted(builder.info.splits)}; it must have the split 'train'"
+            )
         return builder
+
+    def _check_features(self, builder: Any) -> None:
+        """Refuse a set without the features that are needed: before it is downloaded."""
+        problems = []
+        for name in ('image_key', 'label_key'):
+            key = getattr(self.preparation, name)
+            if (key or name == 'image_key') and _feature(builder, key) is None:
+                problems.append(
+                    f'config.data.{name} is {key!r}; {self.name} has the features '
+                    f'{_names(builder.info.features)}'
+                )
+        if problems:
+            raise ValueError('\n'.join(problems))
 
     def _prepare(self, builder: Any) -> None:
         """Download and prepare the set; imports TensorFlow, which must not take JAX's accelerator."""
@@ -163,12 +257,45 @@ class Tfds(StoredSource):
         )
 
 
-class _Reader:
-    """Reads images of records; all must have the shape of the first one."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Which records are private, or test images.
 
-    def __init__(self, name: str, records: Any):
-        self._name, self._records = name, records
-        first = records[0]['image']
+    Attributes:
+        split: as tensorflow-datasets calls it; two are joined by '+'.
+        count: number of records.
+        numbers: of the split's records, those that are meant; None: all.
+        words: what a user must know of it.
+    """
+
+    split: str
+    count: int
+    numbers: np.ndarray | None = None
+    words: str = ''
+
+
+class _Chosen:
+    """Some records of a split, in its order."""
+
+    def __init__(self, records: Any, numbers: np.ndarray):
+        self._records, self._numbers = records, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self._records[int(self._numbers[number])]
+
+    def __getitems__(self, numbers: Sequence[int]) -> Sequence[dict[str, Any]]:
+        return self._records.__getitems__(self._numbers[np.asarray(numbers, int)].tolist())
+
+
+class _Reader:
+    """Reads images of records and prepares them; else all must have the shape of the first one."""
+
+    def __init__(self, name: str, records: Any, preparation: Preparation):
+        self._name, self._records, self._preparation = name, records, preparation
+        first = self._prepared(records[0])
         self.shape, self.dtype = first.shape, first.dtype
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
@@ -180,10 +307,44 @@ class _Reader:
 
     def images_of(self, batch: Sequence[dict[str, Any]]) -> np.ndarray:
         """Return the images of decoded records, (n, H, W, C)."""
-        images = [record['image'] for record in batch]
+        images = list(map(self._prepared, batch))
         if any(image.shape != self.shape for image in images):
-            raise ValueError(f'the images of {self._name} differ in shape; all must have the same')
+            raise ValueError(
+                f'the images of {self._name} differ in shape; all must have the same, or config.data.fit '
+                "must be 'crop' or 'pad'"
+            )
         return np.stack(images)
+
+    def _prepared(self, record: dict[str, Any]) -> np.ndarray:
+        image = _value(record, self._preparation.image_key)
+        return prepare_array(image, self._preparation) if self._preparation.changes_images else image
+
+
+def _value(record: dict[str, Any], key: str) -> Any:
+    """Return what a record has under a key, whose parts are separated by '/'."""
+    for part in key.split('/'):
+        record = record[part]
+    return record
+
+
+def _feature(builder: Any, key: str) -> Any:
+    """Return the feature under a key, whose parts are separated by '/'; None: there is none."""
+    feature = builder.info.features
+    try:
+        for part in key.split('/'):
+            feature = feature[part]
+    except (KeyError, TypeError):
+        return None
+    return feature
+
+
+def _names(features: Any, above: str = '') -> list[str]:
+    """Return the names of all features, those within others as 'outer/inner'."""
+    found = []
+    for name in sorted(features):
+        is_folder = hasattr(features[name], 'keys')
+        found += _names(features[name], f'{above}{name}/') if is_folder else [f'{above}{name}']
+    return found
 
 
 def _batches(records: Any, rows: Rows) -> Iterator[tuple[slice, Sequence[dict[str, Any]]]]:
@@ -191,15 +352,6 @@ def _batches(records: Any, rows: Rows) -> Iterator[tuple[slice, Sequence[dict[st
     for start in range(0, len(rows), _BATCH):
         numbers = rows.numbers(start, start + _BATCH)
         yield slice(start, start + len(numbers)), records.__getitems__(numbers.tolist())
-
-
-def _check(name: str, kind: str, found: Collection[str] | None, wanted: tuple[str, ...]) -> None:
-    """Refuse a set without the features or splits that are needed."""
-    if not set(wanted) <= set(found or ()):
-        raise ValueError(
-            f'{name} has the {kind} {sorted(found or ())}; it must have the {kind} '
-            f'{" and ".join(map(repr, wanted))}'
-        )
 
 
 def _version(package: str) -> str | None:

@@ -52,6 +52,12 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     data.classes = 10  # labels are 0 .. classes - 1
     data.class_names = ()  # of the classes, in the order of labels; public; () = their numbers
     data.average_down = 1  # k: replace blocks of k x k pixels by their mean
+    data.fit = (
+        'none'  # none (sizes must fit) | crop | pad: how images of other sizes and aspects are made square
+    )
+    # Settings that the program read from the private images, because the config left them unset
+    # (configs/folder.py). Their values are public. The program writes the list; leave it empty.
+    data.derived = ()
 
     config.query = query = ConfigDict()  # the noisy central images; runs if pretrain.enabled
     query.kind = 'mean'  # mean | mode

@@ -119,7 +119,7 @@ def plan(
     q, steps = budget_lib.schedule(counted.used_images, finetune.batch_size, finetune.epochs)
     asked = []
     if pretrain.enabled:
-        make_query = functools.partial(_query_releases, config)
+        make_query = functools.partial(query_releases, config)
         sigma = config.query.noise_multiplier
         if config.query.epsilon_share is not None:
             sigma = query_noise_multiplier or budget_lib.calibrate_share(
@@ -155,7 +155,7 @@ def plan(
     )
 
 
-def _query_releases(config: ConfigDict, sigma: float) -> Releases:
+def query_releases(config: ConfigDict, sigma: float) -> Releases:
     """Make the queries with this noise multiplier."""
     mechanism = GaussianMechanism(
         name=CENTRAL_QUERY,
@@ -222,7 +222,7 @@ def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.Sou
     """Describe the source by its headers, and say where the config does not fit it.
 
     Args:
-        config: the settings.
+        config: the settings; where some are not set yet, it is not compared.
         processes: that keep a share of the images each.
 
     Returns:
@@ -233,6 +233,14 @@ def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.Sou
         info = sources.describe(data.source, data_dir=data.dir, processes=processes)
     except (ValueError, OSError) as error:
         return None, [f'config.data.source: {error}']
+    return info, misfits(config, info)
+
+
+def misfits(config: ConfigDict, info: sources.SourceInfo) -> list[str]:
+    """Say where the config does not fit its source, in a line each; what is not set yet fits."""
+    data = config.data
+    if None in (data.image_size, data.channels, data.average_down, data.train_images, data.classes):
+        return []
     height, width, channels = info.image_shape
     factor = data.average_down
     found, wanted = (height, width, channels), (factor * data.image_size,) * 2 + (data.channels,)
@@ -260,7 +268,7 @@ def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.Sou
                 _check_groups(config, groups)
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    return info, problems
+    return problems
 
 
 def images(config: ConfigDict, split: str, rows: sources.AnyRows = None) -> Images:

@@ -129,4 +129,5 @@ def describe_arrays(
         test_images=test_shape[0],
         image_shape=train_shape[1:],
         classes=classes,
+        class_counts=tuple(np.bincount(train_labels, minlength=classes).tolist()),
     )

@@ -22,6 +22,10 @@ class SourceInfo:
         image_shape: (H, W, C), before any average pooling.
         classes: labels are 0..classes - 1.
         class_names: of the classes, in the order of labels; (): the set does not tell.
+        class_counts: training images of each class; (): not known from headers.
+        sides: least, median and largest short side of the images, in pixels; None: all have `image_shape`.
+        groups: how many groups the training images belong to; None: not known.
+        notes: lines for `--stage=plan`.
     """
 
     name: str
@@ -30,6 +34,10 @@ class SourceInfo:
     image_shape: tuple[int, int, int]
     classes: int
     class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    sides: tuple[int, int, int] | None = None
+    groups: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

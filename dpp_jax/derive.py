@@ -22,6 +22,7 @@ import numpy as np
 from dpp_jax import build
 from dpp_jax.data import sources
 from dpp_jax.data.sources import SourceInfo
+from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting, budget, groups, queries
 from dpp_jax.run import warnings
 from dpp_jax.run.folder import WorkDir, flatten
@@ -546,18 +547,17 @@ def _shift(case: _Case) -> tuple[float, str]:
 def _batch_size(case: _Case) -> tuple[int, str]:
     """Choose a batch as large as in the anchors, or larger if DP-SGD's noise asks for it."""
     first = min(4096, 2 ** round(math.log2(max(1.0, case.images / 6))))
-    size = first
-    while (noise := _step_noise(case, size)) > _STEP_NOISE and size < case.images:
+    size, model = first, build.model(case.config)
+    while (noise := _step_noise(case, model, size)) > _STEP_NOISE and size < case.images:
         size = min(case.images, 2 * size)
     wanted = f'a sixth of {case.images:,} images, as digits_8' if first < 4096 else 'as mnist_28'
     more = '' if size == first else f'; more, because of noise {warnings.times(noise)} times the gradients'
     return size, wanted + more
 
 
-def _step_noise(case: _Case, batch_size: int) -> float:
+def _step_noise(case: _Case, model: Model, batch_size: int) -> float:
     """Compute DP-SGD's noise over its largest sum, as `run.warnings` has it."""
-    config = with_values(case.config, {'finetune.batch_size': batch_size})
-    made = build.plan(config, build.model(config))
+    made = build.plan(with_values(case.config, {'finetune.batch_size': batch_size}), model)
     sigma = made.budget.of(budget.DP_SGD).mechanism.noise_multiplier
     return warnings.step_noise(sigma, made.parameters, made.expected_batch_size)
 

@@ -73,6 +73,9 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     # Of tfds: names of features, parts separated by '/', as in attributes/Male. label_key '' = one class.
     data.image_key = 'image'
     data.label_key = 'label'
+    # Settings that the program read from the private images, because the config left them unset
+    # (configs/folder.py). Their values are public. The program writes the list; leave it empty.
+    data.derived = ()
 
     config.query = query = ConfigDict()  # the noisy central images; runs if pretrain.enabled
     query.kind = 'mean'  # mean | mode

@@ -120,7 +120,7 @@ def plan(
     q, steps = budget_lib.schedule(counted.used_images, finetune.batch_size, finetune.epochs)
     asked = []
     if pretrain.enabled:
-        make_query = functools.partial(_query_releases, config)
+        make_query = functools.partial(query_releases, config)
         sigma = config.query.noise_multiplier
         if config.query.epsilon_share is not None:
             sigma = query_noise_multiplier or budget_lib.calibrate_share(
@@ -156,7 +156,7 @@ def plan(
     )
 
 
-def _query_releases(config: ConfigDict, sigma: float) -> Releases:
+def query_releases(config: ConfigDict, sigma: float) -> Releases:
     """Make the queries with this noise multiplier."""
     mechanism = GaussianMechanism(
         name=CENTRAL_QUERY,
@@ -249,7 +249,7 @@ def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.Sou
     """Describe the source by its headers, and say where the config does not fit it.
 
     Args:
-        config: the settings.
+        config: the settings; where some are not set yet, it is not compared.
         processes: that keep a share of the images each.
 
     Returns:
@@ -260,6 +260,14 @@ def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.Sou
         info = sources.describe(data.source, data_dir=data.dir, processes=processes, preparation=prepared)
     except (ValueError, OSError) as error:
         return None, [f'config.data.source: {error}']
+    return info, misfits(config, info)
+
+
+def misfits(config: ConfigDict, info: sources.SourceInfo) -> list[str]:
+    """Say where the config does not fit its source, in a line each; what is not set yet fits."""
+    data, prepared = config.data, preparation(config)
+    if None in (data.image_size, data.channels, data.average_down, data.train_images, data.classes):
+        return []
     problems = data_problems(config, 'train', (info.train_images, *prepared.shape(info.image_shape)))
     if not prepared.changes_images and None in info.image_shape:
         least, _, most = info.sides or (None, None, None)
@@ -285,7 +293,7 @@ def source_problems(config: ConfigDict, processes: int = 1) -> tuple[sources.Sou
                 _check_groups(config, groups)
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    return info, problems
+    return problems
 
 
 def check_headers(config: ConfigDict, splits: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """The stages in order, what of them is done, and one gate before anything is spent.
 
 How a command goes:
-  1. Settings are checked, and compared with those that the work directory was made with.
+  1. Settings that are unset get values (derive.py). All are checked, and compared with those that the work
+     directory was made with.
   2. The gate (gate.py) reads plan and ledger, and compares them with each other and with what was released.
   3. The stages that are not done run one after the other, each from what earlier ones left in the folder.
 A command that was killed is given again: it goes on where the folder says.
@@ -17,7 +18,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from dpp_jax import build, files, gate, planning, settings
+from dpp_jax import build, derive, files, gate, planning, settings
 from dpp_jax.data import sources
 from dpp_jax.data.images import Images
 from dpp_jax.gate import STAGES
@@ -61,6 +62,7 @@ def run(config: ConfigDict, root: str | Path, stage: str, private: str | Path | 
 
 def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
     """Check everything, open the work directory and run."""
+    config = derive.settled(config, workdir, settings.check)
     settings.check(config)
     devices.check()
     all_settings = flatten(config.to_dict())
@@ -239,7 +241,7 @@ class Run:
 
     def _write_statement(self) -> dict:
         """Before what it covers: whatever is in release/, its statement is there too."""
-        written = statement.of_ledger(self.workdir, self.ledger, self.plan.budget)
+        written = statement.of_ledger(self.workdir, self.ledger, self.plan.budget, self.config.data.derived)
         statement.write(self.workdir, written)
         return written
 

@@ -35,11 +35,12 @@ def _registries() -> dict[str, Collection[str]]:
     }
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, unset: Collection[str] = ()) -> None:
     """Refuse settings that cannot be.
 
     Args:
-        config: resolved, see configs/default.py.
+        config: see configs/default.py.
+        unset: settings without a value, which they get from the images (`derive`): not looked at yet.
 
     Raises:
         ValueError: one or more settings are not allowed. The message has one line for each:
@@ -48,26 +49,29 @@ def check(config: ConfigDict) -> None:
     problems = {}  # the setting's name → its line
 
     def refuse(name, value, allowed):
-        found = 'is missing' if value is _MISSING else f'is {value!r}'
+        found = 'is missing' if value is _MISSING else 'is not set' if value is None else f'is {value!r}'
         problems[name] = f'config.{name} {found}; it must be {allowed}'
 
     for name, rule in _table().items():
         value = _value(config, name)
+        if name in unset:
+            continue
         if value is _MISSING or not rule.accepts(value):
             refuse(name, value, rule.words)
+    known = lambda names: problems.keys().isdisjoint(names) and names.isdisjoint(unset)
     for relation in _RELATIONS:
-        if problems.keys().isdisjoint((relation.name, *relation.others)):
+        if known({relation.name, *relation.others}):
             value = _value(config, relation.name)
             others = [_value(config, other) for other in relation.others]
             if not relation.accepts(value, *others):
                 refuse(relation.name, value, relation.words(*others))
-    lines = list(problems.values())
+    lines, open_names = list(problems.values()), {*problems, *unset}
     # What is built from several settings is built only where each of them is allowed.
-    if not any(name.startswith(('data.', 'query.', 'dp.images_per_group')) for name in problems):
+    if not any(name.startswith(('data.', 'query.', 'dp.images_per_group')) for name in open_names):
         lines += _query(config)
-    if 'pretrain.augmentation' not in problems:
+    if not any(name.startswith(('pretrain.augmentation', 'pretrain.rand_augment')) for name in open_names):
         lines += _augmentation(config)
-    if not any(name.startswith(('data.', 'generate.')) for name in problems):
+    if not any(name.startswith(('data.', 'generate.')) for name in open_names):
         lines += _refusal('generate', lambda: build.samplers(config))
     if lines:
         raise ValueError('\n'.join(lines))
@@ -197,6 +201,7 @@ def _table() -> dict[str, _Rule]:
         'data.image_key': _Rule(lambda key: isinstance(key, str) and bool(key), 'the name of a feature'),
         'data.label_key': _TEXT,
         'data.validation': _name_in(preparation.VALIDATIONS),
+        'data.derived': _sequence(_TEXT, 'names of settings, which the program writes'),
         # query
         'query.kind': _name_in(known['query']),
         'query.noise_multiplier': _POSITIVE,

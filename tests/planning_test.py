@@ -35,7 +35,7 @@ def test_without_its_images_a_plan_is_a_draft_that_says_what_is_missing(refused,
     (tmp_path / 'picture.png').write_bytes(b'')
     told, (problem,) = refused(data__source=source.format(tmp_path))
     assert 'DRAFT: nothing has run.' in told.splitlines() and 'NOT FOUND' in told
-    assert 'Privacy statement of this plan (DRAFT)' in told and 'Computed from the plan' in told
+    assert 'Privacy statement of this plan' not in told and 'No privacy statement' in told
     assert problem.startswith('config.data.source') and source.format(tmp_path).partition(':')[2] in problem
 
 

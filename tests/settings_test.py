@@ -234,10 +234,11 @@ def test_a_setting_is_named_once_and_nothing_is_said_that_follows_from_it():
 @pytest.mark.parametrize('value', ['1', None, math.nan, math.inf, -math.inf, (1,)], ids=repr)
 def test_a_value_of_another_type_is_refused_in_the_same_words(value):
     """No setting takes all of these; which of them one may be shows in the valid configs."""
+    told = 'not set' if value is None else repr(value)
     for name, rule in settings._table().items():
         if not rule.accepts(value):
             found = lines(changed({name: value}))
-            assert found[0] == f'config.{name} is {value!r}; it must be {rule.words}', name
+            assert found[0] == f'config.{name} is {told}; it must be {rule.words}', name
             assert len(found) == 1
 
 

@@ -50,6 +50,7 @@ _NEW_SETTINGS = {
     'data.labels': '',
     'data.image_key': 'image',
     'data.label_key': 'label',
+    'data.derived': [],
 }
 _PATH = '<path>'
 # Settings that hold paths, with what release/config.json says in their place.
@@ -203,14 +204,10 @@ class WorkDir:
         Raises:
             ValueError: other settings are recorded; the message lists the differences.
         """
-        path = self.config if self.config.exists() else self.own_config
-        if not path.exists():
+        recorded = self._recorded()
+        if recorded is None:
             return []
-        recorded = _NEW_SETTINGS | files.read_json(
-            path,
-            'Restore the file. Or delete it and run with the settings of this run: it is written again',
-        )
-        recorded.pop('_note', None)
+        path = self._path_of_settings()
         recorded |= self._paths(settings, recorded)
         found = differences(recorded, settings, FREE_SETTINGS + _LATER_SETTINGS)
         is_pretraining = all(
@@ -227,6 +224,31 @@ class WorkDir:
                 f'another one spends: --config.dp.already_spent={self.root} counts it there.'
             )
         return []
+
+    def recorded(self) -> dict[str, Any] | None:
+        """Return the settings that the folder was made with, by their full names; None if it has none.
+
+        Paths are those of private/; without it, '<path>' stands for each.
+        """
+        found = self._recorded()
+        if found is None or not self.own_config.exists():
+            return found
+        own = files.read_json(self.own_config, 'Restore the file, or use another --workdir')
+        return found | {name: own[name] for name in _PATHS if name in own}
+
+    def _recorded(self) -> dict[str, Any] | None:
+        path = self._path_of_settings()
+        if not path.exists():
+            return None
+        found = files.read_json(
+            path,
+            'Restore the file. Or delete it and run with the settings of this run: it is written again',
+        )
+        found.pop('_note', None)
+        return _NEW_SETTINGS | found
+
+    def _path_of_settings(self) -> Path:
+        return self.config if self.config.exists() else self.own_config
 
     def pretrain_again(self, settings: Mapping[str, Any], changed: list[str]) -> None:
         """Put a pre-training aside that other settings made, and bind the folder to the new ones.

@@ -31,6 +31,7 @@ def make(
     budget: float,
     relation: str = accounting.ZERO_OUT,
     before: Sequence[Releases] = (),
+    derived: Sequence[str] = (),
     code_of_stages: dict[str, list] | None = None,
 ) -> dict[str, Any]:
     """Make the statement, in JSON's types.
@@ -43,6 +44,7 @@ def make(
         budget: the ε that the run was planned for.
         relation: a name in `accounting.RELATIONS`: of which neighbors the run's own ε is.
         before: what earlier runs released from the same private images; the ε of this run includes it.
+        derived: settings that were read from the private images.
         code_of_stages: stage → versions of the code that ran it, see `record_code`.
     """
     epsilon = _epsilons([*before, *releases], delta, accountant, relation)
@@ -65,7 +67,7 @@ def make(
         'spent_before': _rows(before, delta, accountant, relation),
         'covered': list(words.COVERED),
         'not_covered': [*words.NOT_COVERED, words.NOT_COVERED_OF[unit]],
-        'assumptions': [public, *words.ASSUMPTIONS],
+        'assumptions': [public, *words.declared(derived), *words.ASSUMPTIONS],
         'code': code_version(),
         'code_of_stages': code_of_stages or {},
     }
@@ -88,8 +90,10 @@ def _rows(releases: Sequence[Releases], delta: float, accountant: str, relation:
     ]
 
 
-def of_ledger(workdir: WorkDir, ledger: Ledger, budget: Budget) -> dict[str, Any]:
-    """Make the statement of what a work directory's ledger names."""
+def of_ledger(
+    workdir: WorkDir, ledger: Ledger, budget: Budget, derived: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Make the statement of what a work directory's ledger names; `derived` as of `make`."""
     return make(
         group(ledger.entries),
         is_private=not any(is_seeded(entry.randomness) for entry in ledger.entries),
@@ -98,6 +102,7 @@ def of_ledger(workdir: WorkDir, ledger: Ledger, budget: Budget) -> dict[str, Any
         budget=budget.epsilon,
         relation=budget.relation,
         before=budget.before,
+        derived=derived,
         code_of_stages=codes(workdir),
     )
 

@@ -1,5 +1,6 @@
 """The words of the privacy statement: what is claimed, covered and assumed, and the page for people."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from dpp_jax.privacy import accounting, groups
@@ -54,6 +55,17 @@ ASSUMPTIONS = (
     'deleted release again on other devices or with other versions',
     'the adversary does not see how long a run took, or whether it ended',
 )
+
+
+def declared(names: Sequence[str]) -> list[str]:
+    """Say, in a list of one sentence or none, which settings were read from the private images."""
+    if not names:
+        return []
+    return [
+        'these settings were read from the private images, and so was what follows from them in '
+        f'`config.json`: {", ".join(f"`{name}`" for name in names)}. Their values are public by declaration: '
+        'the (ε, δ) does not cover them'
+    ]
 
 
 def markdown(statement: dict[str, Any], draft: str = '') -> str:

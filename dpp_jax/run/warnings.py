@@ -38,7 +38,14 @@ class Question:
 
 
 def find(
-    budget: Budget, *, images: int, classes: int, parameters: int, batch_size: float, question: Question
+    budget: Budget,
+    *,
+    images: int,
+    classes: int,
+    parameters: int,
+    batch_size: float,
+    question: Question,
+    smallest_class: int | None = None,
 ) -> list[str]:
     """Return one text for each thing that cannot work.
 
@@ -49,10 +56,11 @@ def find(
         parameters: d of the network.
         batch_size: B, expected images of a DP-SGD step.
         question: what the query asks.
+        smallest_class: private images of the smallest class; None: not known.
     """
     found = [
-        _class_size(images, classes),
-        _central_images(budget, images / classes, question),
+        _class_size(images, classes, smallest_class),
+        _central_images(budget, images / classes, question, smallest_class),
         _public_counts(budget, question),
         _steps(budget, images, parameters, batch_size),
     ]
@@ -72,14 +80,17 @@ def step_noise(sigma: float, parameters: int, batch_size: float) -> float:
     return sigma * math.sqrt(parameters) / batch_size
 
 
-def _class_size(images: int, classes: int) -> str | None:
-    if images >= _FEWEST_IMAGES_PER_CLASS * classes:
-        return None
-    return (
-        f'{images:,} private images in {classes} classes are {images / classes:,.1f} per class, which is '
+def _class_size(images: int, classes: int, smallest_class: int | None) -> str | None:
+    what_helps = (
         'few: only what many images have in common can be learned. What helps: '
         f'{_FEWEST_IMAGES_PER_CLASS} per class, or fewer classes (data.classes)'
     )
+    if images < _FEWEST_IMAGES_PER_CLASS * classes:
+        number = f'{images:,} private images in {classes} classes are {images / classes:,.1f} per class'
+        return f'{number}, which is {what_helps}'
+    if smallest_class is not None and smallest_class < _FEWEST_IMAGES_PER_CLASS:
+        return f'the smallest class has {smallest_class:,} private images, which is {what_helps}'
+    return None
 
 
 def _public_counts(budget: Budget, question: Question) -> str | None:
@@ -91,11 +102,17 @@ def _public_counts(budget: Budget, question: Question) -> str | None:
     )
 
 
-def _central_images(budget: Budget, per_class: float, question: Question) -> str | None:
+def _central_images(
+    budget: Budget, per_class: float, question: Question, smallest_class: int | None
+) -> str | None:
     asked = budget.of(CENTRAL_QUERY)
     if asked is None:
         return None
     sigma, q = asked.mechanism.noise_multiplier, asked.mechanism.sampling_probability
+    whose = 'a central image'
+    if smallest_class is not None and smallest_class < per_class / 2:
+        # Noise is that of its sum, so few images stand against as much.
+        per_class, whose = max(1, smallest_class), 'the central image of the smallest class'
     noise = image_noise(sigma, question.sensitivity, q, per_class)
     if noise <= _MOST_IMAGE_NOISE:
         return None
@@ -115,7 +132,7 @@ def _central_images(budget: Budget, per_class: float, question: Question) -> str
     if question.kind == 'mean':
         help_texts.append('query.clip_norm with query.pixel_center, as in digits_8')
     return (
-        f'the noise of each pixel of a central image has a standard deviation of {figure}: it shows '
+        f'the noise of each pixel of {whose} has a standard deviation of {figure}: it shows '
         f'nothing. σ Δ / (q N / classes) = {sigma:.4g} x {question.sensitivity:.4g} / {q * per_class:,.4g}. '
         f'What helps: {"; ".join(help_texts)}'
     )
@@ -162,17 +179,18 @@ def _steps(budget: Budget, images: int, parameters: int, batch_size: float) -> s
     for change, passes, size in tries:
         noise_then = _step_noise_of_all(budget, images, passes, size)
         if noise_then is not None:
-            helping.append(f'{change} ({_times(noise_then)} times)')
+            helping.append(f'{change} ({times(noise_then)} times)')
     helping = '; '.join([*helping, 'a larger ε', 'more images'])
     root = math.sqrt(parameters)
     return (
-        f'the noise of each fine-tuning step is {_times(noise)} times as long as the sum of clipped '
+        f'the noise of each fine-tuning step is {times(noise)} times as long as the sum of clipped '
         f'gradients can be: σ C √d = {sigma:.4g} x C x {root:,.0f}, against B C = {batch_size:,.1f} x C '
         f"(1 to 4 times in the paper's settings). What helps, one change after the other: {helping}"
     )
 
 
-def _times(number: float) -> str:
+def times(number: float) -> str:
+    """Write how many times as long noise is, with two digits or more."""
     return f'{number:,.0f}' if number >= 9.5 else f'{number:.2g}'
 
 

@@ -32,6 +32,8 @@ def run(
     sizes: Sizes,
     made: int = 0,
     source: str = '',
+    is_there: bool = True,
+    smallest_class: int | None = None,
 ) -> None:
     """Print what would be run and spent, and draw what another budget for the query would do.
 
@@ -43,7 +45,9 @@ def run(
         model: whose memory is estimated.
         sizes: what is in work at once.
         made: releases in the ledger.
-        source: what is known of the private images.
+        source: what is known of the private images, in one or more lines.
+        is_there: whether the private images are; without them there is no statement.
+        smallest_class: private images of the smallest class; None: not known.
     """
     draft = _draft(plan.budget, made)
     memory = _memory(config, model, sizes) / 2**20
@@ -52,7 +56,7 @@ def run(
         print(f'DRAFT: {draft}.\n')
     print(text(config, plan))
     if source:
-        print(f'source         {source}')
+        print('source         ' + source.replace('\n', '\n' + 15 * ' '))
     shared = '' if sizes.devices_per_image == 1 else f', {sizes.devices_per_image} devices share an image'
     print(
         f'memory         about {memory:,.0f} MiB per device ({sizes.microbatch} images x {sizes.draws} draws '
@@ -63,10 +67,19 @@ def run(
     time, weeks = _time(config, plan, _left(workdir, plan, todo), step, rate, is_measured)
     print(f'{_step_words(step)}\n{time}\n')
     print(f'would run      {", ".join(todo) or "nothing: everything is done"}\n')
-    for warning in [*warnings_of(config, plan), *weeks]:
-        print(f'WARNING: {warning}.\n')
-    shown = statement_text.markdown(_statement(config, plan), draft)
-    print(f'Privacy statement of this plan{" (DRAFT)" if draft else ""}:\n\n{shown}')
+    if is_there:
+        shown = statement_text.markdown(_statement(config, plan), draft)
+        print(f'Privacy statement of this plan{" (DRAFT)" if draft else ""}:\n\n{shown}')
+    else:
+        print('No privacy statement: there are no private images.\n')
+    _draw(config, workdir, plan)
+    # Last, where they are read.
+    for warning in [*warnings_of(config, plan, smallest_class), *weeks]:
+        print(f'\nWARNING: {warning}.')
+
+
+def _draw(config: ConfigDict, workdir: WorkDir, plan: Plan) -> None:
+    """Draw what another budget for the query would do, if there is a folder for the picture."""
     if plan.budget.of(CENTRAL_QUERY) and not workdir.root.is_dir():
         print(f'No picture of other shares of ε: {workdir.root} is not there yet, and plan makes nothing.')
     elif plan.budget.of(CENTRAL_QUERY):
@@ -144,13 +157,14 @@ def _draft(budget: Budget, made: int) -> str:
     return f'{made:,} of {total:,} releases were made' if made < total else ''
 
 
-def warnings_of(config: ConfigDict, plan: Plan) -> list[str]:
+def warnings_of(config: ConfigDict, plan: Plan, smallest_class: int | None = None) -> list[str]:
     """Return what cannot work, see `run.warnings`."""
     asked = plan.budget.of(CENTRAL_QUERY)
     return warnings.find(
         plan.budget,
         images=plan.private_images,
         classes=config.data.classes,
+        smallest_class=smallest_class,
         parameters=plan.parameters,
         batch_size=plan.expected_batch_size,
         question=warnings.Question(
@@ -278,6 +292,7 @@ def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:
     return statement.make(
         budget.releases,
         is_private=config.seed is None,
+        derived=config.data.derived,
         delta=budget.delta,
         accountant=budget.accountant,
         budget=budget.epsilon,

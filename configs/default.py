@@ -134,15 +134,25 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     # Devices that share the noise draws of an image, where a batch has fewer images than fill all devices;
     # divides draws, and the devices of each host. Unset: 1, or what is predicted to be faster.
     finetune.devices_per_image = placeholder(int)
+    # How many averaged weights on the way are kept, in private/, for release/over_finetuning.png: those
+    # before the first step, and after 1/3, 1/9, ... of all; 0 = none. Each takes 4 bytes per parameter.
+    finetune.snapshots = 5
 
     config.generate = generate = ConfigDict()
-    generate.images = 60000  # synthetic images, balanced over the classes
+    generate.images = 60000  # synthetic images
+    # Their number per class, at least 2 each: balanced | shares (generate.class_shares) | query (in
+    # proportion to the noisy counts that the query released; needs query.class_counts = 'noisy').
+    generate.class_counts = 'balanced'
+    generate.class_shares = ()  # with shares: a number > 0 for each class; public
     generate.batch_size = 500  # images per device at once
     generate.sampler = sampler()  # of the images for FID
     # The paper tunes a second sampler for the images that train the classifiers.
     generate.separate_classifier_images = False
     generate.classifier_sampler = sampler()
-    generate.png_tree = False  # also release/synthetic/png/<class>/<number>.png
+    generate.png_tree = (
+        False  # also release/synthetic/png/<class name>/<number>.png (torchvision's ImageFolder)
+    )
+    generate.tfds = False  # also release/synthetic/tfds, which tensorflow-datasets reads
 
     config.evaluate = evaluate = ConfigDict()  # looks at real images: results stay in private/
     evaluate.fid = True

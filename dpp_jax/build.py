@@ -24,6 +24,8 @@ from dpp_jax.run import already_spent, step_time
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run import sizes as sizes_lib
 
+_SAMPLER_STEPS_OF_SNAPSHOTS = 18
+
 
 def model(config: ConfigDict) -> Model:
     """Make the model: network, denoiser and loss by their names."""
@@ -213,9 +215,14 @@ def augmentation(config: ConfigDict) -> Callable:
 def samplers(config: ConfigDict) -> dict[str, Callable]:
     """Make the samplers: purpose of the images → (denoise, z, label, noise) → images in [-1, 1]."""
     settings, no_class = config.generate, config.data.classes
+    # Enough to see what there is.
+    few_steps = {'steps': min(settings.sampler.steps, _SAMPLER_STEPS_OF_SNAPSHOTS), 'guidance': 0.0}
     return {
         'images': sampler.make_sampler(no_class=no_class, **settings.sampler),
         'classifier_images': sampler.make_sampler(no_class=no_class, **settings.classifier_sampler),
+        'over_finetuning': sampler.make_sampler(
+            no_class=no_class, **(settings.sampler.to_dict() | few_steps)
+        ),
     }
 
 

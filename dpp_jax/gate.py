@@ -93,7 +93,7 @@ def find_done(
         'central': not has_query or workdir.central_images.exists(),
         'pretrain': not has_query or (files.is_whole(workdir.model('pretrain')) and not changed),
         'finetune': files.is_whole(workdir.model('finetune')),
-        'generate': images.is_complete,
+        'generate': images.is_complete and workdir.release_page.exists(),
         'evaluate': evaluation.is_complete,
         'report': report.is_done(workdir, images, evaluation),
     }

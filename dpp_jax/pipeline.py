@@ -163,7 +163,9 @@ class Run:
             if stage in _RELEASING:
                 hosts.at_first(lambda stage=stage: statement.record_code(self.workdir, stage))
             getattr(self, stage)()
-            print(f'{stage}: done in {time.monotonic() - start:.1f} s', flush=True)
+            seconds = time.monotonic() - start
+            hosts.at_first(lambda found=(stage, seconds): artefacts.add_seconds(self.workdir, *found))
+            print(f'{stage}: done in {seconds:.1f} s', flush=True)
         if not todo:
             print(f'Everything is done in {self.workdir.root}: {", ".join(stages)}.')
         if stages[-1] == 'report' and hosts.is_first():
@@ -199,7 +201,14 @@ class Run:
     def central(self) -> None:
         releases = self.plan.budget.of(CENTRAL_QUERY)
         query, unit = build.query(self.config), self.plan.unit
-        central.run(*self._private_stage, query=query, releases=releases, unit=unit, share=self.share)
+        central.run(
+            *self._private_stage,
+            query=query,
+            releases=releases,
+            unit=unit,
+            share=self.share,
+            class_names=build.class_names(self.config),
+        )
 
     def pretrain(self) -> None:
         augment, steps = build.augmentation(self.config), self.plan.pretrain_steps
@@ -218,18 +227,33 @@ class Run:
         )
 
     def generate(self) -> None:
-        samplers = build.samplers(self.config)
-        hosts.at_first(self._write_statement)  # names the code of this stage
-        generate.run(*self._stage, images=self.images, model=self.model, samplers=samplers, sizes=self._sizes)
+        # The statement names the code of this stage.
+        privacy = hosts.from_first(self._write_statement)
+        generate.run(
+            *self._stage,
+            images=self.images,
+            model=self.model,
+            samplers=build.samplers(self.config),
+            sizes=self._sizes,
+            class_names=build.class_names(self.config),
+            last_step=self.plan.budget.count(DP_SGD),
+            privacy=privacy,
+        )
 
     def evaluate(self) -> None:
         of_real_images = {'private': lambda: self.whole_train, 'test': lambda: self.test}
         evaluate.run(*self._stage, images=self.images, share=self.train, **of_real_images)
 
     def report(self) -> None:
-        hosts.at_first(
-            lambda: report.run(self.config, self.workdir, images=self.images, privacy=self._write_statement())
-        )
+        class_names = build.class_names(self.config)
+
+        def write():
+            privacy = self._write_statement()
+            report.run(
+                self.config, self.workdir, images=self.images, class_names=class_names, privacy=privacy
+            )
+
+        hosts.at_first(write)
 
     def clean(self) -> None:
         clean.run(self.workdir, self.model, is_finished=self.done['finetune'], last=self._write_statement)

@@ -237,13 +237,17 @@ def _table() -> dict[str, _Rule]:
         'finetune.label_dropout': _SHARE,
         'finetune.microbatch': _unset_or(_COUNT),
         'finetune.devices_per_image': _unset_or(_COUNT),
+        'finetune.snapshots': _whole(lambda n: 0 <= n <= 20, 'a whole number in [0, 20]'),
         # generate
         'generate.images': _COUNT,
+        'generate.class_counts': _name_in(('balanced', 'shares', 'query')),
+        'generate.class_shares': _sequence(_POSITIVE, 'finite numbers > 0, one for each class'),
         'generate.batch_size': _COUNT,
         **_sampler('generate.sampler', known['sampler']),
         'generate.separate_classifier_images': _SWITCH,
         **_sampler('generate.classifier_sampler', known['sampler']),
         'generate.png_tree': _SWITCH,
+        'generate.tfds': _SWITCH,
         # evaluate
         'evaluate.fid': _SWITCH,
         'evaluate.feature_epochs': _COUNT,
@@ -403,6 +407,28 @@ _RELATIONS = (
         ('data.classes',),
         lambda images, classes: images >= 2 * classes,
         lambda classes: f'at least {2 * classes}, two per class',
+    ),
+    _Relation(
+        'generate.class_shares',
+        ('generate.class_counts', 'data.classes'),
+        # Written out, lest a wish be dropped silently.
+        lambda shares, counts, classes: len(shares) == (classes if counts == 'shares' else 0),
+        lambda counts, classes: (
+            f'{classes} numbers, one for each class'
+            if counts == 'shares'
+            else f"(), because generate.class_counts is {counts!r}, not 'shares'"
+        ),
+    ),
+    _Relation(
+        'generate.class_counts',
+        ('pretrain.enabled', 'query.kind', 'query.class_counts'),
+        lambda counts, has_query, kind, counted: (
+            counts != 'query' or (has_query and kind == 'mean' and counted == 'noisy')
+        ),
+        lambda *_: (
+            "'balanced' or 'shares': no query releases counts here (that takes pretrain.enabled = True, "
+            "query.kind = 'mean' and query.class_counts = 'noisy')"
+        ),
     ),
     *(
         _Relation(

@@ -67,7 +67,7 @@ def make_tiny_config(**changes):
     config.model.update(width=8, multipliers=(1,), attention_resolutions=(8,))
     config.query.queries = 2
     config.pretrain.update(epochs=4, draws=1, batch_size=16)
-    config.finetune.update(batch_size=64, epochs=1, draws=2, microbatch=4)
+    config.finetune.update(batch_size=64, epochs=1, draws=2, microbatch=4, snapshots=0)
     config.generate.update(images=40, batch_size=5)
     config.generate.sampler.steps = 4
     config.evaluate.update(classifiers=('logistic', 'mlp'), epochs=2, feature_epochs=1)
@@ -92,6 +92,7 @@ def finished_run(tmp_path_factory):
     from dpp_jax.run.folder import WorkDir
 
     config = make_tiny_config(generate__png_tree=True, generate__separate_classifier_images=True)
+    config.finetune.snapshots = 2
     config.generate.classifier_sampler.update(name='ddim', steps=3)
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own
@@ -178,7 +179,14 @@ def compilations():
 @pytest.fixture(scope='session')
 def released():
     """A function: work directory → files of release/ by name, and those of them that no noise went into."""
-    noisy = ('digests.json', 'central_images.', 'model/', 'synthetic/images.')
+    noisy = (
+        'digests.json',
+        'central_images.',
+        'model/',
+        'over_finetuning.',
+        'report.html',
+        'synthetic/images.',
+    )
 
     def read(workdir):
         paths = [path for path in workdir.release.rglob('*') if path.is_file()]

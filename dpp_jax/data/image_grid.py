@@ -1,10 +1,14 @@
 """Grids of images as PNG files."""
 
+from collections.abc import Sequence
 import io
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+_TEXT_PIXELS = 14  # height of a name beside a row, or of as much as fits
+_MOST_LETTERS = 24
 
 
 def grid(images: np.ndarray, columns: int, *, min_pixels: int = 48, gap: int = 2) -> np.ndarray:
@@ -32,7 +36,9 @@ def grid(images: np.ndarray, columns: int, *, min_pixels: int = 48, gap: int = 2
     return canvas
 
 
-def rows_by_class(images: np.ndarray, labels: np.ndarray, classes: int, columns: int) -> np.ndarray:
+def rows_by_class(
+    images: np.ndarray, labels: np.ndarray, classes: int, columns: int, names: Sequence[str] = ()
+) -> np.ndarray:
     """Return a grid with one row per class, which shows the first `columns` images of the class.
 
     Args:
@@ -40,6 +46,7 @@ def rows_by_class(images: np.ndarray, labels: np.ndarray, classes: int, columns:
         labels: integers (N,) in 0..classes - 1.
         classes: number of rows.
         columns: images per row, at least 1; places without an image stay white.
+        names: of the classes, written beside the rows; (): nothing is.
 
     Returns:
         uint8 (height, width, C).
@@ -48,7 +55,29 @@ def rows_by_class(images: np.ndarray, labels: np.ndarray, classes: int, columns:
     for label in range(classes):
         row = images[labels == label][:columns]
         chosen[label * columns : label * columns + len(row)] = row
-    return grid(chosen, columns)
+    return beside_rows(grid(chosen, columns), names)
+
+
+def beside_rows(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Return a picture with a name to the left of each of its rows, which are equally high.
+
+    Args:
+        picture: uint8 (height, width, C), C = 1 or 3.
+        names: one for each row, from above; long ones are cut; (): the picture stays as it is.
+    """
+    if not names:
+        return picture
+    height = picture.shape[0] / len(names)
+    font = ImageFont.load_default(size=max(8, min(_TEXT_PIXELS, int(height))))
+    texts = [name if len(name) <= _MOST_LETTERS else name[: _MOST_LETTERS - 1] + '…' for name in names]
+    width = math.ceil(max(font.getlength(text) for text in texts)) + 8
+    margin = Image.new('L', (width, picture.shape[0]), 255)
+    draw = ImageDraw.Draw(margin)
+    for row, text in enumerate(texts):
+        draw.text((width - 4, (row + 0.5) * height), text, fill=0, font=font, anchor='rm')
+    return np.concatenate(
+        [np.repeat(np.asarray(margin)[..., None], picture.shape[-1], axis=-1), picture], axis=1
+    )
 
 
 def png(image: np.ndarray) -> bytes:

@@ -144,6 +144,18 @@ class Query(abc.ABC):
             (classes, ...) float32, in [0, 1] but for the noise.
         """
 
+    def counts(self, noisy: PyTree) -> jax.Array | None:
+        """Return how many images of each class are in the sample, by the noisy sums: post-processing.
+
+        Args:
+            noisy: what `sums` returned, with noise.
+
+        Returns:
+            (classes,) float32, with noise, so perhaps below 0; None if the query does not count.
+        """
+        del noisy
+        return None
+
     def noisy(
         self,
         mechanism: GaussianMechanism,
@@ -153,6 +165,7 @@ class Query(abc.ABC):
         *,
         spread: Spread | None = None,
         compiled: Callable[[Callable], Callable] = jax.jit,
+        with_counts: bool = False,
     ) -> NoisySum:
         """Join the query with its noise: (index, batch, mask) → (central images, ledger entry).
 
@@ -164,6 +177,7 @@ class Query(abc.ABC):
             expected_size: as for `estimate`.
             rows, spread: as for `sums`.
             compiled: makes a program of a function (batch, mask, keys, index).
+            with_counts: the result is (central images, `counts`).
 
         Raises:
             ValueError: the mechanism's sensitivity is below the query's.
@@ -171,10 +185,15 @@ class Query(abc.ABC):
         is_covered = mechanism.sensitivity >= self.sensitivity
         allowed = f'at least {self.sensitivity!r}, the sensitivity of the query'
         checks.require('sensitivity', mechanism.sensitivity, is_covered, allowed)
+
+        def then(noisy, *_):
+            images = self.estimate(noisy, expected_size)
+            return (images, self.counts(noisy)) if with_counts else images
+
         return mechanism.noisy(
             lambda batch, mask: (self.sums(batch['images'], batch['labels'], mask, rows, spread), None),
             noise_key,
-            then=lambda noisy, *_: self.estimate(noisy, expected_size),
+            then=then,
             compiled=compiled,
         )
 
@@ -255,6 +274,9 @@ class MeanQuery(Query):
             return most * total
         numbers = adder.exact(weights * counts / most, own_class)
         return most * total, self.count_weight * most * numbers
+
+    def counts(self, noisy):
+        return None if self.count_weight is None else noisy[1] / self.count_weight
 
     def estimate(self, noisy, expected_size):
         if self.count_weight is None:

@@ -17,7 +17,10 @@ from dpp_jax.run.folder import FREE_SETTINGS, WorkDir, differences
 from dpp_jax.training import checkpoint
 
 PyTree = Any
+_REAL_IMAGES = 12  # of a class, that the private page shows
 _CLASSIFIER_IMAGES = 'classifier_images'
+# Settings of images that earlier versions did not have, with the value that they stood for.
+_NEW_SETTINGS = {'generate.class_counts': 'balanced', 'generate.class_shares': []}
 # What evaluation.json holds.
 _SCORES = {
     'of': dict,
@@ -34,13 +37,19 @@ _SCORES = {
 
 
 def central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
-    """Load the released central images: `images` (n, H, W, C) uint8 and `labels` (n,).
+    """Load what the queries released.
+
+    Returns:
+        `images` (n, H, W, C) uint8, after post-processing, and `labels` (n,) int32. Also `noisy`
+        (n, h, w, C) float32, the images before it, in [0, 1] but for the noise (an earlier version kept
+        none), and `counts` (queries, classes) float32, the noisy number of images of each class in the
+        sample of each query, if the query counts.
 
     Raises:
         FileNotFoundError, ValueError: they are not there, damaged, or not those that this run released.
     """
     found = _unchecked_central_images(workdir)
-    digests.check(workdir, 'central_images.npz', _arrays(found))
+    digests.check(workdir, 'central_images.npz', central_arrays(found))
     return found
 
 
@@ -52,9 +61,10 @@ def _unchecked_central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
     )
 
 
-def _arrays(central: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Return what the digest of central images is of."""
-    return [central['images'], central['labels']]
+def central_arrays(central: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Return what the digest of central images is of: what is there of it."""
+    needed = [central['images'], central['labels']]
+    return needed + [central[name] for name in ('noisy', 'counts') if name in central]
 
 
 def weights(workdir: WorkDir, training: str, shapes: PyTree) -> dict[str, PyTree]:
@@ -91,7 +101,7 @@ def check_inputs(workdir: WorkDir, shapes: PyTree, stages: Collection[str]) -> N
 def _released(workdir: WorkDir, shapes: PyTree) -> Iterator[tuple[str, list[np.ndarray]]]:
     """Yield name and arrays of what is there; what is damaged is told when it is needed."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        yield 'central_images.npz', _arrays(_unchecked_central_images(workdir))
+        yield 'central_images.npz', central_arrays(_unchecked_central_images(workdir))
     for training in ('pretrain', 'finetune'):
         with contextlib.suppress(OSError, ValueError):
             yield f'model/{training}', jax.tree.leaves(_unchecked_weights(workdir, training, shapes))
@@ -117,6 +127,52 @@ def check_models(workdir: WorkDir, shapes: PyTree) -> None:
                 checkpoint.check_params(folder, shapes)
 
 
+def write_snapshot(workdir: WorkDir, step: int, vector: np.ndarray) -> None:
+    """Keep the averaged weights after `step` steps of fine-tuning, (P,) float32, for pictures.
+
+    In private/: they are covered as far as the ledger is, but published only with the whole run.
+    """
+    files.write_npz(workdir.snapshots / f'{step:010d}.npz', vector=vector)
+
+
+def snapshots(workdir: WorkDir) -> dict[int, Path]:
+    """Return the snapshots of fine-tuning that are there, by their steps."""
+    return {int(name[:-4]): workdir.snapshots / name for name in files.names(workdir.snapshots)}
+
+
+def keep_real_images(workdir: WorkDir, images: Any, labels: np.ndarray, classes: int) -> None:
+    """Keep the first private images of each class, for the private page, unless they are there.
+
+    Args:
+        workdir: to write to, in private/.
+        images: (n, H, W, C) uint8, or rows that are read when they are asked for.
+        labels: (n,) integers.
+        classes: number of classes.
+    """
+    if workdir.real_images.exists():
+        return
+    rows = np.sort(np.concatenate([np.flatnonzero(labels == k)[:_REAL_IMAGES] for k in range(classes)]))
+    if len(rows):
+        files.write_npz(workdir.real_images, images=np.asarray(images[rows]), labels=labels[rows])
+
+
+def add_seconds(workdir: WorkDir, stage: str, seconds: float) -> None:
+    """Note in private/ how long a stage took, from where it went on until its end.
+
+    Not for release/: time tells of private images.
+    """
+    known = seconds_of_stages(workdir)
+    files.write_json(workdir.seconds, known | {stage: seconds}, mode=0o600)
+
+
+def seconds_of_stages(workdir: WorkDir) -> dict[str, float]:
+    """Return stage → seconds, as far as they are noted."""
+    if not workdir.seconds.exists():
+        return {}
+    found = files.read_json(workdir.seconds, 'Delete the file: it only tells times', {'*': float})
+    return {stage: seconds for stage, seconds in found.items() if not stage.startswith('_')}
+
+
 class SyntheticImages:
     """The synthetic images of a work directory.
 
@@ -124,6 +180,7 @@ class SyntheticImages:
         folder: of all of them.
         paths: purpose → file: 'images' for FID and use, 'classifier_images' if they are separate.
         png_tree: folder of single PNG files, if asked for.
+        tfds: folder that tensorflow-datasets reads, likewise.
     """
 
     def __init__(self, workdir: WorkDir, settings: Mapping[str, Any]):
@@ -133,7 +190,7 @@ class SyntheticImages:
         if settings['generate.separate_classifier_images']:
             names.append(_CLASSIFIER_IMAGES)
         self.paths = {name: self.folder / f'{name}.npz' for name in names}
-        self.png_tree = self.folder / 'png'
+        self.png_tree, self.tfds = self.folder / 'png', self.folder / 'tfds'
         self._settings = {name: value for name, value in settings.items() if name.startswith('generate.')}
         self._settings_file = self.folder / 'settings.json'
 
@@ -149,9 +206,10 @@ class SyntheticImages:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all files are there and whole, and the tree of PNG files if it is asked for."""
-        has_tree = not self._settings['generate.png_tree'] or files.is_whole(self.png_tree)
-        return has_tree and all(self.is_whole(path) for path in self.paths.values())
+        """Whether all files are there and whole, and the folders in other forms that are asked for."""
+        asked = {'generate.png_tree': self.png_tree, 'generate.tfds': self.tfds}
+        has_folders = all(files.is_whole(path) for name, path in asked.items() if self._settings[name])
+        return has_folders and all(self.is_whole(path) for path in self.paths.values())
 
     def check(self) -> None:
         """Check that the images that are there, or begun, were made with these settings.
@@ -164,7 +222,7 @@ class SyntheticImages:
         move = (
             f'move {self.folder} away and run the same command: it makes new images from the released model'
         )
-        recorded = files.read_json(self._settings_file, f'Restore the file, or {move}')
+        recorded = _NEW_SETTINGS | files.read_json(self._settings_file, f'Restore the file, or {move}')
         found = differences(recorded, self._settings, FREE_SETTINGS)
         if found:
             raise ValueError(
@@ -179,7 +237,7 @@ class SyntheticImages:
             files.write_json(self._settings_file, self._settings)
 
     def load(self, path: Path) -> dict[str, np.ndarray]:
-        """Load `images` (n, H, W, C) uint8 and `labels` (n,) of one of `paths`."""
+        """Load `images` (n, H, W, C) uint8 and `labels` (n,) of one of `paths`; and `class_names`, if new."""
         return files.read_npz(path, 'Run --stage=generate to replace the file')
 
     def identity(self) -> dict[str, list[int]] | None:

@@ -22,8 +22,10 @@ FREE_SETTINGS = (
     'data.in_memory',
     'finetune.microbatch',
     'finetune.devices_per_image',
+    'finetune.snapshots',
     'generate.batch_size',
     'generate.png_tree',
+    'generate.tfds',
 )
 # Settings of what is made from the released model. They bind the images and the scores that they made
 # (`artefacts.check_images`, `artefacts.evaluation`), not the folder.
@@ -60,7 +62,7 @@ _PATHS: dict[str, Callable[[str], str]] = {
     'data.labels': lambda labels: labels if labels in LABELS else _PATH,
     'dp.already_spent': lambda _: _PATH,
 }
-_RELEASE_NOTE = (
+RELEASE_NOTE = (
     'The (ε, δ) in privacy_statement.md covers every file in this folder. It is computed from '
     'ledger.jsonl. If config.json has a seed, nothing here is private.\n'
 )
@@ -88,6 +90,9 @@ class WorkDir:
         self.central_images = self.release / 'central_images.npz'
         self.digests = self.release / 'digests.json'
         self.synthetic = self.release / 'synthetic'
+        self.over_finetuning = self.release / 'over_finetuning.npz'
+        self.card = self.release / 'README.md'
+        self.release_page = self.release / 'report.html'
         self.keys = self.private / 'keys.json'
         self.own_ledger = self.private / 'ledger.jsonl'
         self.own_config = self.private / 'config_of_keys.json'
@@ -101,6 +106,10 @@ class WorkDir:
         self.report = self.private / 'report.json'
         self.report_text = self.private / 'report.txt'
         self.report_page = self.private / 'report.html'
+        self.snapshots = self.private / 'snapshots'
+        self.real_images = self.private / 'real_images.npz'
+        self.nearest = self.private / 'nearest.png'
+        self.seconds = self.private / 'seconds.json'
         self.curve = self.root / 'plan.png'
 
     @classmethod
@@ -292,7 +301,7 @@ class WorkDir:
         if not self.own_config.exists():
             files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
         for path, text in (
-            (self.release / 'README.txt', _RELEASE_NOTE),
+            (self.card, f'# Synthetic images\n\n{RELEASE_NOTE}'),  # until there are any
             (self.private / 'README.txt', PRIVATE_NOTE + '\n'),
         ):
             if not path.exists():

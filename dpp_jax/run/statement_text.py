@@ -7,6 +7,15 @@ from dpp_jax.privacy import accounting, groups
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 
 TITLES = {CENTRAL_QUERY: 'central images (query)', DP_SGD: 'fine-tuning (DP-SGD)'}
+MECHANISM_COLUMNS = (
+    'mechanism (Poisson-sampled Gaussian)',
+    'noise multiplier σ',
+    'sampling probability q',
+    'times',
+    'L2 sensitivity Δ',
+    'ε alone (RDP)',
+    'ε alone (PLD)',
+)
 UNITS = {
     groups.IMAGE: 'one image with its label',
     groups.GROUP: 'one group of images with their labels (all images of a person, as `data.groups` says)',
@@ -70,8 +79,6 @@ def declared(names: Sequence[str]) -> list[str]:
 
 def markdown(statement: dict[str, Any], draft: str = '') -> str:
     """Write the statement for people; every ε is rounded up. A `draft` says why it does not hold yet."""
-    show, exact = accounting.format_epsilon, accounting.format_exact
-    epsilon = statement['epsilon_by_accountant']
     lines = ['# Privacy statement', '']
     if draft:
         note = f'**DRAFT: {draft}.** This is what the statement of a whole run would say.'
@@ -83,41 +90,18 @@ def markdown(statement: dict[str, Any], draft: str = '') -> str:
             '',
         ]
     lines += [
-        f'Everything in `release/` is **(ε = {show(statement["epsilon"])}, '
-        f'δ = {exact(statement["delta"])})**-differentially private '
-        f'(budget: ε = {exact(statement["budget"])}).',
+        claim(statement),
         '',
-        f'- Unit of privacy: {statement["unit_of_privacy"]}.',
-        f'- Neighboring relation: {statement["neighboring_relation"]}. The budget is for this relation.',
-        replace_one_line(statement['relation'], statement['epsilon_of_replace_one'], statement['unit']),
-        '- By Rényi differential privacy: '
-        + (
-            f'ε = {show(epsilon["rdp"])}, at order {epsilon["rdp_order"]:g}.'
-            if epsilon['rdp'] is not None
-            else 'this relation cannot be counted.'
-        ),
-        '- By privacy loss distributions: '
-        + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else _why_not(statement['delta'])),
-        f'- The stated ε is that of the {statement["accountant"].upper()} accountant, with which the run was '
-        'planned. Every ε is rounded up.',
+        *(f'- {fact}' for fact in facts(statement)),
         '',
         '## Mechanisms',
         '',
-        '| mechanism (Poisson-sampled Gaussian) | noise multiplier σ | sampling probability q | times | '
-        'L2 sensitivity Δ | ε alone (RDP) | ε alone (PLD) |',
-        '|---|---|---|---|---|---|---|',
+        f'| {" | ".join(MECHANISM_COLUMNS)} |',
+        f'|{"---|" * len(MECHANISM_COLUMNS)}',
+        *(f'| {" | ".join(cells)} |' for cells in mechanism_cells(statement)),
     ]
-    rows = [('spent before: ', row) for row in statement['spent_before']]
-    for when, row in [*rows, *(('', row) for row in statement['mechanisms'])]:
-        alone = row['epsilon']
-        lines.append(
-            f'| {when}{TITLES.get(row["mechanism"], row["mechanism"])} | '
-            f'{accounting.format_noise(row["noise_multiplier"])} | '
-            f'{row["sampling_probability"]:.6g} | {row["count"]} | {row["sensitivity"]:.6g} | '
-            f'{_or_dash(alone["rdp"])} | {_or_dash(alone["pld"])} |'
-        )
     lines += ['', 'The noise has standard deviation σ·Δ in every coordinate.', '']
-    if rows:
+    if statement['spent_before']:
         lines += [
             'Rows "spent before" are earlier releases from the same private images (`dp.already_spent`). '
             'Every ε above this table includes them.',
@@ -129,18 +113,69 @@ def markdown(statement: dict[str, Any], draft: str = '') -> str:
         ('Assumptions', 'assumptions'),
     ):
         lines += [f'## {title}', '', *(f'- {text}.' for text in statement[name]), '']
-    named = lambda code: ', '.join(f'{name} {version}' for name, version in code.items())
-    lines += [
-        '## Code',
-        '',
-        f'Computed from {"the plan" if draft else "`ledger.jsonl`"} by {named(statement["code"])}.',
-        '',
-    ]
+    source = 'the plan' if draft else '`ledger.jsonl`'
+    lines += ['## Code', '', f'Computed from {source} by {_versions(statement["code"])}.', '']
+    lines += [f'- {line}' for line in code_lines(statement)]
+    return '\n'.join([*lines, ''])
+
+
+def _versions(code: dict[str, str]) -> str:
+    return ', '.join(f'{name} {version}' for name, version in code.items())
+
+
+def code_lines(statement: dict[str, Any]) -> list[str]:
+    """Say which versions of the code ran which stages."""
     stages_of = {}  # versions → the stages that they ran
     for stage, codes in statement['code_of_stages'].items():
-        stages_of.setdefault('; then '.join(map(named, codes)), []).append(f'`{stage}`')
-    lines += [f'- {", ".join(stages)}: ran with {codes}.' for codes, stages in stages_of.items()]
-    return '\n'.join([*lines, ''])
+        stages_of.setdefault('; then '.join(map(_versions, codes)), []).append(f'`{stage}`')
+    return [f'{", ".join(stages)}: ran with {codes}.' for codes, stages in stages_of.items()]
+
+
+def claim(statement: dict[str, Any]) -> str:
+    """Say, in a sentence, what the statement claims."""
+    show, exact = accounting.format_epsilon, accounting.format_exact
+    return (
+        f'Everything in `release/` is **(ε = {show(statement["epsilon"])}, '
+        f'δ = {exact(statement["delta"])})**-differentially private '
+        f'(budget: ε = {exact(statement["budget"])}).'
+    )
+
+
+def facts(statement: dict[str, Any]) -> list[str]:
+    """Say, a sentence or two each, what the claim means: unit, neighbors, and ε by each accountant."""
+    show, epsilon = accounting.format_epsilon, statement['epsilon_by_accountant']
+    return [
+        f'Unit of privacy: {statement["unit_of_privacy"]}.',
+        f'Neighboring relation: {statement["neighboring_relation"]}. The budget is for this relation.',
+        _replace_one(statement['relation'], statement['epsilon_of_replace_one'], statement['unit']),
+        'By Rényi differential privacy: '
+        + (
+            f'ε = {show(epsilon["rdp"])}, at order {epsilon["rdp_order"]:g}.'
+            if epsilon['rdp'] is not None
+            else 'this relation cannot be counted.'
+        ),
+        'By privacy loss distributions: '
+        + (f'ε = {show(epsilon["pld"])}.' if epsilon['pld'] is not None else _why_not(statement['delta'])),
+        f'The stated ε is that of the {statement["accountant"].upper()} accountant, with which the run was '
+        'planned. Every ε is rounded up.',
+    ]
+
+
+def mechanism_cells(statement: dict[str, Any]) -> list[list[str]]:
+    """Describe each mechanism, by the columns above."""
+    rows = [('spent before: ', row) for row in statement['spent_before']]
+    return [
+        [
+            when + TITLES.get(row['mechanism'], row['mechanism']),
+            accounting.format_noise(row['noise_multiplier']),
+            f'{row["sampling_probability"]:.6g}',
+            str(row['count']),
+            f'{row["sensitivity"]:.6g}',
+            _or_dash(row['epsilon']['rdp']),
+            _or_dash(row['epsilon']['pld']),
+        ]
+        for when, row in [*rows, *(('', row) for row in statement['mechanisms'])]
+    ]
 
 
 def _why_not(delta: float) -> str:
@@ -154,12 +189,12 @@ def _or_dash(value: float | None) -> str:
     return '–' if value is None else accounting.format_epsilon(value)
 
 
-def replace_one_line(relation: str, value: float | None, unit: str = groups.IMAGE) -> str:
-    """Say, as an item of a list, what ε is for who reads "neighbors" as "one image (or group) replaced"."""
+def _replace_one(relation: str, value: float | None, unit: str = groups.IMAGE) -> str:
+    """Say, what ε is for who reads "neighbors" as "one image (or group) replaced"."""
     if relation == accounting.REPLACE_ONE:
-        return '- By zero-out, or add or remove one, ε is smaller.'
+        return 'By zero-out, or add or remove one, ε is smaller.'
     figure = 'not computed' if value is None else f'ε = {accounting.format_epsilon(value)}'
     return (
-        f'- By replace one (another {unit} in the place of one), at the same δ: {figure}, by privacy loss '
+        f'By replace one (another {unit} in the place of one), at the same δ: {figure}, by privacy loss '
         'distributions. The budget is not for this relation.'
     )

@@ -4,7 +4,7 @@ What is asked, its sensitivity and its noise stand in `privacy/queries.py` and `
 stage samples, records the answers, and makes images of them by the method's deterministic chain.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 
 from ml_collections import ConfigDict
@@ -20,8 +20,8 @@ from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.queries import Query, Spread
 from dpp_jax.privacy.shares import WHOLE, Share
+from dpp_jax.run import artefacts, digests
 from dpp_jax.run import batches as batches_lib
-from dpp_jax.run import digests
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.training import devices, hosts, progress
@@ -39,8 +39,9 @@ def run(
     releases: Releases,
     unit: Unit,
     share: Share = WHOLE,
+    class_names: Sequence[str] = (),
 ) -> None:
-    """Ask all queries and save images, labels and a picture in release/.
+    """Ask all queries and save images, labels, the noisy answers and a picture in release/.
 
     Args:
         config: the settings.
@@ -53,6 +54,7 @@ def run(
         releases: the budget's queries.
         unit: of privacy.
         share: the units of this process.
+        class_names: for the picture.
     """
     settings, classes, mechanism = config.query, config.data.classes, releases.mechanism
     own_keys = keys.of_mechanism(CENTRAL_QUERY, ledger)
@@ -67,6 +69,7 @@ def run(
         rows,
         spread=Spread(rows=capacity // len(devices.local()), axis=devices.AXIS),
         compiled=lambda release: devices.parallel(release, in_axes=(0, 0, None, None)),
+        with_counts=True,
     )
     fetch = poisson.fetch
     if batches.members is not None:
@@ -83,16 +86,26 @@ def run(
             answers.append(devices.first(answer))
             bar.update()
     size = private.images.shape[1:3]
-    central = to_images(np.concatenate(answers), size, post_process=settings.post_process)
-    central_labels = np.tile(np.arange(classes, dtype=np.int32), releases.count)
-    picture = image_grid.rows_by_class(central, central_labels, classes, releases.count)
+    noisy, counts = zip(*answers)
+    released = {
+        'images': to_images(np.concatenate(noisy), size, post_process=settings.post_process),
+        'labels': np.tile(np.arange(classes, dtype=np.int32), releases.count),
+    }
+    more = {'noisy': np.concatenate(noisy)} | ({} if counts[0] is None else {'counts': np.stack(counts)})
+    picture = image_grid.rows_by_class(
+        released['images'], released['labels'], classes, releases.count, class_names
+    )
 
     def release():
-        keys.bind_release(CENTRAL_QUERY, [central, central_labels])
+        is_of_earlier_version = keys.released(CENTRAL_QUERY) == files.digest(released.values())
+        # An earlier version released no more: more would be a second release under the same noise.
+        chosen = released if is_of_earlier_version else released | more
+        arrays = artefacts.central_arrays(chosen)
+        keys.bind_release(CENTRAL_QUERY, arrays)
         before_release()
         # First what counts as the release: without it the picture would be one that no command knows of.
-        digests.note(workdir, 'central_images.npz', [central, central_labels])
-        files.write_npz(workdir.central_images, images=central, labels=central_labels)
+        digests.note(workdir, 'central_images.npz', arrays)
+        files.write_npz(workdir.central_images, **chosen)
         files.write_bytes(workdir.central_images.with_suffix('.png'), image_grid.png(picture))
 
     hosts.at_first(release)

@@ -85,7 +85,16 @@ def run(
         devices_per_image=sizes.devices_per_image,
     )
 
+    snapshot_steps = _snapshot_steps(releases.count, settings.snapshots)
+
+    def keep(state, number):
+        """Keep the averaged weights after `number` steps, if they are asked for: no step reads them."""
+        if number in snapshot_steps and hosts.is_first():
+            artefacts.write_snapshot(workdir, number, devices.first(state.ema_params).vector)
+
     def step(state, number):
+        if not number:
+            keep(state, 0)
         indices = sampler.indices(number)
         batch = steps.make_batch(
             private.images,
@@ -101,6 +110,7 @@ def run(
         result, entry = dp_step(number, state, devices.deal_own(batch, team), used)
         # The devices compute on meanwhile. No process goes on before the line is on the disk.
         hosts.at_first(lambda: ledger.append(entry))
+        keep(result[0], number + 1)
         return result
 
     with loop.outputs(workdir.checkpoints('finetune'), workdir.metrics('finetune')) as outputs:
@@ -123,6 +133,11 @@ def run(
         checkpoint.save_model(workdir.model('finetune'), released, scratch=workdir.private)
 
     hosts.at_first(release)
+
+
+def _snapshot_steps(total: int, count: int) -> set[int]:
+    """Return after which steps of `total` averaged weights are kept: 0, and 1/3, 1/9, ... of all."""
+    return {0, *(total // 3**k for k in range(1, count))} if count else set()
 
 
 def _initial_params(config: ConfigDict, workdir: WorkDir, keys: Keys, model: Model):

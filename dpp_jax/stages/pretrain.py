@@ -34,8 +34,8 @@ def run(
 ) -> None:
     """Train from scratch; save weights and averaged weights in release/."""
     settings = config.pretrain
-    saved = hosts.from_first(lambda: artefacts.central_images(workdir))
-    images, labels = saved['images'], saved['labels']
+    saved = hosts.from_first(lambda: artefacts.central_arrays(artefacts.central_images(workdir))[:2])
+    images, labels = saved
     own_keys = keys.of_part('pretrain')
     batch_size = min(settings.batch_size, len(images))
     capacity = math.ceil(batch_size / devices.count()) * devices.count()

@@ -1,22 +1,19 @@
-"""Stage `report`: the final table, and a page with the images. Both show results without a guarantee."""
+"""Stage `report`: the final table, and a page for the owner. Both show results without a guarantee."""
 
-import base64
-import html
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
-import numpy as np
 
 from dpp_jax import files
-from dpp_jax.data import image_grid
 from dpp_jax.evaluation import needs
 from dpp_jax.evaluation.classifiers import CLASSIFIERS
 from dpp_jax.evaluation.fid import FEW_IMAGES
+from dpp_jax.pages import card, private_page, release_page
 from dpp_jax.privacy import accounting
 from dpp_jax.run import artefacts, statement, statement_text
 from dpp_jax.run.folder import WorkDir, flatten
-
-_COLUMNS = 12  # images of a class that the page shows
+from dpp_jax.training import tensorboard
 
 
 def is_done(workdir: WorkDir, images: artefacts.SyntheticImages, evaluation: artefacts.Evaluation) -> bool:
@@ -41,14 +38,18 @@ def run(
     workdir: WorkDir,
     *,
     images: artefacts.SyntheticImages,
+    class_names: Sequence[str],
     privacy: dict[str, Any],
 ) -> None:
-    """Write private/report.txt, .json and .html.
+    """Write private/report.txt, .json and .html; and card and page in release/ again.
+
+    The latter from release/ alone: the statement may have grown since.
 
     Args:
         config: the settings.
         workdir: to write to.
         images: the synthetic images.
+        class_names: in the order of labels.
         privacy: the statement, see `run.statement`.
     """
     evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
@@ -63,7 +64,24 @@ def run(
     files.write_text(workdir.report_text, text, mode=0o600)
     shown = {'privacy': privacy, **_shown(images, evaluation)}
     files.write_json(workdir.report, shown, mode=0o600)
-    files.write_text(workdir.report_page, _page(config, workdir, images, rows, note), mode=0o600)
+    card.write(workdir, images, class_names, privacy)
+    release_page.write(workdir, images, class_names, privacy)
+    contents = private_page.Contents(
+        rows=rows,
+        note=note,
+        results=results,
+        titles={kind: classifier.title for kind, classifier in CLASSIFIERS.items()},
+        curves={name: tensorboard.scalars(workdir.metrics(name)) for name in ('pretrain', 'finetune')},
+        real=_real_images(workdir),
+    )
+    private_page.write(workdir, images, class_names, privacy, contents)
+
+
+def _real_images(workdir: WorkDir) -> dict[str, Any] | None:
+    """Read the private images that the evaluation kept for the page."""
+    if not workdir.real_images.exists():
+        return None
+    return files.read_npz(workdir.real_images, 'Delete the file: the page then goes without real images')
 
 
 def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
@@ -129,6 +147,7 @@ def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
         ('model', workdir.model('finetune')),
         ('privacy statement', workdir.statement_text),
         ('privacy ledger', workdir.released_ledger),
+        ('page', workdir.release_page),
         ('page (private)', workdir.report_page),
         ('metrics (private)', workdir.metrics('finetune').parent),
     ]
@@ -141,64 +160,3 @@ def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
     lines += ['  Scores come from real images and have no privacy guarantee. Do not publish them.', '']
     lines += [f'  {name:<{width}}{path}' for name, path in found]
     return '\n'.join(lines) + '\n'
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c2733; background: #fff }
-h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 2rem }
-p.lead { color: #56636f; margin-top: .2rem }
-table { border-collapse: collapse } td { padding: .3rem 1.5rem .3rem 0; border-bottom: 1px solid #e3e8ec }
-td + td { font-variant-numeric: tabular-nums; text-align: right }
-img { max-width: 100%; image-rendering: pixelated; border: 1px solid #e3e8ec }
-.note { background: #fff4e0; border-left: 4px solid #e8a33d; padding: .5rem 1rem }
-.side { display: flex; gap: 2rem; flex-wrap: wrap } figure { margin: 0 }
-figcaption { color: #56636f; font-size: .9rem }
-"""
-
-
-def _page(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImages, rows, note: str) -> str:
-    """Write one HTML file with everything inside."""
-    table = '\n'.join(
-        f'<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>' for name, value in rows
-    )
-    warning = (
-        f'<p class="note"><b>Not private:</b> config.seed = {config.seed} makes the noise '
-        'repeatable. Such a run is for tests.</p>'
-        if config.seed is not None
-        else ''
-    )
-    figures = [
-        _figure(config, images.load(images.paths['images']), 'Synthetic images, one class per row', _COLUMNS)
-    ]
-    if config.pretrain.enabled:
-        columns = min(config.query.queries, _COLUMNS)
-        central = artefacts.central_images(workdir)
-        figures.append(_figure(config, central, 'Central images, one query per column', columns))
-    relation = accounting.RELATIONS[config.dp.relation].sentence.format(unit=config.dp.unit)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(config.name)} · dpp_jax</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(config.name)}</h1>
-<p class="lead">{config.generate.images:,} synthetic images from {config.data.train_images:,} private
-ones · unit of privacy: one {config.dp.unit}; {html.escape(relation)}</p>
-{warning}
-<h2>Privacy and quality</h2>
-<table>{table}</table>
-<p>{html.escape(note)}</p>
-<p class="note">FID and accuracies come from real images and have no privacy guarantee. Do not
-publish this page. You may publish everything in <code>release/</code>.</p>
-<h2>Images</h2>
-<div class="side">{''.join(figures)}</div>
-</body></html>
-"""
-
-
-def _figure(config: ConfigDict, data: dict[str, np.ndarray], caption: str, columns: int) -> str:
-    """Write an image grid with its caption, embedded."""
-    grid = image_grid.rows_by_class(data['images'], data['labels'], config.data.classes, columns)
-    encoded = base64.b64encode(image_grid.png(grid)).decode()
-    return (
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{encoded}">'
-        f'<figcaption>{html.escape(caption)}</figcaption></figure>'
-    )

@@ -27,7 +27,7 @@ def test_private_is_closed_to_others_and_says_what_it_is(tiny_config, tmp_path):
     workdir = record(tmp_path / 'run', tiny_config())
     assert stat.S_IMODE(os.stat(workdir.private).st_mode) == 0o700
     assert 'without a privacy guarantee' in (workdir.private / 'README.txt').read_text()
-    assert 'privacy_statement.md' in (workdir.release / 'README.txt').read_text()
+    assert 'privacy_statement.md' in workdir.card.read_text(encoding='utf-8')
 
 
 def test_another_config_is_refused_with_the_differences(tiny_config, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpp_jax import files
-from dpp_jax.stages import generate
+from dpp_jax.stages.generate import sampling
 
 
 @pytest.fixture
@@ -37,15 +37,15 @@ DAMAGES = [without_the_end, zeros_in_the_middle, all_zeros, nothing]
 def test_parts_are_read_until_the_first_that_is_damaged(tmp_path, images, damage):
     for first in (0, 20, 40):
         files.write_npz(tmp_path / f'{first:010d}.npz', images=images[first : first + 20])
-    np.testing.assert_array_equal(np.concatenate(generate._read_parts(tmp_path)), images)
+    np.testing.assert_array_equal(np.concatenate(sampling._read_parts(tmp_path)), images)
     path = tmp_path / f'{20:010d}.npz'
     path.write_bytes(damage(path.read_bytes()))
-    (part,) = generate._read_parts(tmp_path)
+    (part,) = sampling._read_parts(tmp_path)
     np.testing.assert_array_equal(part, images[:20])
 
 
 def test_parts_are_read_until_the_first_that_is_missing(tmp_path, images):
     for first in (0, 40):
         files.write_npz(tmp_path / f'{first:010d}.npz', images=images[first : first + 20])
-    assert sum(map(len, generate._read_parts(tmp_path))) == 20
-    assert generate._read_parts(tmp_path / 'nowhere') == []
+    assert sum(map(len, sampling._read_parts(tmp_path))) == 20
+    assert sampling._read_parts(tmp_path / 'nowhere') == []

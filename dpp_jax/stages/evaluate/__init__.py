@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from dpp_jax.data.images import Images
 from dpp_jax.evaluation import needs
+from dpp_jax.run import artefacts
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
@@ -51,6 +52,8 @@ def run(
     """
     evaluation = Evaluation(workdir, flatten(config.to_dict())) if hosts.is_first() else None
     hosts.at_first(lambda: evaluation.begin())
+    own = share.images, share.labels
+    hosts.at_first(lambda: artefacts.keep_real_images(workdir, *own, config.data.classes))
     read = functools.cache(lambda: common.in_memory(private, share))
     distances.run(
         config, workdir, keys, evaluation=evaluation, images=images, share=share, private=read, test=test

@@ -1,91 +1,70 @@
-"""Stage `generate`: labeled synthetic images. Post-processing: it costs no privacy."""
+"""Sampling on all devices: every image from its own number, whatever else is sampled."""
 
 import collections
 from collections.abc import Callable
-import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax import files
-from dpp_jax.data import image_grid
 from dpp_jax.diffusion import microbatch as parts_lib
 from dpp_jax.diffusion.model import Model
-from dpp_jax.run import artefacts
-from dpp_jax.run.folder import WorkDir
-from dpp_jax.run.keys import Keys
-from dpp_jax.run.sizes import Sizes
 from dpp_jax.training import devices, hosts, progress
 
-PICTURE_COLUMNS = 12
 _IN_FLIGHT = 2  # batches: an accelerator goes on while the older one is written to the disk
 
 
-def run(
-    config: ConfigDict,
-    workdir: WorkDir,
-    keys: Keys,
-    *,
-    images: artefacts.SyntheticImages,
-    model: Model,
-    samplers: dict[str, Callable],
-    sizes: Sizes,
-) -> None:
-    """Sample every set of images with the averaged weights of the fine-tuned model.
+def image_labels(index: np.ndarray, classes: int) -> np.ndarray:
+    """Return the labels of images by number, as `sample_function` has them: the remainders."""
+    return (index % classes).astype(np.int32)
+
+
+def image_numbers(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return numbers of images with these labels: k · classes + c for image k of class c.
+
+    Image k of a class is the same, however many there are of others.
 
     Args:
-        config: the settings.
-        workdir: to read the model from.
-        keys: of the run.
-        images: where they go; process 0 alone writes there.
-        model: whose weights are loaded.
-        samplers: 'images' and 'classifier_images' → (denoise, z, label, noise) → images.
-        sizes: what is in work at once.
+        labels: (n,) integers in 0 .. classes - 1.
+        classes: their number.
+
+    Returns:
+        (n,) int32, all different; 0, 1, ... where labels are the classes in turn.
     """
-    settings = config.generate
-    params = devices.replicate(
-        hosts.from_first(lambda: artefacts.weights(workdir, 'finetune', model.shapes())['ema_params'])
-    )
-    hosts.at_first(images.record)
-    guidance = {'images': settings.sampler, 'classifier_images': settings.classifier_sampler}
-    for name, path in images.paths.items():
-        if hosts.from_first(functools.partial(images.is_whole, path)):
-            continue
-        if name == 'images' and hosts.is_first():  # they may come from other keys than those in the tree
-            files.remove_folder(images.png_tree)
-        # With guidance the network takes each image twice.
-        at_once = max(1, sizes.images // 2) if guidance[name].guidance else sizes.images
-        unfinished = path.parent / f'.parts_{name}'
-        pixels = _sample_all(
-            sample_function(model, samplers[name], at_once),
-            params,
-            keys.of_part(f'generate/{name}').random,
-            total=settings.images,
-            batch_size=settings.batch_size,
-            at_once=at_once,
-            parts=unfinished,
-            title='generate' if name == 'images' else 'generate (2)',
-        )
-        hosts.at_first(functools.partial(_save, path, pixels, model.classes, unfinished))
-    if settings.png_tree:
-        hosts.at_first(lambda: write_png_tree(images.png_tree, **images.load(images.paths['images'])))
+    numbers = np.empty(len(labels), np.int32)
+    for label in range(classes):
+        rows = np.flatnonzero(labels == label)
+        numbers[rows] = np.arange(len(rows)) * classes + label
+    return numbers
 
 
-def _save(path: Path, pixels: np.ndarray, classes: int, unfinished: Path) -> None:
-    """Write images with labels and a picture; the parts that they were made of are not needed any more."""
-    labels = image_labels(np.arange(len(pixels)), classes)
-    picture = image_grid.rows_by_class(pixels, labels, classes, PICTURE_COLUMNS)
-    files.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
-    files.write_npz(path, images=pixels, labels=labels)
-    files.remove_folder(unfinished)
+def labels_by_share(total: int, shares: np.ndarray) -> np.ndarray:
+    """Return labels in an order of which every beginning has the classes in about these shares.
 
+    Image k of class c has its place at (k + 1/2) / share of c (Webster's method). Equal shares give the
+    classes in turn.
 
-def image_labels(index: np.ndarray, classes: int) -> np.ndarray:
-    """Return the labels of images by number: the classes in turn, so that every prefix is balanced."""
-    return (index % classes).astype(np.int32)
+    Args:
+        total: how many, at least 2 for each class.
+        shares: (classes,) numbers >= 0, not all 0. Every class gets two images, however small its share is.
+
+    Returns:
+        (total,) int32.
+    """
+    counts = np.asarray(shares, np.float64) / np.sum(shares) * total
+    few = np.zeros(len(counts), bool)
+    while (small := ~few & (counts < 2)).any():
+        few |= small
+        counts = np.where(few, 2.0, counts * (total - 2.0 * few.sum()) / max(counts[~few].sum(), 2.0))
+    places, labels = [], []
+    for label, count in enumerate(counts):
+        number = int(count) + len(counts) + 2
+        places.append((np.arange(number) + 0.5) / count)
+        labels.append(np.full(number, label, np.int32))
+    order = np.argsort(np.concatenate(places), kind='stable')
+    return np.concatenate(labels)[order[:total]]
 
 
 def sample_function(model: Model, sampler: Callable, at_once: int) -> Callable:
@@ -136,21 +115,22 @@ def _whole_batch(total: int, batch_size: int, at_once: int) -> int:
     return devices.count() * groups * -(-per_device // groups)
 
 
-def _sample_all(
+def sample_all(
     sample: Callable,
     params,
     key: jax.Array,
+    numbers: np.ndarray,
     *,
-    total: int,
     batch_size: int,
     at_once: int,
     parts: Path,
     title: str,
 ) -> np.ndarray | None:
-    """Sample images 0 .. total - 1, after the parts that an interrupted run left.
+    """Sample the images of these numbers, (n,) int32, after the parts that an interrupted run left.
 
     Every process samples its rows of each batch; process 0 has all of them in the end, the others nothing.
     """
+    total = len(numbers)
     batch = _whole_batch(total, batch_size, at_once)
     done = _read_parts(parts) if hosts.is_first() else []
     start = hosts.from_first(lambda: sum(len(part) for part in done))
@@ -168,7 +148,7 @@ def _sample_all(
 
     with progress.bar(total, title, 'image', start) as bar:
         for first in range(start, total, batch):
-            index = np.arange(first, first + batch, dtype=np.int32)
+            index = np.resize(numbers[first : first + batch], batch)  # the last are repeated
             in_flight.append((first, sample(params, devices.deal(index), key)))
             if len(in_flight) == at_most:
                 keep_oldest()
@@ -190,15 +170,3 @@ def _read_parts(folder: Path) -> list[np.ndarray]:
             break
         expected += len(parts[-1])
     return parts
-
-
-def write_png_tree(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write folder/<class>/<number>.png for every image; the folder appears when it is complete."""
-    with files.whole_folder(folder) as unfinished:
-        for label in np.unique(labels):
-            (unfinished / str(label)).mkdir()
-        with progress.bar(len(images), 'png files', 'image', compiles=False) as bar:
-            for number, (image, label) in enumerate(zip(images, labels)):
-                path = unfinished / str(label) / f'{number:07d}.png'
-                path.write_bytes(files.png_with_note(path, image_grid.png(image)))
-                bar.update()

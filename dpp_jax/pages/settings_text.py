@@ -1,0 +1,73 @@
+"""Settings of a run for readers: what differs from configs/default.py, and how the images were made."""
+
+from typing import Any
+
+from dpp_jax.configs import default
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.run.folder import flatten
+
+# How many images a class has, and why: by `generate.class_counts`.
+CLASS_COUNTS = {
+    'balanced': 'Every class has as many, whatever the private images have.',
+    'shares': 'Their number per class was set by hand.',
+    'query': 'Their number per class follows the noisy counts that the query released.',
+}
+
+
+def compared(settings: dict[str, Any]) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+    """Return the settings that differ from the default, (name, value, default), and the others.
+
+    Args:
+        settings: by their full names, as in release/config.json.
+    """
+    usual = flatten(default.get_config().to_dict())
+    changed, same = [], []
+    for name, value in settings.items():
+        if name.startswith('_'):
+            continue
+        if name in usual and usual[name] == value:
+            same.append((name, show(value)))
+        else:
+            changed.append((name, show(value), show(usual[name]) if name in usual else 'none'))
+    return changed, same
+
+
+def show(value: Any) -> str:
+    """Write the value of a setting."""
+    if value is None:
+        return 'not set'
+    if isinstance(value, list):
+        return ', '.join(map(show, value)) if value else '()'
+    if isinstance(value, float):
+        return f'{value:.10g}'
+    return str(value) if value != '' else "''"
+
+
+def how_made(settings: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
+    """Say in a few lines how the images came to be.
+
+    Args:
+        settings: by their full names, as in release/config.json.
+        privacy: the statement, see `run.statement`.
+    """
+    rows = {row['mechanism']: row for row in privacy['mechanisms']}
+    lines = []
+    if CENTRAL_QUERY in rows:
+        row = rows[CENTRAL_QUERY]
+        lines += [
+            f'Central images: {row["count"]} noisy {settings["query.kind"]} quer'
+            f'{"y" if row["count"] == 1 else "ies"}, one image per class each (noise multiplier '
+            f'{row["noise_multiplier"]:.4g}).',
+            'Pre-training of a diffusion model on the central images alone.',
+        ]
+    if DP_SGD in rows:
+        row = rows[DP_SGD]
+        lines.append(
+            f'Fine-tuning with DP-SGD on the private images: {row["count"]:,} steps, noise multiplier '
+            f'{row["noise_multiplier"]:.4g}, sampling probability {row["sampling_probability"]:.4g}.'
+        )
+    lines.append(
+        f'Sampling from the averaged weights ({settings["generate.sampler.name"]}, '
+        f'{settings["generate.sampler.steps"]} steps).'
+    )
+    return lines

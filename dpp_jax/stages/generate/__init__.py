@@ -1,0 +1,153 @@
+"""Stage `generate`: labeled synthetic images. Post-processing: it costs no privacy."""
+
+from collections.abc import Callable, Sequence
+import functools
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from dpp_jax import files
+from dpp_jax.data import image_grid
+from dpp_jax.diffusion.model import Model
+from dpp_jax.pages import card, release_page
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.keys import Keys
+from dpp_jax.run.sizes import Sizes
+from dpp_jax.stages.generate import exports, over_finetuning, sampling
+from dpp_jax.training import devices, hosts
+
+PICTURE_COLUMNS = 12
+# For programs that sample themselves.
+image_labels, sample_function = sampling.image_labels, sampling.sample_function
+sample_images = sampling.sample_images
+
+
+def run(
+    config: ConfigDict,
+    workdir: WorkDir,
+    keys: Keys,
+    *,
+    images: artefacts.SyntheticImages,
+    model: Model,
+    samplers: dict[str, Callable],
+    sizes: Sizes,
+    class_names: Sequence[str],
+    last_step: int,
+    privacy: dict[str, Any],
+) -> None:
+    """Sample every set of images with the averaged weights of the fine-tuned model, and write the page.
+
+    Args:
+        config: the settings.
+        workdir: to read the model from.
+        keys: of the run.
+        images: where they go; process 0 alone writes there.
+        model: whose weights are loaded.
+        samplers: 'images', 'classifier_images' and 'over_finetuning' → (denoise, z, label, noise) → images.
+        sizes: what is in work at once.
+        class_names: in the order of labels.
+        last_step: of fine-tuning.
+        privacy: the statement, see `run.statement`.
+    """
+    settings = config.generate
+    # First: it may refuse.
+    labels = hosts.from_first(lambda: default_labels(config, workdir, settings.images))
+    numbers = sampling.image_numbers(labels, model.classes)
+    params = devices.replicate(
+        hosts.from_first(lambda: artefacts.weights(workdir, 'finetune', model.shapes())['ema_params'])
+    )
+    over_finetuning.run(
+        workdir,
+        sampling.sample_function(model, samplers['over_finetuning'], sizes.images),
+        lambda: keys.of_part('generate/over_finetuning').random,
+        released=params,
+        last_step=last_step,
+        classes=model.classes,
+        class_names=class_names,
+        at_once=sizes.images,
+    )
+    hosts.at_first(images.record)
+    guidance = {'images': settings.sampler, 'classifier_images': settings.classifier_sampler}
+    for name, path in images.paths.items():
+        if hosts.from_first(functools.partial(images.is_whole, path)):
+            continue
+        if name == 'images' and hosts.is_first():  # they may come from other keys than those in other forms
+            files.remove_folder(images.png_tree)
+            files.remove_folder(images.tfds)
+        # With guidance the network takes each image twice.
+        at_once = max(1, sizes.images // 2) if guidance[name].guidance else sizes.images
+        unfinished = path.parent / f'.parts_{name}'
+        pixels = sampling.sample_all(
+            sampling.sample_function(model, samplers[name], at_once),
+            params,
+            keys.of_part(f'generate/{name}').random,
+            numbers,
+            batch_size=settings.batch_size,
+            at_once=at_once,
+            parts=unfinished,
+            title='generate' if name == 'images' else 'generate (2)',
+        )
+        hosts.at_first(functools.partial(_save, path, pixels, labels, class_names, unfinished))
+    hosts.at_first(lambda: _export(config, workdir, images, class_names, privacy))
+
+
+def default_labels(config: ConfigDict, workdir: WorkDir, total: int) -> np.ndarray:
+    """Return the labels of so many images, as `generate.class_counts` says.
+
+    Args:
+        config: the settings.
+        workdir: of the query's counts.
+        total: number of images.
+
+    Returns:
+        (total,) int32; the classes in every beginning have about the shares that they have in all.
+
+    Raises:
+        ValueError: the counts of the query are asked for, and not there.
+    """
+    settings, classes = config.generate, config.data.classes
+    if settings.class_counts == 'balanced':
+        return image_labels(np.arange(total), classes)
+    if settings.class_counts == 'shares':
+        return sampling.labels_by_share(total, np.array(settings.class_shares, np.float64))
+    counts = artefacts.central_images(workdir).get('counts')
+    if counts is None:
+        raise ValueError(
+            f"config.generate.class_counts is 'query', but {workdir.central_images} holds no counts: an "
+            "earlier version released none. It must be 'balanced' or 'shares'"
+        )
+    # The noise may leave less than nothing of a class.
+    shares = np.maximum(counts.sum(axis=0, dtype=np.float64), 0)
+    return sampling.labels_by_share(total, shares if shares.any() else np.ones(classes))
+
+
+def _save(
+    path: Path, pixels: np.ndarray, labels: np.ndarray, class_names: Sequence[str], unfinished: Path
+) -> None:
+    """Write images with labels and a picture; the parts that they were made of are not needed any more."""
+    picture = image_grid.rows_by_class(pixels, labels, len(class_names), PICTURE_COLUMNS, class_names)
+    files.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
+    files.write_npz(path, images=pixels, labels=labels, class_names=np.array(class_names))
+    files.remove_folder(unfinished)
+
+
+def _export(
+    config: ConfigDict,
+    workdir: WorkDir,
+    images: artefacts.SyntheticImages,
+    class_names: Sequence[str],
+    privacy: dict[str, Any],
+) -> None:
+    """Write the images in the other forms that are asked for, the card, and the page."""
+    data = images.load(images.paths['images'])
+    arrays = data['images'], data['labels'], class_names
+    if config.generate.png_tree and not files.is_whole(images.png_tree):
+        exports.write_png_tree(images.png_tree, *arrays)
+    if config.generate.tfds and not files.is_whole(images.tfds):
+        description = card.in_short(config.name, len(data['images']), privacy)
+        exports.write_tfds(images.tfds, *arrays, name=config.name, description=description)
+    card.write(workdir, images, class_names, privacy)
+    release_page.write(workdir, images, class_names, privacy)

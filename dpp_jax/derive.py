@@ -133,7 +133,8 @@ def settled(config: ConfigDict, workdir: WorkDir, check: Callable[[ConfigDict], 
             return {}
         check(config, unset(config))
         data = config.data
-        info = sources.describe(data.source, data_dir=data.dir, processes=hosts.count())
+        prepared = build.preparation(config)
+        info = sources.describe(data.source, data_dir=data.dir, processes=hosts.count(), preparation=prepared)
         resolved, derived = resolve(config, info)
         return flatten({row.name: row.value for row in derived} | {'data.derived': resolved.data.derived})
 

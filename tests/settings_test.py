@@ -97,7 +97,10 @@ def test_settings_of_groups_go_together(missing, unit):
         ({'data.train_groups': 0}, 'train_groups is 0; it must be a whole number, at least 1'),
         ({'dp.delta': 1 / 900}, 'it must be below 1 / data.train_groups = 0.00111'),
         ({'data.source': 'idx:x'}, "'idx:x' says of no image whose it is"),
-        ({'data.source': 'digits'}, 'says of no image whose it is. Sources with groups are folder:<path> and'),
+        (
+            {'data.source': 'digits'},
+            'says of no image whose it is. Sources with groups are folder:<path> and',
+        ),
     ],
 )
 def test_settings_of_groups_out_of_range_are_named(change, text):

@@ -40,7 +40,7 @@ setup(
         'numpy>=1.26',
         'optax>=0.2.4',
         'orbax-checkpoint>=0.11',
-        'pillow',
+        'pillow>=11',  # turns TIFF files upright itself
         'scikit-learn',
         'scipy',
         'tensorboard',  # clu's summary writer imports it

@@ -128,7 +128,10 @@ def decode(content: bytes, preparation: Preparation) -> np.ndarray:
 
 
 def _opened(file: BinaryIO, size: int) -> Image.Image:
-    """Open an image, of which the header alone is looked at."""
+    """Open an image, of which the header alone is looked at.
+
+    Here and below, any exception is the file's: Pillow's decoders raise a dozen kinds for damaged bytes.
+    """
     if size == 0:
         raise Refused(EMPTY)
     try:
@@ -139,7 +142,7 @@ def _opened(file: BinaryIO, size: int) -> Image.Image:
         raise Refused(TOO_LARGE) from error
     except UnidentifiedImageError as error:
         raise Refused(UNKNOWN) from error
-    except _ANY_DAMAGE as error:
+    except Exception as error:
         raise Refused(_kind_of(error)) from error
     if image.width * image.height > MOST_PIXELS:
         raise Refused(TOO_LARGE)
@@ -148,11 +151,6 @@ def _opened(file: BinaryIO, size: int) -> Image.Image:
     if image.mode in ('I', 'F') and not _is_16_bits(image):
         raise Refused(DEPTH)
     return image
-
-
-# Whatever a decoder of Pillow raises for bytes that are not what they should be.
-_ANY_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError)
-_ANY_DAMAGE += (AttributeError, RuntimeError, zlib.error, ZeroDivisionError, NotImplementedError)
 
 
 def _kind_of(error: Exception) -> str:
@@ -188,20 +186,31 @@ def _is_16_bits(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return how EXIF says that an image is turned, 1..8; 1 where only its pixels' end would tell."""
-    if image.format == 'PNG' and 'exif' not in image.info:
+    """Return how EXIF says that an image is turned, 1..8; 1 where only its pixels' end would tell.
+
+    Also 1 for TIFF: Pillow turns these itself.
+    """
+    if image.format == 'TIFF' or (image.format == 'PNG' and 'exif' not in image.info):
         return 1
     try:
         return image.getexif().get(0x0112, 1)
-    except _ANY_DAMAGE:
+    except Exception:
         return 1
 
 
 def _is_color(image: Image.Image) -> bool:
-    if image.mode in ('P', 'PA'):
-        colors = np.array(image.getpalette('RGB') or [0, 0, 0]).reshape(-1, 3)
-        return bool((colors[:, :1] != colors).any())
-    return image.mode not in ('1', 'L', 'LA', 'La') and not _is_16_bits(image)
+    """Whether pixels may be other than gray, before any is read; a palette is, if one of its colors is."""
+    if image.mode not in ('P', 'PA') or image.palette is None:
+        return image.mode not in ('1', 'L', 'LA', 'La') and not _is_16_bits(image)
+    order = image.palette.rawmode or image.palette.mode
+    colors = np.frombuffer(bytes(image.palette.palette), np.uint8)
+    if order == 'RGB;L':  # of TIFF: all reds first
+        colors = colors.reshape(3, -1).T
+    elif order in ('RGB', 'BGR', 'RGBX', 'BGRX', 'RGBA', 'BGRA'):
+        colors = colors[: len(colors) // len(order) * len(order)].reshape(-1, len(order))[:, :3]
+    else:
+        return True
+    return bool((colors[:, :1] != colors).any())
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -226,7 +235,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image.convert('RGB' if is_color else 'L')
     except MemoryError as error:
         raise Refused(TOO_LARGE) from error
-    except _ANY_DAMAGE as error:
+    except Exception as error:
         raise Refused(_kind_of(error)) from error
 
 

@@ -16,10 +16,12 @@ import tracemalloc
 import zipfile
 
 import numpy as np
+from PIL import Image
 import pytest
 from sklearn.datasets import load_digits
 
 from dpp_jax.data import resize, sources
+from dpp_jax.data.preparation import Preparation
 from dpp_jax.data.sources import folder, npz
 from dpp_jax.data.stored import StoredImages
 from dpp_jax.privacy import groups, poisson
@@ -762,3 +764,165 @@ def test_the_stamp_of_files_changes_with_them_and_with_what_decodes_them(both, t
     assert later != stored.stamp
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: 'another')
     assert both()[1].stamp not in (later, stored.stamp)
+
+
+# ---- other people's arrays and features ---------------------------------------------------------
+
+
+def test_labels_may_be_one_hot(npz_set):
+    images, labels = random_set(7, (4, 6, 3), seed=7)
+    for dtype in (np.float32, np.int64, bool):
+        np.savez(npz_set / 'train.npz', images=images, labels=np.eye(3)[labels].astype(dtype))
+        assert sources.load(f'npz:{npz_set}', 'train').labels.tolist() == labels.tolist()
+        assert sources.describe(f'npz:{npz_set}').class_counts == (3, 2, 2)
+    np.savez(npz_set / 'train.npz', images=images, labels=np.ones((7, 3), int))
+    with pytest.raises(ValueError, match='not one 1 in each row'):
+        sources.describe(f'npz:{npz_set}')
+
+
+@pytest.mark.parametrize('is_float', [True, False])
+@pytest.mark.parametrize('is_transposed', [True, False])
+@pytest.mark.parametrize('names', [('images', 'labels'), ('train_images', 'train_labels')])
+def test_arrays_in_another_form_are_refused_with_the_line_that_converts(
+    tmp_path, names, is_float, is_transposed
+):
+    images, labels = random_set(7, (4, 6, 3))
+    changed = images.transpose(0, 3, 1, 2) if is_transposed else images
+    changed = changed / 255 if is_float else changed
+    np.savez(tmp_path / 'train.npz', **dict(zip(names, (changed, labels))))
+    if not (is_float or is_transposed):
+        assert sources.load(f'npz:{tmp_path}', 'train', classes=3).images.shape == images.shape
+        return
+    for call in (sources.shape, sources.load):
+        with pytest.raises(ValueError, match='they must be .* To convert it') as refused:
+            call(f'npz:{tmp_path}', 'train')
+    line = re.search('python (-c ".*")', str(refused.value))[1]
+    converted = tmp_path / 'converted'
+    converted.mkdir()
+    subprocess.run(f'{sys.executable} {line}', shell=True, check=True, cwd=converted)
+    np.testing.assert_array_equal(sources.load(f'npz:{converted}', 'train', classes=3).images, images)
+
+
+def test_a_validation_part_of_arrays_is_told(tmp_path):
+    parts = {f'{part}_images': random_set(6)[0] for part in ('train', 'val', 'test')}
+    parts |= {f'{part}_labels': random_set(6)[1][:, None] for part in ('train', 'val', 'test')}
+    np.savez(tmp_path / 'x.npz', **parts)
+    source = f'npz:{tmp_path}/x.npz'
+    assert sources.describe(source).notes == ('val_images, val_labels (the validation part) are not used',)
+    with pytest.raises(ValueError, match="config.data.validation is 'train'; it must be 'unused'"):
+        sources.load(source, 'train', preparation=Preparation(validation='train'))
+
+
+def test_arrays_are_made_to_fit(npz_set):
+    wanted = Preparation(image_size=4, channels=1, fit='crop')
+    found = sources.load(f'npz:{npz_set}', 'train', preparation=wanted)
+    whole = random_set(7, (4, 6, 3), seed=7)[0]
+    for image, original in zip(found.images, whole):
+        expected = Image.fromarray(original[:, 1:5]).convert('L')
+        np.testing.assert_array_equal(image[..., 0], expected)
+    assert sources.shape(f'npz:{npz_set}', 'train', preparation=wanted) == (7, 4, 4, 1)
+    assert sources.load(f'npz:{npz_set}', 'train', preparation=wanted, average_down=2).images.shape[1:] == (
+        2,
+        2,
+        1,
+    )
+
+
+@pytest.fixture(scope='module')
+def faces(tmp_path_factory):
+    """Like celeb_a: attributes within a feature, images of any size, a validation part; and without parts."""
+    import tensorflow_datasets as tfds
+
+    class FacesForTest(tfds.core.GeneratorBasedBuilder):
+        """Faces."""
+
+        VERSION = tfds.core.Version('2.0.1')
+        counts = {'train': 6, 'validation': 3, 'test': 2}
+
+        def _info(self):
+            features = {
+                'photo': {'image': tfds.features.Image(shape=(None, None, 3))},
+                'attributes': {'Male': np.bool_, 'Age': np.int64},
+                'hair': tfds.features.ClassLabel(names=['fair', 'dark']),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split, count) for split, count in self.counts.items()}
+
+        def _generate_examples(self, split, count):
+            for i in range(count):
+                image = random_set(1, (9 + i, 8, 3), seed=10 * len(split) + i)[0][0]
+                about = {'Male': i % 2 == 0, 'Age': i}
+                yield i, {'photo': {'image': image}, 'attributes': about, 'hair': i % 2}
+
+    class AloneForTest(FacesForTest):
+        """No parts."""
+
+        counts = {'train': 20}
+
+    where = str(tmp_path_factory.mktemp('tfds'))
+    for builder in (FacesForTest, AloneForTest):
+        builder(data_dir=where, file_format='array_record').download_and_prepare()
+    return where
+
+
+FACES = {
+    'image_key': 'photo/image',
+    'label_key': 'attributes/Male',
+    'image_size': 8,
+    'channels': 3,
+    'fit': 'crop',
+}
+
+
+@pytest.mark.parametrize('version', ['', ':2.0.1'])
+def test_features_of_tfds_are_named_by_their_keys(faces, version):
+    where = {'data_dir': faces, 'preparation': Preparation(**FACES)}
+    source = f'tfds:faces_for_test{version}'
+    info = sources.describe(source, **where)
+    assert (info.train_images, info.test_images, info.image_shape) == (6, 2, (None, None, 3))
+    assert (info.classes, info.class_names, info.sides) == (2, ('False', 'True'), None)
+    assert any("'validation' is not used" in note for note in info.notes)
+    found = sources.load(source, 'train', **where)
+    assert found.images.shape == (6, 8, 8, 3) and np.bincount(found.labels).tolist() == [3, 3]
+    stored = sources.load(source, 'train', in_memory='no', **where)
+    np.testing.assert_array_equal(stored.images[:], found.images)
+    np.testing.assert_array_equal(stored.labels, found.labels)
+    for key, classes, names in (('hair', 2, ('fair', 'dark')), ('', 1, ())):
+        named = Preparation(**FACES | {'label_key': key})
+        info = sources.describe(source, data_dir=faces, preparation=named)
+        assert (info.classes, info.class_names) == (classes, names)
+        assert sources.load(source, 'train', data_dir=faces, preparation=named).labels.max() == classes - 1
+    for key, text in (
+        ('attributes/Age', 'a feature with classes'),
+        ('Male', "'attributes/Age', 'attributes/Male'"),
+    ):
+        with pytest.raises(ValueError, match=f"label_key is '{key}'.*{text}"):
+            sources.describe(source, data_dir=faces, preparation=Preparation(**FACES | {'label_key': key}))
+
+
+def test_a_validation_part_of_tfds_may_be_private(faces):
+    wanted = Preparation(**FACES | {'validation': 'train'})
+    source, where = 'tfds:faces_for_test', {'data_dir': faces, 'preparation': wanted}
+    assert sources.describe(source, **where).train_images == 9
+    found = sources.load(source, 'train', **where)
+    assert len(found.images) == 9 and len({image.tobytes() for image in found.images}) == 9
+    assert (
+        len(sources.identity(source, 'train', **where)) == len(sources.identity(source, 'test', **where)) + 1
+    )
+    assert sources.load(source, 'train', in_memory='no', **where).stamp
+
+
+def test_a_tfds_set_without_a_test_part_gets_one(faces):
+    wanted = Preparation(**FACES | {'test_share': 0.25})
+    source, where = 'tfds:alone_for_test', {'data_dir': faces, 'preparation': wanted}
+    info = sources.describe(source, **where)
+    assert (info.train_images, info.test_images) == (15, 5) and 'there is no split test' in info.notes[0]
+    parts = [sources.load(source, split, **where).images for split in sources.SPLITS]
+    assert len({image.tobytes() for part in parts for image in part}) == 20
+    stored = sources.load(source, 'train', in_memory='no', rows=slice(1, None, 2), **where)
+    np.testing.assert_array_equal(stored.images[:], parts[0][1::2])
+    alone = Preparation(**FACES | {'is_stratified': False})
+    with pytest.raises(ValueError, match='has no split test. Its records have no names'):
+        sources.describe(source, data_dir=faces, preparation=alone)

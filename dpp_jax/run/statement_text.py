@@ -3,9 +3,13 @@
 from typing import Any
 
 from dpp_jax.privacy import accounting, groups
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION
 
-TITLES = {CENTRAL_QUERY: 'central images (query)', DP_SGD: 'fine-tuning (DP-SGD)'}
+TITLES = {
+    CENTRAL_QUERY: 'central images (query)',
+    DP_SGD: 'fine-tuning (DP-SGD)',
+    SELECTION: 'selection among classifiers',
+}
 UNITS = {
     groups.IMAGE: 'one image with its label',
     groups.GROUP: 'one group of images with their labels (all images of a person, as `data.groups` says)',

@@ -36,7 +36,7 @@ def test_training_step_is_adam_with_a_warmed_up_average(digits):
     mask = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
     result = trainer._train_steps(network, state, images, labels, rows, mask, key, 1e-2, 0.15)
 
-    params = average = state.params
+    params = average = state.weights.params
     opt_state = adam.init(params)
     for n, (batch, batch_mask) in enumerate(zip(rows, mask)):
 
@@ -52,20 +52,21 @@ def test_training_step_is_adam_with_a_warmed_up_average(digits):
         params = optax.apply_updates(params, updates)
         decay = min(0.15, (2 + n) / (11 + n))  # 2/11 > 0.15: capped from the first step on
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-    assert int(result.step) == 3
-    for ours, theirs in ((result.params, params), (result.ema_params, average)):
+    assert int(result.weights.step) == 3
+    for ours, theirs in ((result.weights.params, params), (result.weights.ema_params, average)):
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
     # With a decay near 1 the warm-up rules: after one step the average is 2/11 old, 9/11 new.
     first = trainer._train_steps(network, state, images, labels, rows[:1], mask[:1], key, 1e-2, 0.9999)
-    for old, new, mean in zip(*map(jax.tree.leaves, (state.params, first.params, first.ema_params))):
+    three = state.weights.params, first.weights.params, first.weights.ema_params
+    for old, new, mean in zip(*map(jax.tree.leaves, three)):
         np.testing.assert_allclose(mean, (2 * old + 9 * new) / 11, atol=1e-6)
 
     # Rows under the mask do not matter.
     rows[2, 2:] = 99
     other = trainer._train_steps(network, state, images, labels, rows, mask, key, 1e-2, 0.15)
-    jax.tree.map(np.testing.assert_array_equal, other.params, result.params)
+    jax.tree.map(np.testing.assert_array_equal, other.weights.params, result.weights.params)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ _BINDING = (
     'query_noise_multiplier',
     'query_sampling_probability',
     'query_count',
-    'selection_noise_multiplier',
     'selection_sensitivity',
     'sampling_probability',
     'steps',
@@ -190,6 +189,8 @@ def _read(path: Path) -> dict[str, Any]:
             sigma = recorded[name]
             is_good = sigma is None or checks.is_positive(sigma)
             checks.require(name, sigma, is_good, 'a finite number > 0, or null')
+        if (recorded['selection_sensitivity'] is None) != (recorded['selection_noise_multiplier'] is None):
+            raise ValueError('selection_noise_multiplier and selection_sensitivity go together')
         found = files.fault(recorded, {'spent_before': [already_spent.ROW]})
         if found:
             raise ValueError(found)

@@ -1,5 +1,6 @@
 """The trainer of the networks: its step, its epochs, its settings."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 
-from dpp_jax.evaluation import networks, trainer
+from dpp_jax.evaluation import networks, residual, trainer
 
 
 @pytest.fixture(name='digits', scope='module')
@@ -107,9 +108,56 @@ def test_nothing_is_compiled_after_the_first_epoch(digits):
     [
         ('epochs', 0), ('epochs', 1.5), ('batch_size', 0), ('learning_rate', 0.0),
         ('learning_rate', float('nan')), ('ema_decay', 1.0), ('ema_decay', -0.1), ('epochs', float('inf')),
-        ('held_out', 0.0), ('held_out', 1.0),
+        ('held_out', 0.0), ('held_out', 1.0), ('candidates', 0), ('candidates', 2.5),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=f'{name} is {value}'):
         trainer.Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    'epochs, candidates, judged',
+    [(3, None, [1, 2, 3]), (50, 10, list(range(5, 51, 5))), (3, 10, [1, 2, 3]), (7, 2, [4, 7]), (9, 1, [9])],
+)
+def test_judged_epochs_are_spaced_equally_and_end_with_the_last(epochs, candidates, judged):
+    assert trainer.Settings(epochs=epochs, candidates=candidates).judged_epochs == judged
+
+
+class Normalized(nn.Module):
+    """One dense layer behind a batch normalization."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False, mask=None):
+        x = residual._norm(train, mask)(images, 'norm').reshape(len(images), -1)
+        return nn.Dense(self.classes, name='dense')(x), x
+
+
+def test_statistics_of_batches_are_those_of_their_images_and_are_averaged_as_weights_are(digits):
+    images, labels = jnp.asarray(digits[0]), jnp.asarray(digits[1], jnp.int32)
+    network, key = Normalized(10), jax.random.key(0)
+    state = trainer._initial_state(network, key, (8, 8, 1), 1e-2)
+    rows = np.arange(12, dtype=np.int32).reshape(3, 4)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
+    result = trainer._train_steps(network, state, images, labels, rows, mask, key, 1e-2, 0.9999)
+    mean = average = 0.0
+    for n, (batch, batch_mask) in enumerate(zip(rows, mask), start=1):
+        own = trainer.to_float(np.asarray(images)[batch[batch_mask == 1]]).mean()
+        mean = 0.9 * mean + 0.1 * own
+        decay = (1 + n) / (10 + n)
+        average = decay * average + (1 - decay) * mean
+    found = [statistics['norm']['mean'] for statistics in (result.statistics, result.ema_statistics)]
+    np.testing.assert_allclose(np.ravel(found), [mean, average], rtol=1e-4)
+    # What a judge is given are the averages, with which images get results of their own.
+    seen = []
+    trainer.fit(
+        network, digits[0][:64], digits[1][:64], key=key, rng=np.random.default_rng(0),
+        settings=trainer.Settings(epochs=1), judge=lambda epoch, averages: seen.append(averages) or '',
+    )  # fmt: skip
+    both, alone = (
+        trainer.apply(network, seen[0].params, digits[0][:size], statistics=seen[0].statistics)[0][0]
+        for size in (2, 1)
+    )
+    np.testing.assert_allclose(both, alone, rtol=1e-5, atol=1e-5)

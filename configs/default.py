@@ -162,9 +162,19 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     evaluate.batch_size = 64
     evaluate.learning_rate = 3e-4
     evaluate.ema_decay = 0.9999
-    evaluate.held_out = 0.1  # share of the synthetic images that selects the model
+    evaluate.held_out = 0.1  # selection synthetic: share of the synthetic images that selects the model
     # Also train each classifier on the private images, once: its accuracy is what no generator exceeds.
     evaluate.real_images = True
+    # Trainings of each classifier, with keys of their own: scores are their mean, with a spread from 2 on.
+    # On the private images there is one.
+    evaluate.seeds = 1
+    # What selects among a training's epochs (logistic regression: among strengths of its regularization):
+    # synthetic (a held-out share of them) | private_noisy (noisy counts of the private images that each
+    # classifies correctly; classifiers then train on all synthetic images, and the noise of fine-tuning
+    # pays for it). Never test images. With private_noisy, evaluate.* that decide it are fixed with the plan.
+    evaluate.selection = 'synthetic'
+    evaluate.selection_share = 0.02  # private_noisy: of ε, that the selection alone may spend, in (0, 1)
+    evaluate.candidates = 10  # private_noisy: epochs of a training to select from, at most; equally spaced
 
     config.loop = loop = ConfigDict()  # changes no result but rounding; may differ between restarts
     # Noised images that pass through the network together on a device; unset: what a CPU's cache

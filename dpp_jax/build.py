@@ -15,9 +15,11 @@ from dpp_jax.data.preparation import Preparation
 from dpp_jax.diffusion import denoiser, sampler
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
+from dpp_jax.evaluation import classifiers, needs, trainer
 from dpp_jax.privacy import accounting, queries
 from dpp_jax.privacy import budget as budget_lib
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Releases
+from dpp_jax.privacy import selection as selection_lib
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import already_spent, step_time
@@ -78,14 +80,38 @@ def query(config: ConfigDict) -> queries.Query:
     )
 
 
+def classifier_settings(config: ConfigDict) -> trainer.Settings:
+    """Make the settings with which classifiers are trained."""
+    settings = config.evaluate
+    return trainer.Settings(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        ema_decay=settings.ema_decay,
+        held_out=settings.held_out,
+        candidates=settings.candidates if settings.selection == classifiers.PRIVATE_NOISY else None,
+    )
+
+
+def selection(config: ConfigDict) -> selection_lib.Selection | None:
+    """Make what is asked to select among classifiers; None if no private image takes part in that."""
+    settings = config.evaluate
+    if settings.selection != classifiers.PRIVATE_NOISY or needs.why_no_classes(config.data.classes):
+        return None
+    of_training = classifier_settings(config)
+    candidates = sum(classifiers.candidates(kind, of_training) for kind in settings.classifiers)
+    return selection_lib.Selection(candidates=settings.seeds * candidates, units=unit(config).size)
+
+
 def plan(
     config: ConfigDict,
     run_model: Model,
     noise_multiplier: float | None = None,
     query_noise_multiplier: float | None = None,
     spent_before: Sequence[Releases] | None = None,
+    selection_noise_multiplier: float | None = None,
 ) -> plan_lib.Plan:
-    """Make the plan: calibrate the noise so that query and fine-tuning together stay within (ε, δ).
+    """Make the plan: calibrate the noise so that all mechanisms together stay within (ε, δ).
 
     Args:
         config: the settings; `query.epsilon_share`, if set, decides the query's noise.
@@ -93,6 +119,7 @@ def plan(
         noise_multiplier: of fine-tuning, where it is decided already.
         query_noise_multiplier: of a query whose noise `query.epsilon_share` decides, likewise.
         spent_before: what the run was calibrated beside, likewise; None: what `dp.already_spent` names.
+        selection_noise_multiplier: of the selection among classifiers, likewise.
 
     Raises:
         ValueError: the query, with what was spent before, exceeds the budget, or no noise keeps it within
@@ -130,6 +157,17 @@ def plan(
             )
         asked = [make_query(sigma)]
 
+    chosen = []
+    if selection(config) is not None:
+        make_selection = functools.partial(_selection_releases, config)
+        sigma = selection_noise_multiplier or budget_lib.calibrate_share(
+            make_selection,
+            config.evaluate.selection_share,
+            setting='evaluate.selection_share',
+            **limits,
+        )
+        chosen = [make_selection(sigma)]
+
     def dp_sgd(sigma: float) -> Releases:
         mechanism = GaussianMechanism(
             name=DP_SGD,
@@ -141,7 +179,7 @@ def plan(
         return Releases(mechanism=mechanism, count=steps)
 
     budget = budget_lib.calibrate(
-        asked, dp_sgd, noise_multiplier=noise_multiplier, before=spent_before, **limits
+        asked, dp_sgd, noise_multiplier=noise_multiplier, before=spent_before, after=chosen, **limits
     )
     central = budget.count(CENTRAL_QUERY) * config.data.classes
     batch = min(pretrain.batch_size, max(central, 1))
@@ -168,6 +206,18 @@ def query_releases(config: ConfigDict, sigma: float) -> Releases:
         unit=config.dp.unit,
     )
     return Releases(mechanism=mechanism, count=config.query.queries)
+
+
+def _selection_releases(config: ConfigDict, sigma: float) -> Releases:
+    """Make the selection with this noise multiplier."""
+    mechanism = GaussianMechanism(
+        name=SELECTION,
+        noise_multiplier=sigma,
+        sampling_probability=1.0,
+        sensitivity=selection(config).sensitivity,
+        unit=config.dp.unit,
+    )
+    return Releases(mechanism=mechanism, count=1)
 
 
 def sizes(config: ConfigDict, run_model: Model, images_at_once: int | None = None) -> sizes_lib.Sizes:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dpp_jax import build, files
 from dpp_jax.diffusion.model import Model
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MECHANISMS, SELECTION
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import already_spent, artefacts, statement
 from dpp_jax.run import plan as plan_lib
@@ -62,21 +62,38 @@ def read(
     Of settings of pre-training in `changed` there is no model yet.
     """
     make_plan = functools.partial(build.plan, config, model)
-    run_plan = plan_lib.load(workdir.plan, make_plan, query_share=config.query.epsilon_share)
+    run_plan = plan_lib.load(
+        workdir.plan,
+        make_plan,
+        query_share=config.query.epsilon_share,
+        selection_share=config.evaluate.selection_share,
+    )
     evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
-    done = find_done(workdir, images, evaluation, has_query=config.pretrain.enabled, changed=changed)
+    has_selected = run_plan.budget.of(SELECTION) is None or workdir.selection.exists()
+    done = find_done(
+        workdir,
+        images,
+        evaluation,
+        has_query=config.pretrain.enabled,
+        has_selected=has_selected,
+        changed=changed,
+    )
     artefacts.check_models(workdir, model.shapes())  # before the ledger: of another network, neither fits
     saved = checkpoint.latest_training(workdir.checkpoints('finetune'))
-    stated = {name: statement.stated(workdir, name) for name in (CENTRAL_QUERY, DP_SGD)}
+    stated = {name: statement.stated(workdir, name) for name in MECHANISMS}
     budget = run_plan.budget
-    is_over = done['central'] and done['finetune']
+    is_over = done['central'] and done['finetune'] and has_selected
     ledger = _open_ledger(workdir, stated, read_only=read_only or is_over)  # last: it may grow
     steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
-    used = {CENTRAL_QUERY: budget.count(CENTRAL_QUERY) * done['central'], DP_SGD: steps}
+    used = {
+        CENTRAL_QUERY: budget.count(CENTRAL_QUERY) * done['central'],
+        DP_SGD: steps,
+        SELECTION: budget.count(SELECTION) * has_selected,
+    }
     keys = Keys(workdir.keys, config.seed)
     keys.check_planned([part.mechanism.name for part in budget.releases])
     budget.check_ledger(ledger, used)
-    statement.check_lost(workdir, keys, ledger, budget, done, stated)
+    statement.check_lost(workdir, keys, ledger, budget, done | {'evaluate': has_selected}, stated)
     return Gate(plan=run_plan, ledger=ledger, done=done)
 
 
@@ -86,15 +103,25 @@ def find_done(
     evaluation: artefacts.Evaluation,
     *,
     has_query: bool,
+    has_selected: bool,
     changed: Sequence[str] = (),
 ) -> dict[str, bool]:
-    """Return stage → whether it has nothing left to do, by what is there."""
+    """Return stage → whether it has nothing left to do, by what is there.
+
+    Args:
+        workdir: to look into.
+        images: synthetic ones.
+        evaluation: of them.
+        has_query: whether the run asks for central images.
+        has_selected: whether no selection by private images is still to be released.
+        changed: settings of pre-training that changed: it is to be done again.
+    """
     return {
         'central': not has_query or workdir.central_images.exists(),
         'pretrain': not has_query or (files.is_whole(workdir.model('pretrain')) and not changed),
         'finetune': files.is_whole(workdir.model('finetune')),
         'generate': images.is_complete and workdir.release_page.exists(),
-        'evaluate': evaluation.is_complete,
+        'evaluate': evaluation.is_complete and has_selected,
         'report': report.is_done(workdir, images, evaluation),
     }
 
@@ -106,6 +133,7 @@ def tell(config: ConfigDict, model: Model, found: Gate | None) -> Gate:
         figures = found.plan.figures()
         return {
             'noise': [figures['noise_multiplier'], figures['query_noise_multiplier']],
+            'noise_of_selection': figures['selection_noise_multiplier'],
             'spent_before': figures['spent_before'],
             'done': found.done,
         }
@@ -114,7 +142,8 @@ def tell(config: ConfigDict, model: Model, found: Gate | None) -> Gate:
     if found is not None:
         return found
     before = already_spent.from_rows(heard['spent_before'])
-    return Gate(plan=build.plan(config, model, *heard['noise'], before), ledger=None, done=heard['done'])
+    plan = build.plan(config, model, *heard['noise'], before, heard['noise_of_selection'])
+    return Gate(plan=plan, ledger=None, done=heard['done'])
 
 
 def _open_ledger(workdir: WorkDir, stated: dict[str, int], read_only: bool) -> Ledger:

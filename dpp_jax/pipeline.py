@@ -22,7 +22,7 @@ from dpp_jax import build, derive, files, gate, planning, settings
 from dpp_jax.data import sources
 from dpp_jax.data.images import Images
 from dpp_jax.gate import STAGES
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION
 from dpp_jax.privacy.shares import Share
 from dpp_jax.run import artefacts, statement
 from dpp_jax.run import plan as plan_lib
@@ -32,7 +32,8 @@ from dpp_jax.run.sizes import Sizes
 from dpp_jax.stages import central, clean, evaluate, finetune, generate, plan, pretrain, report
 from dpp_jax.training import devices, hosts, preemption, progress
 
-_RELEASING = ('central', 'pretrain', 'finetune', 'generate')  # what the others make stays in private/
+# What the others make stays in private/, but for a selection by private images.
+_RELEASING = ('central', 'pretrain', 'finetune', 'generate')
 
 
 def run(config: ConfigDict, root: str | Path, stage: str, private: str | Path | None = None) -> None:
@@ -160,7 +161,7 @@ class Run:
         for stage in todo:
             hosts.check(f'the beginning of {stage}', hosts.PATIENT_SECONDS)
             start = time.monotonic()
-            if stage in _RELEASING:
+            if stage in _RELEASING or (stage == 'evaluate' and self.plan.budget.of(SELECTION)):
                 hosts.at_first(lambda stage=stage: statement.record_code(self.workdir, stage))
             getattr(self, stage)()
             seconds = time.monotonic() - start
@@ -242,7 +243,23 @@ class Run:
 
     def evaluate(self) -> None:
         of_real_images = {'private': lambda: self.whole_train, 'test': lambda: self.test}
-        evaluate.run(*self._stage, images=self.images, share=self.train, **of_real_images)
+        releases, selection = self.plan.budget.of(SELECTION), None
+        if releases is not None:
+            selection = evaluate.PrivateSelection(
+                query=build.selection(self.config),
+                mechanism=releases.mechanism,
+                images_per_group=self.plan.unit.images_per_group,
+                ledger=self.ledger,
+                before_release=self._write_statement,
+            )
+        evaluate.run(
+            *self._stage,
+            images=self.images,
+            share=self.train,
+            **of_real_images,
+            settings=build.classifier_settings(self.config),
+            selection=selection,
+        )
 
     def report(self) -> None:
         class_names = build.class_names(self.config)

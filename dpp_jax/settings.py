@@ -29,6 +29,7 @@ def _registries() -> dict[str, Collection[str]]:
         'source': {kind: source.form for kind, source in sources.SOURCES.items()},
         'augmentation': tuple(augment.AUGMENTATIONS),
         'classifier': tuple(classifiers.CLASSIFIERS),
+        'selection': classifiers.SELECTIONS,
         'denoiser': tuple(denoiser.DENOISERS),
         'sampler': tuple(sampler.SAMPLERS),
         'network': tuple(model.NETWORKS),
@@ -258,6 +259,10 @@ def _table() -> dict[str, _Rule]:
         'evaluate.ema_decay': _SHARE,
         'evaluate.held_out': _INSIDE,
         'evaluate.real_images': _SWITCH,
+        'evaluate.seeds': _COUNT,
+        'evaluate.selection': _name_in(known['selection']),
+        'evaluate.selection_share': _INSIDE,
+        'evaluate.candidates': _COUNT,
         # loop
         'loop.images_at_once': _unset_or(_COUNT),
         'loop.log_every_steps': _COUNT,
@@ -429,6 +434,12 @@ _RELATIONS = (
             "'balanced' or 'shares': no query releases counts here (that takes pretrain.enabled = True, "
             "query.kind = 'mean' and query.class_counts = 'noisy')"
         ),
+    ),
+    _Relation(
+        'evaluate.selection',
+        ('evaluate.classifiers',),
+        lambda selection, chosen: selection != classifiers.PRIVATE_NOISY or len(chosen) > 0,
+        lambda _: f'{classifiers.SYNTHETIC!r}: evaluate.classifiers names none to select from',
     ),
     *(
         _Relation(

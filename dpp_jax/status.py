@@ -11,7 +11,7 @@ from typing import Any
 from dpp_jax import files, gate
 from dpp_jax.configs import default
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, group, total_event
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, group, total_event
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import artefacts, elsewhere, hours
 from dpp_jax.run.folder import WorkDir, flatten
@@ -51,8 +51,15 @@ def read(root: str | Path, private: str | Path | None = None) -> dict[str, Any]:
     settings = _settings(workdir)
     images = artefacts.SyntheticImages(workdir, settings)
     evaluation = artefacts.Evaluation(workdir, settings)
-    done = gate.find_done(workdir, images, evaluation, has_query=settings['pretrain.enabled'])
     plan = files.read_json(workdir.plan, 'Restore the file', _PLAN) if workdir.plan.exists() else None
+    selects = plan is not None and plan.get('selection_noise_multiplier') is not None
+    done = gate.find_done(
+        workdir,
+        images,
+        evaluation,
+        has_query=settings['pretrain.enabled'],
+        has_selected=not selects or workdir.selection.exists(),
+    )
     return {
         'workdir': str(root),
         'name': settings['name'],
@@ -104,7 +111,8 @@ def _spent(workdir: WorkDir, plan: dict[str, Any]) -> dict[str, Any]:
     ledger = Ledger(workdir.ledger, read_only=True)
     event = total_event(group(ledger.entries))
     relation = plan.get('relation', accounting.ZERO_OUT)
-    planned = {CENTRAL_QUERY: plan['query_count'], DP_SGD: plan['steps']}
+    selections = int(plan.get('selection_noise_multiplier') is not None)
+    planned = {CENTRAL_QUERY: plan['query_count'], DP_SGD: plan['steps'], SELECTION: selections}
     return {
         'epsilon_spent': accounting.epsilon(event, plan['delta'], plan['accountant'], relation),
         'epsilon_planned': plan['epsilon_total'],

@@ -45,7 +45,7 @@ def test_a_run_in_progress_tells_what_it_has_spent_and_where_it_is(tiny_config, 
     assert found['next'] == 'finetune' and found['stages']['pretrain']['state'] == 'done'
     assert found['stages']['finetune'] == {'state': 'to do', 'step': 0, 'of': 23}
     assert 0 < found['epsilon_spent'] < found['epsilon_planned'] <= found['epsilon_budget']
-    assert found['releases'] == {'central_query': [2, 2], 'dp_sgd': [0, 23]}
+    assert found['releases'] == {'central_query': [2, 2], 'dp_sgd': [0, 23], 'selection': [0, 0]}
     note = {
         'name': 'finetune',
         'done': 3,

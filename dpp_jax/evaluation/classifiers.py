@@ -1,8 +1,10 @@
 """Classifiers that say what synthetic images are worth: trained on them, tested on real ones.
 
-A classifier chooses its weights on held-out images *of its own training set*. Nothing here takes a second
-set of images while it trains, so real test images cannot take part in the choice. A new classifier is one
-function, or one network in `networks`, and one entry in `CLASSIFIERS`.
+A classifier has candidates: epochs of its training, or strengths of its regularization. `train_classifier`
+chooses one on held-out images *of its own training set*; who has another judge trains on all images and looks
+at each candidate (`fit`). Nothing here takes a second set of images, so real test images cannot take part in
+the choice. A new classifier is one function, or one network in `networks` or `residual`, and one entry in
+`CLASSIFIERS`.
 """
 
 from collections.abc import Callable
@@ -17,10 +19,15 @@ import numpy as np
 import sklearn.exceptions
 import sklearn.linear_model
 
-from dpp_jax.data.images import check_images
-from dpp_jax.evaluation import held_out, networks, trainer
+from dpp_jax.data.images import check_images, check_labels
+from dpp_jax.evaluation import held_out, networks, residual, trainer
 
-_LOGISTIC_C = (0.001, 0.01, 0.1, 1.0)  # inverse regularization strengths to choose from
+# What selects a candidate: a held-out share of the synthetic images, or noisy counts of private ones.
+SYNTHETIC, PRIVATE_NOISY = 'synthetic', 'private_noisy'
+SELECTIONS = (SYNTHETIC, PRIVATE_NOISY)
+
+# Inverse regularization strengths to choose from; of equals the last is kept, the most regularized.
+_LOGISTIC_C = (1.0, 0.1, 0.01, 0.001)
 _LOGISTIC_ITERATIONS = 300
 
 
@@ -30,15 +37,15 @@ class Classifier:
 
     Attributes:
         image_shape: (H, W, C) of the images that it was trained on.
-        held_out_accuracy: in [0, 1], on the held-out share of the images that it was trained on.
-        selected: what the held-out images chose, such as 'epoch 7 of 50' or 'C = 0.01'.
+        name: which candidate it is, such as 'epoch 7 of 50' or 'C = 0.01'.
         function: uint8 images (N, H, W, C) → classes, integers (N,).
+        held_out_accuracy: in [0, 1], on the held-out share of its own images; None: nothing was held out.
     """
 
     image_shape: tuple[int, int, int]
-    held_out_accuracy: float
-    selected: str
+    name: str
     function: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
+    held_out_accuracy: float | None = None
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Return the classes, int32 (N,), of uint8 images (N, H, W, C).
@@ -51,8 +58,12 @@ class Classifier:
         )
 
 
-class Train(Protocol):
-    """A function that trains a classifier; the arguments are those of `train_classifier`."""
+# Looks at a candidate, and says something of it for the progress bar, which people see.
+Judge = Callable[[Classifier], str]
+
+
+class Fit(Protocol):
+    """A function that shows a judge the candidates in a fixed order; the arguments are those of `fit`."""
 
     def __call__(
         self,
@@ -61,9 +72,11 @@ class Train(Protocol):
         *,
         classes: int,
         key: jax.Array,
+        rng: np.random.Generator,
         settings: trainer.Settings,
+        judge: Judge,
         progress: trainer.Progress | None,
-    ) -> Classifier: ...
+    ) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,11 +85,13 @@ class Entry:
 
     Attributes:
         title: its name for people.
-        train: trains one.
+        fit: trains one.
+        candidates: how many candidates it has with these settings.
     """
 
     title: str
-    train: Train
+    fit: Fit
+    candidates: Callable[[trainer.Settings], int]
 
 
 def train_classifier(
@@ -89,7 +104,7 @@ def train_classifier(
     settings: trainer.Settings,
     progress: trainer.Progress | None = None,
 ) -> Classifier:
-    """Train a classifier, and keep what does best on a held-out share of its own images.
+    """Train a classifier, and keep what does best on held-out images of its own (of equals, the last).
 
     Args:
         name: one of `CLASSIFIERS`.
@@ -103,10 +118,66 @@ def train_classifier(
     Raises:
         ValueError: an unknown name, or images or labels other than described.
     """
+    entry, rng = _entry(name), held_out.random_generator(key)
+    chosen, held = held_out.split(images, labels, classes=classes, share=settings.held_out, rng=rng)
+    best = None
+
+    def judge(candidate: Classifier) -> str:
+        nonlocal best
+        found = accuracy(candidate, held.images, held.labels)
+        if best is None or found >= best.held_out_accuracy:
+            best = dataclasses.replace(candidate, held_out_accuracy=found)
+        return f'held-out accuracy {found:.3f}'
+
+    entry.fit(
+        chosen.images, chosen.labels, classes=classes, key=key, rng=rng, settings=settings, judge=judge,
+        progress=progress,
+    )  # fmt: skip
+    return best
+
+
+def fit(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    classes: int,
+    key: jax.Array,
+    settings: trainer.Settings,
+    judge: Judge,
+    progress: trainer.Progress | None = None,
+) -> None:
+    """Train a classifier on all images, and show each candidate to a judge: `candidates(name, ...)` of them.
+
+    Args:
+        judge: looks at a candidate.
+        others: as of `train_classifier`; one image of every class is enough.
+
+    Raises:
+        ValueError: an unknown name, or images or labels other than described.
+    """
+    entry = _entry(name)
+    images = check_images(images, name='training set')
+    labels = check_labels(labels, count=len(images), classes=classes, name='training set').astype(np.int32)
+    rng = held_out.random_generator(key)
+    entry.fit(
+        images, labels, classes=classes, key=key, rng=rng, settings=settings, judge=judge, progress=progress
+    )
+
+
+def candidates(name: str, settings: trainer.Settings) -> int:
+    """Return how many candidates a classifier has: a public number.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return _entry(name).candidates(settings)
+
+
+def _entry(name: str) -> Entry:
     if name not in CLASSIFIERS:
         raise ValueError(f'classifier is {name!r}; it must be one of {", ".join(CLASSIFIERS)}')
-    entry = CLASSIFIERS[name]
-    return entry.train(images, labels, classes=classes, key=key, settings=settings, progress=progress)
+    return CLASSIFIERS[name]
 
 
 def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
@@ -114,67 +185,89 @@ def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> 
     return held_out.label_accuracy(classifier.predict(images), labels)
 
 
-def _train_network(
+def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Count the images of each class, a row, by their predicted class, a column: int64 (classes, classes).
+
+    Args:
+        predicted, labels: integers (N,) in [0, classes).
+        classes: number of classes.
+    """
+    pairs = np.asarray(labels, np.int64) * classes + predicted
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def _fit_network(
     network: Callable[[int], nn.Module],
     images: np.ndarray,
     labels: np.ndarray,
     *,
     classes: int,
     settings: trainer.Settings,
+    judge: Judge,
     **rest: Any,
-) -> Classifier:
-    """Train a network; its epoch is chosen on the held-out images."""
+) -> None:
+    """Train a network; its candidates are epochs."""
     model = network(classes)
-    trained = trainer.train(model, images, labels, settings=settings, **rest)
-    return Classifier(
-        image_shape=images.shape[1:],
-        held_out_accuracy=trained.held_out_accuracy,
-        selected=f'epoch {trained.epoch} of {settings.epochs}',
-        function=lambda batch: trainer.apply(model, trained.params, batch)[0].argmax(axis=1),
-    )
+
+    def judge_epoch(epoch: int, averages: trainer.Averages) -> str:
+        def predict(batch: np.ndarray) -> np.ndarray:
+            logits, _ = trainer.apply(model, averages.params, batch, statistics=averages.statistics)
+            return logits.argmax(axis=1)
+
+        name = f'epoch {epoch} of {settings.epochs}'
+        return judge(Classifier(image_shape=images.shape[1:], name=name, function=predict))
+
+    trainer.fit(model, images, labels, settings=settings, judge=judge_epoch, **rest)
 
 
-def _train_logistic(
+def _fit_logistic(
     images: np.ndarray,
     labels: np.ndarray,
     *,
     classes: int,
     key: jax.Array,
+    rng: np.random.Generator,
     settings: trainer.Settings,
+    judge: Judge,
     progress: trainer.Progress | None,
-) -> Classifier:
-    """Scikit-learn's logistic regression; its C is chosen on the held-out images."""
-    rng = held_out.random_generator(key)
-    chosen, held = held_out.split(images, labels, classes=classes, share=settings.held_out, rng=rng)
+) -> None:
+    """Scikit-learn's logistic regression; its candidates are strengths of the regularization."""
+    del classes, key, rng, settings  # nothing is random
 
     def flat(batch):
         return trainer.to_float(batch).reshape(len(batch), -1)
 
-    pixels, held_pixels = flat(chosen.images), flat(held.images)
-    best, best_accuracy = None, -1.0
+    pixels = flat(images)
     if progress is not None:
         progress(0, len(_LOGISTIC_C), '')
     for done, c in enumerate(_LOGISTIC_C, start=1):
         model = sklearn.linear_model.LogisticRegression(C=c, max_iter=_LOGISTIC_ITERATIONS)
         with warnings.catch_warnings():
-            # A fit that stops early is one more candidate; the held-out images judge it.
+            # A fit that stops early is one more candidate; the judge looks at it.
             warnings.simplefilter('ignore', sklearn.exceptions.ConvergenceWarning)
-            model.fit(pixels, chosen.labels)
-        model_accuracy = held_out.label_accuracy(model.predict(held_pixels), held.labels)
-        if model_accuracy > best_accuracy:
-            best, best_accuracy = model, model_accuracy
+            model.fit(pixels, labels)
+        name = f'C = {c:g}'
+        predict = lambda batch, model=model: model.predict(flat(batch))
+        found = judge(Classifier(image_shape=images.shape[1:], name=name, function=predict))
         if progress is not None:
-            progress(done, len(_LOGISTIC_C), f'C = {c:g}, held-out accuracy {model_accuracy:.3f}')
-    return Classifier(
-        image_shape=images.shape[1:],
-        held_out_accuracy=best_accuracy,
-        selected=f'C = {best.C:g}',
-        function=lambda batch: best.predict(flat(batch)),
+            progress(done, len(_LOGISTIC_C), ', '.join(filter(None, [name, found])))
+
+
+def _of_network(title: str, network: Callable[[int], nn.Module]) -> Entry:
+    return Entry(
+        title=title,
+        fit=functools.partial(_fit_network, network),
+        candidates=lambda settings: len(settings.judged_epochs),
     )
 
 
 CLASSIFIERS = {
-    'logistic': Entry(title='logistic regression', train=_train_logistic),
-    'mlp': Entry(title='MLP', train=functools.partial(_train_network, networks.Mlp)),
-    'cnn': Entry(title="CNN (the paper's)", train=functools.partial(_train_network, networks.Cnn)),
+    'logistic': Entry(
+        title='logistic regression', fit=_fit_logistic, candidates=lambda settings: len(_LOGISTIC_C)
+    ),
+    'mlp': _of_network('MLP', networks.Mlp),
+    'cnn': _of_network("CNN (the paper's)", networks.Cnn),
+    'resnet18': _of_network('ResNet-18', residual.ResNet),
+    'resnext29': _of_network('ResNeXt-29 (8x64d)', residual.ResNeXt),
+    'wrn40_4': _of_network('WRN-40-4', residual.WideResNet),
 }

@@ -52,13 +52,17 @@ class Cnn(nn.Module):
     hidden: int = 128
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, images: jax.Array, train: bool = False, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Return logits, (N, classes), and the values before the last ReLU, (N, hidden).
 
         Args:
             images: float32 (N, H, W, C) in [-1, 1].
             train: whether to apply dropout, with the key `dropout`.
+            mask: not used: no image has an effect on the results of others.
         """
+        del mask
         side = min(images.shape[1:3])
         same = ((side - 2) // 2 - 2) // 2 - 2 < 1
         dropout = functools.partial(nn.Dropout, 0.5, deterministic=not train)
@@ -85,8 +89,11 @@ class Mlp(nn.Module):
     hidden: int = 256
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, images: jax.Array, train: bool = False, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Return logits and hidden values, as `Cnn` does."""
+        del mask
         hidden = nn.Dense(self.hidden, name='dense_1')(images.reshape(images.shape[0], -1))
         x = nn.Dropout(0.5, deterministic=not train, name='dropout_1')(nn.relu(hidden))
         return nn.Dense(self.classes, name='dense_2')(x), hidden

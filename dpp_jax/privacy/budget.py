@@ -1,8 +1,9 @@
 """From (ε, δ) to the noise of every mechanism, and from a ledger back to the budget.
 
-A run has two mechanisms: the query for central images (none without pre-training) and DP-SGD. The query's
-noise is given, or follows from its share of ε; DP-SGD gets the least noise with which both together stay
-within (ε, δ). `Budget` holds the result: numbers alone, no settings, no network.
+A run has two or three mechanisms: the query for central images (none without pre-training), DP-SGD, and the
+selection among classifiers (only if asked for). The query's noise is given, or follows from its share of ε;
+the selection's follows from its share. DP-SGD gets the least noise with which all together stay within
+(ε, δ). `Budget` holds the result: numbers alone, no settings, no network.
 """
 
 from collections import Counter
@@ -20,6 +21,8 @@ from dpp_jax.privacy.mechanism import GaussianMechanism
 # Names of the mechanisms, as ledgers and key files record them.
 CENTRAL_QUERY = 'central_query'
 DP_SGD = 'dp_sgd'
+SELECTION = 'selection'
+MECHANISMS = (CENTRAL_QUERY, DP_SGD, SELECTION)  # in the order in which they run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,7 @@ def calibrate(
     relation: str = accounting.ZERO_OUT,
     noise_multiplier: float | None = None,
     before: Iterable[Releases] = (),
+    after: Iterable[Releases] = (),
 ) -> Budget:
     """Make the budget in which the free mechanism has the least noise.
 
@@ -198,32 +202,38 @@ def calibrate(
         relation: a name in `accounting.RELATIONS`.
         noise_multiplier: of the free mechanism where it is decided already; nothing is searched then.
         before: what earlier runs released.
+        after: releases with their noise that come after the free ones, here the selection.
 
     Raises:
         calibration.BudgetTooSmall: the known releases, with those before, exceed the budget alone.
         ValueError: an argument is out of range.
     """
-    known, before = tuple(known), tuple(before)
+    known, before, after = tuple(known), tuple(before), tuple(after)
+    given = [*before, *known, *after]
 
     def event(sigma: float) -> DpEvent:
-        return total_event([*before, *known, free(sigma)])
+        return total_event([*before, *known, free(sigma), *after])
 
     if noise_multiplier is None:
         try:
             noise_multiplier = calibration.calibrate(event, epsilon, delta, accountant, relation)
         except calibration.BudgetTooSmall as error:
             limits = {'delta': delta, 'accountant': accountant, 'relation': relation}
-            fixed = accounting.epsilon(total_event([*before, *known]), **limits)
+            fixed = accounting.epsilon(total_event(given), **limits)
             if fixed <= epsilon:
                 raise _below_the_least(
                     event(calibration.MOST_NOISE), epsilon, error.least, **limits
                 ) from error
-            if not before:
+            if not before and not after:
                 raise
+            beside = [
+                *(['what config.dp.already_spent names'] if before else []),
+                *(['the selection (evaluate.selection_share)'] if after else []),
+            ]
             raise calibration.BudgetTooSmall(
                 f'config.dp.epsilon is {accounting.format_exact(epsilon)}; it must be above '
-                f'{accounting.format_epsilon(error.least)}, the ε of the query together with what '
-                'config.dp.already_spent names',
+                f'{accounting.format_epsilon(error.least)}, the ε of the query together with '
+                + ' and '.join(beside),
                 error.least,
             ) from error
     return Budget(
@@ -231,7 +241,7 @@ def calibrate(
         delta=delta,
         accountant=accountant,
         relation=relation,
-        releases=(*known, free(noise_multiplier)),
+        releases=(*known, free(noise_multiplier), *after),
         before=before,
     )
 
@@ -258,12 +268,19 @@ def calibrate_share(
     make_query: Callable[[float], Releases],
     share: float,
     *,
+    setting: str = 'query.epsilon_share',
     epsilon: float,
     delta: float,
     accountant: str,
     relation: str = accounting.ZERO_OUT,
 ) -> float:
     """Compute the least σ with which the queries alone spend no more than share · ε.
+
+    Args:
+        make_query: σ → the queries, or the selection.
+        share: in (0, 1).
+        setting: that says the share, for messages.
+        others: as of `calibrate`.
 
     Raises:
         ValueError: no noise keeps them within their share.
@@ -275,8 +292,8 @@ def calibrate_share(
     except calibration.BudgetTooSmall as error:
         least = accounting.format_epsilon(error.least)
         raise ValueError(
-            f'config.query.epsilon_share is {share:g}; it must be at least '
-            f'{accounting.format_epsilon(error.least / epsilon)}. The query would get ε = '
+            f'config.{setting} is {share:g}; it must be at least '
+            f'{accounting.format_epsilon(error.least / epsilon)}. It would get ε = '
             f"{share * epsilon:.6g}, but the accountant '{accountant}' cannot go below {least}"
         ) from error
 

@@ -18,6 +18,11 @@ from dpp_jax.training import checkpoint
 
 PyTree = Any
 _REAL_IMAGES = 12  # of a class, that the private page shows
+# What selection.json holds.
+_SELECTION = {
+    'images': [int],
+    'trainings': [{'classifier': str, 'seed': int, 'candidates': [str], 'scores': [float]}],
+}
 _CLASSIFIER_IMAGES = 'classifier_images'
 # Settings of images that earlier versions did not have, with the value that they stood for.
 _NEW_SETTINGS = {'generate.class_counts': 'balanced', 'generate.class_shares': []}
@@ -33,7 +38,17 @@ _SCORES = {
     'fid_images?': {'private': int, 'synthetic': int, 'test': int},
     'accuracy_of_real_images?': {'*': float},
     'classifiers_left_out?': str,
+    'accuracy_spread?': {'*': float},
+    'accuracy_of_seeds?': {'*': [float]},
+    'accuracy_of_class?': {'*': list},  # numbers, or null for a class without test images
+    'confusion?': {'*': [[int]]},
+    'selection?': str,
+    'selected?': {'*': [str]},
 }
+# Settings that earlier versions did not have, with the value that they stood for.
+_NEW_SETTINGS = {'evaluate.seeds': 1, 'evaluate.selection': 'synthetic'}
+# Settings that change no result with `evaluate.selection` synthetic.
+_OF_NOISY = ('evaluate.selection_share', 'evaluate.candidates')
 
 
 def central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
@@ -105,6 +120,40 @@ def _released(workdir: WorkDir, shapes: PyTree) -> Iterator[tuple[str, list[np.n
     for training in ('pretrain', 'finetune'):
         with contextlib.suppress(OSError, ValueError):
             yield f'model/{training}', jax.tree.leaves(_unchecked_weights(workdir, training, shapes))
+
+
+def selection(workdir: WorkDir) -> dict[str, Any] | None:
+    """Load what the selection among classifiers released; None if nothing is there.
+
+    Returns:
+        `images`: checksums of the synthetic images that the classifiers were trained on; `trainings`: of each
+        its `classifier`, `seed`, names of `candidates` and their `scores`, noisy accuracies.
+
+    Raises:
+        ValueError: it is damaged, or not what this run released.
+    """
+    if not workdir.selection.exists():
+        return None
+    found = files.read_json(
+        workdir.selection,
+        'Restore the file. Or, if private/ is intact, delete it and run --stage=evaluate: it makes the same '
+        'from the same keys',
+        _SELECTION,
+    )
+    digests.check(workdir, 'selection.json', _scores(found))
+    return found
+
+
+def save_selection(workdir: WorkDir, images: list[int], trainings: list[dict[str, Any]]) -> None:
+    """Release the noisy scores; what is named as for `selection`."""
+    found = {'images': images, 'trainings': trainings}
+    digests.note(workdir, 'selection.json', _scores(found))
+    files.write_json(workdir.selection, found)
+
+
+def _scores(found: Mapping[str, Any]) -> list[np.ndarray]:
+    """Return what the digest of a selection is of."""
+    return [np.array([score for part in found['trainings'] for score in part['scores']], np.float32)]
 
 
 def write_parameters(workdir: WorkDir, model: Model) -> None:
@@ -251,6 +300,11 @@ class SyntheticImages:
                 return None
         return found
 
+    def identity_for_classifiers(self) -> list[int]:
+        """Return the checksums, as of `identity`, of the images that classifiers are trained on."""
+        name = next(name for name, path in self.paths.items() if path == self.for_classifiers)
+        return (self.identity() or {}).get(name, [])
+
     def is_whole(self, path: Path) -> bool:
         """Whether all of a file is there, by its checksums. The same keys make a damaged file again.
 
@@ -287,7 +341,10 @@ class Evaluation:
     def subject(self) -> dict[str, Any]:
         """What results are of: the images, and the settings that change a result."""
         # Which results there are.
-        which = ('evaluate.fid', 'evaluate.classifiers', 'evaluate.real_images')
+        which = ['evaluate.fid', 'evaluate.classifiers', 'evaluate.real_images']
+        which += [name for name, old in _NEW_SETTINGS.items() if self._settings[name] == old]
+        if 'evaluate.selection' in which:
+            which += _OF_NOISY
         return {
             'images': self._images.identity(),
             'settings': {

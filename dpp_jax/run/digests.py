@@ -10,14 +10,24 @@ from typing import Any
 import numpy as np
 
 from dpp_jax import files
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION
 from dpp_jax.run import statement
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 
 # Name in release/ → the mechanism that made it. Pre-training sees no private image.
-_MECHANISMS = {'central_images.npz': CENTRAL_QUERY, 'model/pretrain': None, 'model/finetune': DP_SGD}
-_STAGES = {'central_images.npz': 'central', 'model/pretrain': 'pretrain', 'model/finetune': 'finetune'}
+_MECHANISMS = {
+    'central_images.npz': CENTRAL_QUERY,
+    'model/pretrain': None,
+    'model/finetune': DP_SGD,
+    'selection.json': SELECTION,
+}
+_STAGES = {
+    'central_images.npz': 'central',
+    'model/pretrain': 'pretrain',
+    'model/finetune': 'finetune',
+    'selection.json': 'evaluate',
+}
 
 
 def note(workdir: WorkDir, name: str, arrays: Iterable[np.ndarray]) -> None:

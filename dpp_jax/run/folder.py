@@ -30,6 +30,20 @@ FREE_SETTINGS = (
 # Settings of what is made from the released model. They bind the images and the scores that they made
 # (`artefacts.check_images`, `artefacts.evaluation`), not the folder.
 _LATER_SETTINGS = ('generate.', 'evaluate.')
+# But a selection that private images take part in is a mechanism: what decides it binds the folder, if it is,
+# or was, asked for.
+_SELECTION, _NOISY = 'evaluate.selection', 'private_noisy'
+_SELECTION_SETTINGS = (
+    _SELECTION,
+    'evaluate.selection_share',
+    'evaluate.classifiers',
+    'evaluate.seeds',
+    'evaluate.candidates',
+    'evaluate.epochs',
+    'evaluate.batch_size',
+    'evaluate.learning_rate',
+    'evaluate.ema_decay',
+)
 # Settings of pre-training, which costs no privacy: as long as no step of DP-SGD was taken, it may begin again
 # with others. Whether there is any decides what is asked, and may not change.
 _PRETRAIN, _HAS_PRETRAINING = 'pretrain.', 'pretrain.enabled'
@@ -53,6 +67,7 @@ _NEW_SETTINGS = {
     'data.image_key': 'image',
     'data.label_key': 'label',
     'data.derived': [],
+    _SELECTION: 'synthetic',
 }
 _PATH = '<path>'
 # Settings that hold paths, with what release/config.json says in their place.
@@ -101,6 +116,8 @@ class WorkDir:
         self.sizes = self.private / 'images_at_once.json'
         self.evaluation = self.private / 'evaluation.json'
         self.scored = self.private / 'scored.json'
+        self.selection = self.release / 'selection.json'
+        self.candidates = self.private / 'candidates'
         self.ceiling = self.private / 'accuracy_of_real_images.json'
         self.progress = self.private / 'progress.json'
         self.report = self.private / 'report.json'
@@ -219,6 +236,9 @@ class WorkDir:
         path = self._path_of_settings()
         recorded |= self._paths(settings, recorded)
         found = differences(recorded, settings, FREE_SETTINGS + _LATER_SETTINGS)
+        if _NOISY in (recorded[_SELECTION], settings.get(_SELECTION)):
+            of_selection = lambda told: {name: told[name] for name in _SELECTION_SETTINGS if name in told}
+            found += differences(of_selection(recorded), of_selection(settings), ())
         is_pretraining = all(
             line.startswith(f'config.{_PRETRAIN}') and not line.startswith(f'config.{_HAS_PRETRAINING}:')
             for line in found

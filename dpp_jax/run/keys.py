@@ -20,7 +20,7 @@ import numpy as np
 
 from dpp_jax import files
 from dpp_jax.privacy import groups, poisson
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.budget import MECHANISMS
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import NOISE_KEYS, NoiseKey
 from dpp_jax.training import hosts
@@ -115,7 +115,7 @@ class Keys:
         Raises:
             ValueError: it is a mechanism, or the file's keys were not made from this seed.
         """
-        if name in (CENTRAL_QUERY, DP_SGD):
+        if name in MECHANISMS:
             raise ValueError(f'name is {name!r}; keys of a mechanism are given by `of_mechanism` alone')
         found = hosts.from_first(lambda: self._get(name, keys=1))
         return PartKeys(order=int(found['sampling'], 16), random=_jax_keys(found['noise']))
@@ -244,7 +244,7 @@ def _fresh_secrets(name: str, seed: int | None, keys: int) -> dict[str, str]:
 
     The former of a mechanism also say how batches are drawn.
     """
-    drawing = f'{poisson.COUNT}:' if name in (CENTRAL_QUERY, DP_SGD) else ''
+    drawing = f'{poisson.COUNT}:' if name in MECHANISMS else ''
     if seed is None:
         return {
             'identifier': secrets.token_hex(8),

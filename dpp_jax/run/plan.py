@@ -8,7 +8,7 @@ from typing import Any
 
 from dpp_jax import files
 from dpp_jax.privacy import accounting, checks
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, Budget, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.run import already_spent
 
@@ -26,6 +26,7 @@ _BINDING = (
     'query_noise_multiplier',
     'query_sampling_probability',
     'query_count',
+    'selection_sensitivity',
     'sampling_probability',
     'steps',
     'expected_batch_size',
@@ -39,6 +40,8 @@ _NEW_FIELDS = {
     'unit': 'image',
     'private_groups': None,
     'images_per_group': None,
+    'selection_noise_multiplier': None,
+    'selection_sensitivity': None,
 }
 
 
@@ -83,7 +86,7 @@ class Plan:
     def figures(self) -> dict[str, Any]:
         """Return the plan as plan.json holds it, with the ε of each part."""
         budget = self.budget
-        query, dp_sgd = budget.of(CENTRAL_QUERY), budget.of(DP_SGD)
+        query, dp_sgd, selection = map(budget.of, (CENTRAL_QUERY, DP_SGD, SELECTION))
         return {
             'private_images': self.private_images,
             'unit': self.unit.name,
@@ -95,11 +98,14 @@ class Plan:
             'epsilon_budget': budget.epsilon,
             'epsilon_query': budget.spent(CENTRAL_QUERY),
             'epsilon_finetune': budget.spent(DP_SGD),
+            'epsilon_selection': budget.spent(SELECTION),
             'epsilon_total': budget.spent(),
             'spent_before': already_spent.rows(budget.before),
             'query_noise_multiplier': query and query.mechanism.noise_multiplier,
             'query_sampling_probability': query and query.mechanism.sampling_probability,
             'query_count': budget.count(CENTRAL_QUERY),
+            'selection_noise_multiplier': selection and selection.mechanism.noise_multiplier,
+            'selection_sensitivity': selection and selection.mechanism.sensitivity,
             'noise_multiplier': dp_sgd.mechanism.noise_multiplier,
             'sampling_probability': dp_sgd.mechanism.sampling_probability,
             'steps': dp_sgd.count,
@@ -113,8 +119,9 @@ class Plan:
 
 def load(
     path: Path,
-    make: Callable[[float | None, float | None, Sequence[Releases] | None], Plan],
+    make: Callable[[float | None, float | None, Sequence[Releases] | None, float | None], Plan],
     query_share: float | None = None,
+    selection_share: float | None = None,
 ) -> Plan:
     """Return the plan that a work directory follows, or the one that it would be given.
 
@@ -123,20 +130,26 @@ def load(
     Args:
         path: of plan.json.
         make: (noise multiplier of DP-SGD, of the query; None: calibrate it, what was spent before; None: as
-            the config says) → plan.
+            the config says, noise multiplier of the selection) → plan.
         query_share: the share of ε that the queries alone may spend; None: no limit of their own.
+        selection_share: that the selection alone may spend, likewise.
 
     Raises:
         ValueError: the file is damaged or lacks a field, or its plan is not one that this config can have:
             it takes other steps or batches, asks other queries, or does not stay within the budget.
     """
     if not path.exists():
-        return make(None, None, None)
+        return make(None, None, None, None)
     recorded = _read(path)
     before = already_spent.from_rows(recorded['spent_before'])
-    plan = make(recorded['noise_multiplier'], recorded['query_noise_multiplier'], before)
+    plan = make(
+        recorded['noise_multiplier'],
+        recorded['query_noise_multiplier'],
+        before,
+        recorded['selection_noise_multiplier'],
+    )
     figures, budget = plan.figures(), plan.budget.epsilon
-    for_query = math.inf if query_share is None else query_share * budget
+    of_share = lambda share: math.inf if share is None else share * budget
     for name in _BINDING:
         if recorded[name] != figures[name]:
             raise ValueError(
@@ -144,7 +157,13 @@ def load(
                 'Someone changed the plan: restore the file, or use another --workdir'
             )
     for name, spent, limit, allowed in (
-        ('query_noise_multiplier', figures['epsilon_query'], "the query's share", for_query),
+        ('query_noise_multiplier', figures['epsilon_query'], "the query's share", of_share(query_share)),
+        (
+            'selection_noise_multiplier',
+            figures['epsilon_selection'],
+            "the selection's share",
+            of_share(selection_share),
+        ),
         ('noise_multiplier', figures['epsilon_total'], 'the budget', budget),
     ):
         if spent > allowed:
@@ -164,10 +183,14 @@ def _read(path: Path) -> dict[str, Any]:
         for name in (*_BINDING, 'noise_multiplier'):
             if name not in recorded:
                 raise ValueError(f'it has no {name}')
-        sigma, query_sigma = recorded['noise_multiplier'], recorded['query_noise_multiplier']
+        sigma = recorded['noise_multiplier']
         checks.require('noise_multiplier', sigma, checks.is_positive(sigma), 'a finite number > 0')
-        is_good = query_sigma is None or checks.is_positive(query_sigma)
-        checks.require('query_noise_multiplier', query_sigma, is_good, 'a finite number > 0, or null')
+        for name in ('query_noise_multiplier', 'selection_noise_multiplier'):
+            sigma = recorded[name]
+            is_good = sigma is None or checks.is_positive(sigma)
+            checks.require(name, sigma, is_good, 'a finite number > 0, or null')
+        if (recorded['selection_sensitivity'] is None) != (recorded['selection_noise_multiplier'] is None):
+            raise ValueError('selection_noise_multiplier and selection_sensitivity go together')
         found = files.fault(recorded, {'spent_before': [already_spent.ROW]})
         if found:
             raise ValueError(found)

@@ -29,7 +29,8 @@ def points(budget: Budget) -> list[tuple[float, float, float]]:
         spent = accounting.epsilon(event, budget.delta, budget.accountant, budget.relation)
         return spent / budget.epsilon
 
-    before = [part.event for part in budget.before]
+    others = [part for part in budget.releases if part not in (query, dp_sgd)]
+    before = [part.event for part in (*budget.before, *others)]
 
     def event(releases, sigma: float):
         mechanism = dataclasses.replace(releases.mechanism, noise_multiplier=sigma)

@@ -14,7 +14,15 @@ from typing import Any
 import dpp_jax
 from dpp_jax import files
 from dpp_jax.privacy import accounting, groups
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases, group, total_event
+from dpp_jax.privacy.budget import (
+    CENTRAL_QUERY,
+    DP_SGD,
+    SELECTION,
+    Budget,
+    Releases,
+    group,
+    total_event,
+)
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import already_spent
 from dpp_jax.run import statement_text as words
@@ -146,14 +154,14 @@ def check_lost(
         keys: its keys.
         ledger: its ledger.
         budget: its plan's.
-        done: stage → whether its output is there.
+        done: stage → whether what its mechanism released is there.
         stated: mechanism → releases that the statement counts; read before the ledger, which may grow.
 
     Raises:
         ValueError: the statement counts releases that the ledger lacks; or it covers what a stage released,
             which is not there any more, and the keys of its mechanism do not tell what it was.
     """
-    for stage, name in (('central', CENTRAL_QUERY), ('finetune', DP_SGD)):
+    for stage, name in (('central', CENTRAL_QUERY), ('finetune', DP_SGD), ('evaluate', SELECTION)):
         count = stated[name]
         if count > ledger.count(name):
             raise ValueError(

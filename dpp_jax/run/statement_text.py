@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpp_jax.privacy import accounting, groups
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION
 
-TITLES = {CENTRAL_QUERY: 'central images (query)', DP_SGD: 'fine-tuning (DP-SGD)'}
+TITLES = {
+    CENTRAL_QUERY: 'central images (query)',
+    DP_SGD: 'fine-tuning (DP-SGD)',
+    SELECTION: 'selection among classifiers',
+}
 MECHANISM_COLUMNS = (
     'mechanism (Poisson-sampled Gaussian)',
     'noise multiplier σ',

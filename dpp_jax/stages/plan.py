@@ -14,7 +14,7 @@ from dpp_jax import files
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, Budget
 from dpp_jax.run import hours, statement, statement_text, step_time, warnings
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.plan import Plan
@@ -105,6 +105,7 @@ def text(config: ConfigDict, plan: Plan) -> str:
     titles = {
         CENTRAL_QUERY: f'central images ({config.query.kind} query)',
         DP_SGD: 'fine-tuning (DP-SGD)',
+        SELECTION: statement_text.TITLES[SELECTION],
     }
     rows = [(f'spent before: {part.mechanism.name}', part) for part in budget.before]
     rows += [(titles[part.mechanism.name], part) for part in budget.releases]
@@ -136,8 +137,22 @@ def text(config: ConfigDict, plan: Plan) -> str:
         f' x {config.finetune.draws} draws, {plan.finetune_noised_images:,} noised images',
         f'generation     {config.generate.images:,} images, {config.generate.sampler.name} '
         f'with {config.generate.sampler.steps} steps',
+        *_selection(plan),
     ]
     return '\n'.join(lines)
+
+
+def _selection(plan: Plan) -> list[str]:
+    """Say how noisy the scores are by which private images select among classifiers."""
+    releases = plan.budget.of(SELECTION)
+    if releases is None:
+        return []
+    mechanism = releases.mechanism
+    noise = mechanism.noise_multiplier * mechanism.sensitivity / plan.unit.size
+    return [
+        f'selection      {round(4 * mechanism.sensitivity**2)} candidates, by private images; noise of each '
+        f'score: {100 * noise:.2g} % of accuracy'
+    ]
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

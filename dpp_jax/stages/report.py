@@ -130,7 +130,12 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
         ceiling = results.get('accuracy_of_real_images', {}).get(kind)
         beside = '' if ceiling is None else f' (trained on the real images: {100 * ceiling:.1f} %)'
-        rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %{beside}'))
+        spread = results.get('accuracy_spread', {}).get(kind)
+        seeds = len(results.get('accuracy_of_seeds', {}).get(kind, []))
+        around = '' if spread is None else f' ± {100 * spread:.1f} ({seeds} seeds)'
+        rows.append((f'accuracy {title}', f'{100 * accuracy:.1f}{around} %{beside}'))
+    if 'selection' in results:
+        rows.append(('  selection', results['selection']))
     if 'classifiers_left_out' in results:
         rows.append(('accuracy', f'left out: {results["classifiers_left_out"]}'))
     return rows

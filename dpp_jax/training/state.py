@@ -129,8 +129,13 @@ def apply_gradient(
     """
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    n = (state.step + 1).astype(jnp.float32)
+    ema_params = averaged(state.ema_params, params, state.step + 1, ema_decay)
+    return TrainState(state.step + 1, params, ema_params, opt_state)
+
+
+def averaged(average: PyTree, new: PyTree, n: jax.Array, ema_decay: float) -> PyTree:
+    """Return the average after update number n ≥ 1, () int32, whose result is `new`; see `apply_gradient`."""
+    n = n.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + n) / (10 + n))
     # `optax.incremental_update` rounds otherwise: a quarter of the weights would have another last bit.
-    ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
-    return TrainState(state.step + 1, params, ema_params, opt_state)
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), average, new)

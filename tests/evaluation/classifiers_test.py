@@ -1,5 +1,6 @@
 """The classifiers on real handwritten digits, and what each of them promises."""
 
+import functools
 import inspect
 import re
 
@@ -9,7 +10,17 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from dpp_jax.evaluation import classifiers, held_out, trainer
+from dpp_jax.evaluation import classifiers, held_out, residual, trainer
+
+SMALL = ('logistic', 'mlp', 'cnn')
+FAST = (*SMALL, 'resnet')
+
+
+@pytest.fixture(autouse=True)
+def _resnet(monkeypatch):
+    """A residual network with few blocks and channels: statistics of batches take part."""
+    network = functools.partial(residual.ResNet, blocks=(1, 1), width=8)
+    monkeypatch.setitem(classifiers.CLASSIFIERS, 'resnet', classifiers._of_network('ResNet', network))
 
 
 @pytest.fixture(name='digits', scope='module')
@@ -33,7 +44,7 @@ def train(name, images, labels, *, classes=10, seed=0, progress=None, **settings
     )
 
 
-@pytest.mark.parametrize('name', classifiers.CLASSIFIERS)
+@pytest.mark.parametrize('name', FAST)
 def test_digits_are_learned(digits, name):
     images, labels, test_images, test_labels = digits
     classifier = train(name, images, labels, epochs=12, learning_rate=2e-3)
@@ -43,7 +54,7 @@ def test_digits_are_learned(digits, name):
     assert predicted.shape == test_labels.shape and predicted.dtype == np.int32
 
 
-@pytest.mark.parametrize('name', classifiers.CLASSIFIERS)
+@pytest.mark.parametrize('name', FAST)
 def test_same_key_same_classifier(digits, name):
     images, labels, test_images, _ = digits
     one, two = (train(name, images, labels, seed=3) for _ in range(2))
@@ -77,13 +88,12 @@ def test_the_best_epoch_is_kept(digits):
         'mlp', images, labels, epochs=12, learning_rate=0.3, ema_decay=0.0,
         progress=lambda done, total, note: notes.append(note),
     )  # fmt: skip
-    # The note of an epoch tells the accuracy after the epoch before it.
-    seen = [float(note.split()[-1]) for note in notes if note.startswith('epoch') and ',' in note]
-    assert len(seen) == 11 and max(seen) > min(seen)
-    kept = int(re.fullmatch(r'epoch (\d+) of 12', classifier.selected).group(1))
-    if kept <= 11:
-        assert round(classifier.held_out_accuracy, 3) == seen[kept - 1] == max(seen)
-    assert round(classifier.held_out_accuracy, 3) >= max(seen)
+    # The note of an epoch tells the accuracy after the epoch before it; the last, after the last.
+    seen = [float(note.split()[-1]) for note in notes if ',' in note]
+    assert len(seen) == 12 and max(seen) > min(seen)
+    kept = int(re.fullmatch(r'epoch (\d+) of 12', classifier.name).group(1))
+    assert round(classifier.held_out_accuracy, 3) == seen[kept - 1] == max(seen)
+    assert seen[kept:].count(max(seen)) == 0  # of equals, the last
     # The weights kept are the ones that had this accuracy.
     rng = held_out.random_generator(jax.random.key(0))
     _, held = held_out.split(images, labels, classes=10, share=0.1, rng=rng)
@@ -113,7 +123,7 @@ def test_two_classes_and_color():
     labels = np.arange(60) % 2
     images = rng.integers(0, 100, (60, 4, 5, 3)).astype(np.uint8)
     images[labels == 1, ..., 2] += 100
-    for name in classifiers.CLASSIFIERS:
+    for name in SMALL:
         classifier = train(name, images, labels, classes=2, epochs=40, learning_rate=3e-3)
         assert classifiers.accuracy(classifier, images, labels) > 0.9, name
 
@@ -145,18 +155,41 @@ def test_bad_images_are_refused(name, changes, message):
 
 
 def test_a_new_classifier_is_one_function_and_one_entry(monkeypatch):
-    def train_constant(images, labels, *, classes, key, settings, progress):
-        return classifiers.Classifier(
-            image_shape=images.shape[1:],
-            held_out_accuracy=0.25,
-            selected='nothing',
-            function=lambda batch: np.full(len(batch), 2),
-        )
+    def fit_constant(images, labels, *, judge, **rest):
+        for number in (1, 2, 2, 3):
+            function = lambda batch, number=number: np.full(len(batch), number)
+            judge(classifiers.Classifier(image_shape=images.shape[1:], name=f'{number}', function=function))
 
-    entry = classifiers.Entry(title='always 2', train=train_constant)
+    entry = classifiers.Entry(title='always one', fit=fit_constant, candidates=lambda settings: 4)
     monkeypatch.setitem(classifiers.CLASSIFIERS, 'constant', entry)
-    classifier = train('constant', IMAGES, LABELS, classes=4)
-    assert classifiers.accuracy(classifier, IMAGES, LABELS) == 0.25
+    labels = np.append(LABELS, [2] * 20)
+    classifier = train('constant', np.zeros((40, 4, 4, 1), np.uint8), labels, classes=4)
+    assert classifier.name == '2' and classifiers.accuracy(classifier, IMAGES, LABELS) == 0.25
+
+
+@pytest.mark.parametrize('name', ['logistic', 'mlp', 'resnet'])
+def test_a_judge_sees_as_many_candidates_as_are_promised_and_they_learn_from_all_images(digits, name):
+    images, labels, test_images, test_labels = digits
+    seen = []
+
+    def judge(candidate):
+        seen.append((candidate.name, classifiers.accuracy(candidate, test_images, test_labels)))
+        return ''
+
+    settings = trainer.Settings(epochs=7, candidates=3, learning_rate=3e-3)
+    arguments = dict(classes=10, key=jax.random.key(0), settings=settings, judge=judge)
+    classifiers.fit(name, images[:400], labels[:400], **arguments)
+    assert len(seen) == classifiers.candidates(name, settings) == (4 if name == 'logistic' else 3)
+    if name != 'logistic':
+        assert [candidate for candidate, _ in seen] == [f'epoch {n} of 7' for n in (3, 5, 7)]
+    assert seen[-1][1] > 0.4
+    # One image of a class is enough: none is held out.
+    classifiers.fit(name, images[:40], np.r_[9, np.arange(39) % 9], **arguments)
+
+
+def test_a_confusion_matrix_has_a_row_for_each_class():
+    found = classifiers.confusion(np.array([0, 1, 1, 1], np.int32), np.array([0, 0, 0, 2], np.int32), 3)
+    np.testing.assert_array_equal(found, [[1, 2, 0], [0, 0, 0], [0, 1, 0]])
 
 
 def test_unknown_classifiers_and_foreign_images_are_refused(digits):

@@ -1,5 +1,6 @@
 """The trainer of the networks: its step, its epochs, its settings."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 
-from dpp_jax.evaluation import networks, trainer
+from dpp_jax.evaluation import networks, residual, trainer
 
 
 @pytest.fixture(name='digits', scope='module')
@@ -36,7 +37,7 @@ def test_training_step_is_adam_with_a_warmed_up_average(digits):
     mask = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
     result = trainer._train_steps(network, state, images, labels, rows, mask, key, 1e-2, 0.15)
 
-    params = average = state.params
+    params = average = state.weights.params
     opt_state = adam.init(params)
     for n, (batch, batch_mask) in enumerate(zip(rows, mask)):
 
@@ -52,20 +53,21 @@ def test_training_step_is_adam_with_a_warmed_up_average(digits):
         params = optax.apply_updates(params, updates)
         decay = min(0.15, (2 + n) / (11 + n))  # 2/11 > 0.15: capped from the first step on
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-    assert int(result.step) == 3
-    for ours, theirs in ((result.params, params), (result.ema_params, average)):
+    assert int(result.weights.step) == 3
+    for ours, theirs in ((result.weights.params, params), (result.weights.ema_params, average)):
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
     # With a decay near 1 the warm-up rules: after one step the average is 2/11 old, 9/11 new.
     first = trainer._train_steps(network, state, images, labels, rows[:1], mask[:1], key, 1e-2, 0.9999)
-    for old, new, mean in zip(*map(jax.tree.leaves, (state.params, first.params, first.ema_params))):
+    three = state.weights.params, first.weights.params, first.weights.ema_params
+    for old, new, mean in zip(*map(jax.tree.leaves, three)):
         np.testing.assert_allclose(mean, (2 * old + 9 * new) / 11, atol=1e-6)
 
     # Rows under the mask do not matter.
     rows[2, 2:] = 99
     other = trainer._train_steps(network, state, images, labels, rows, mask, key, 1e-2, 0.15)
-    jax.tree.map(np.testing.assert_array_equal, other.params, result.params)
+    jax.tree.map(np.testing.assert_array_equal, other.weights.params, result.weights.params)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +108,56 @@ def test_nothing_is_compiled_after_the_first_epoch(digits):
     [
         ('epochs', 0), ('epochs', 1.5), ('batch_size', 0), ('learning_rate', 0.0),
         ('learning_rate', float('nan')), ('ema_decay', 1.0), ('ema_decay', -0.1), ('epochs', float('inf')),
-        ('held_out', 0.0), ('held_out', 1.0),
+        ('held_out', 0.0), ('held_out', 1.0), ('candidates', 0), ('candidates', 2.5),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=f'{name} is {value}'):
         trainer.Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    'epochs, candidates, judged',
+    [(3, None, [1, 2, 3]), (50, 10, list(range(5, 51, 5))), (3, 10, [1, 2, 3]), (7, 2, [4, 7]), (9, 1, [9])],
+)
+def test_judged_epochs_are_spaced_equally_and_end_with_the_last(epochs, candidates, judged):
+    assert trainer.Settings(epochs=epochs, candidates=candidates).judged_epochs == judged
+
+
+class Normalized(nn.Module):
+    """One dense layer behind a batch normalization."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False, mask=None):
+        x = residual._norm(train, mask)(images, 'norm').reshape(len(images), -1)
+        return nn.Dense(self.classes, name='dense')(x), x
+
+
+def test_statistics_of_batches_are_those_of_their_images_and_are_averaged_as_weights_are(digits):
+    images, labels = jnp.asarray(digits[0]), jnp.asarray(digits[1], jnp.int32)
+    network, key = Normalized(10), jax.random.key(0)
+    state = trainer._initial_state(network, key, (8, 8, 1), 1e-2)
+    rows = np.arange(12, dtype=np.int32).reshape(3, 4)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
+    result = trainer._train_steps(network, state, images, labels, rows, mask, key, 1e-2, 0.9999)
+    mean = average = 0.0
+    for n, (batch, batch_mask) in enumerate(zip(rows, mask), start=1):
+        own = trainer.to_float(np.asarray(images)[batch[batch_mask == 1]]).mean()
+        mean = 0.9 * mean + 0.1 * own
+        decay = (1 + n) / (10 + n)
+        average = decay * average + (1 - decay) * mean
+    found = [statistics['norm']['mean'] for statistics in (result.statistics, result.ema_statistics)]
+    np.testing.assert_allclose(np.ravel(found), [mean, average], rtol=1e-4)
+    # What a judge is given are the averages, with which images get results of their own.
+    seen = []
+    trainer.fit(
+        network, digits[0][:64], digits[1][:64], key=key, rng=np.random.default_rng(0),
+        settings=trainer.Settings(epochs=1), judge=lambda epoch, averages: seen.append(averages) or '',
+    )  # fmt: skip
+    both, alone = (
+        trainer.apply(network, seen[0].params, digits[0][:size], statistics=seen[0].statistics)[0][0]
+        for size in (2, 1)
+    )
+    np.testing.assert_allclose(both, alone, rtol=1e-5, atol=1e-5)

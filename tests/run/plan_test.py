@@ -7,11 +7,12 @@ import pytest
 
 from dpp_jax import build, settings
 from dpp_jax.privacy import calibration
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, Budget, Releases
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import plan as plan_lib
 
-_KEPT = ('noise_multiplier', 'query_noise_multiplier')
+_KEPT = ('noise_multiplier', 'query_noise_multiplier', 'selection_noise_multiplier')
+_SHARES = {'query__epsilon_share': 0.2, 'evaluate__selection': 'private_noisy'}
 _NEEDED = [name for name in plan_lib._BINDING if name not in plan_lib._NEW_FIELDS] + ['noise_multiplier']
 
 
@@ -28,16 +29,19 @@ def saved(tiny_config, tmp_path):
 
     def load(change, **changes):
         config, path = tiny_config(**changes), tmp_path / 'release' / 'plan.json'
-        share = config.query.epsilon_share
+        shares = {
+            'query_share': config.query.epsilon_share,
+            'selection_share': config.evaluate.selection_share,
+        }
 
         def make(*noise):
             return build.plan(config, NoModel(), *noise)
 
-        made = plan_lib.load(path, make, query_share=share)
+        made = plan_lib.load(path, make, **shares)
         plan_lib.save(path, made)
         assert json.loads(path.read_text()) == made.figures()
         path.write_text(json.dumps(change(made.figures())))
-        return made, plan_lib.load(path, make, query_share=share)
+        return made, plan_lib.load(path, make, **shares)
 
     return load
 
@@ -45,7 +49,7 @@ def saved(tiny_config, tmp_path):
 @pytest.mark.parametrize('name', _KEPT)
 def test_noise_that_another_version_calibrated_is_kept(saved, name):
     """Its last digits differ; the ledger of the run names them."""
-    made, loaded = saved(lambda f: {**f, name: f[name] * (1 + 1e-12)}, query__epsilon_share=0.2)
+    made, loaded = saved(lambda f: {**f, name: f[name] * (1 + 1e-12)}, **_SHARES)
     made, loaded = made.figures(), loaded.figures()
     assert loaded[name] == made[name] * (1 + 1e-12) != made[name]
 
@@ -56,6 +60,7 @@ def test_noise_that_another_version_calibrated_is_kept(saved, name):
         ('query_noise_multiplier', 0.99, {'query__epsilon_share': 0.2}, "within the query's share, 2"),
         ('query_noise_multiplier', 1.01, {}, 'query_noise_multiplier = 4.04; this config gives 4.0'),
         ('noise_multiplier', 0.99, {'query__epsilon_share': 0.2}, 'within the budget, 10'),
+        ('selection_noise_multiplier', 0.99, _SHARES, "within the selection's share, 0.2"),
     ],
 )
 def test_noise_that_the_config_does_not_allow_is_refused(saved, name, factor, settings, text):
@@ -78,7 +83,7 @@ def test_a_figure_that_the_guarantee_rests_on_is_that_of_the_config(saved, name)
         return {**figures, name: other.get(name) or value * 2}
 
     with pytest.raises(ValueError, match=f'plan.json has {name} = .*; this config gives'):
-        saved(change)
+        saved(change, evaluate__selection='private_noisy')
 
 
 @pytest.mark.parametrize('name', _NEEDED)
@@ -95,9 +100,9 @@ def test_a_plan_without_a_figure_that_is_needed_is_refused_in_a_line(saved, name
 @pytest.mark.parametrize('value', [None, 'much', -1.0, 0.0, math.nan, math.inf, [1]], ids=repr)
 def test_noise_that_is_no_noise_is_refused_in_a_line(saved, name, value):
     """It would be calibrated anew, or refused without a word of the file."""
-    text = 'release/plan.json (is not a valid plan|has query_noise_multiplier = )'
+    text = 'release/plan.json (is not a valid plan|has (query|selection)_noise_multiplier = )'
     with pytest.raises(ValueError, match=text) as refused:
-        saved(lambda figures: {**figures, name: value}, query__epsilon_share=0.2)
+        saved(lambda figures: {**figures, name: value}, **_SHARES)
     assert '\n' not in str(refused.value) and name in str(refused.value)
 
 
@@ -135,15 +140,15 @@ def test_a_plan_is_fixed_once(tmp_path, tiny_config):
 
 def test_a_share_of_the_query_is_calibrated_once(tiny_config, monkeypatch):
     """By the plan: whoever calibrates again may get another last digit, on another machine."""
-    config = tiny_config(query__epsilon_share=0.2)
+    config = tiny_config(**_SHARES)
     made = build.plan(config, NoModel())
     monkeypatch.setattr(calibration, 'calibrate', None)
     settings.check(config)
     figures = made.figures()
     noise = {part.mechanism.name: part.mechanism.noise_multiplier for part in made.budget.releases}
-    kept = {CENTRAL_QUERY: figures['query_noise_multiplier'], DP_SGD: figures['noise_multiplier']}
+    kept = dict(zip((DP_SGD, CENTRAL_QUERY, SELECTION), (figures[name] for name in _KEPT)))
     assert noise == kept
-    assert build.plan(config, NoModel(), *(figures[name] for name in _KEPT)) == made
+    assert build.plan(config, NoModel(), **{name: figures[name] for name in _KEPT}) == made
 
 
 @pytest.mark.parametrize('images', [1, 7, 1437, 60_000, 162_770])

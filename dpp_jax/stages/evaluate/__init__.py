@@ -1,4 +1,7 @@
-"""Stage `evaluate`: synthetic images against real ones. No guarantee: results stay in private/."""
+"""Stage `evaluate`: synthetic images against real ones. No guarantee: results stay in private/.
+
+But for one: where private images select among classifiers, their noisy scores are released (`utility`).
+"""
 
 from collections.abc import Callable
 import functools
@@ -6,12 +9,13 @@ import functools
 from ml_collections import ConfigDict
 
 from dpp_jax.data.images import Images
-from dpp_jax.evaluation import needs
+from dpp_jax.evaluation import needs, trainer
 from dpp_jax.run import artefacts
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
 from dpp_jax.stages.evaluate import common, distances, utility
+from dpp_jax.stages.evaluate.utility import PrivateSelection as PrivateSelection
 from dpp_jax.training import hosts
 
 
@@ -35,6 +39,8 @@ def run(
     share: Images,
     private: Callable[[], Images],
     test: Callable[[], Images],
+    settings: trainer.Settings,
+    selection: PrivateSelection | None = None,
 ) -> None:
     """Compute FID against the real training images, and each classifier's accuracy on real test images.
 
@@ -49,6 +55,8 @@ def run(
         share: the private images that this process has.
         private: gives all private images; called in process 0 alone, and so is `test`.
         test: gives real images that no training saw.
+        settings: how classifiers are trained.
+        selection: how private images select among them; None: they do not.
     """
     evaluation = Evaluation(workdir, flatten(config.to_dict())) if hosts.is_first() else None
     hosts.at_first(lambda: evaluation.begin())
@@ -58,4 +66,16 @@ def run(
     distances.run(
         config, workdir, keys, evaluation=evaluation, images=images, share=share, private=read, test=test
     )
-    hosts.at_first(lambda: utility.run(config, workdir, keys, evaluation, images, read, test))
+    hosts.at_first(
+        lambda: utility.run(
+            config,
+            workdir,
+            keys,
+            evaluation=evaluation,
+            images=images,
+            private=read,
+            test=test,
+            settings=settings,
+            selection=selection,
+        )
+    )

@@ -1,6 +1,6 @@
 """What a stage leaves for others: each artefact's files and loader, written once."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,23 @@ _SCORES = {
     'fid_features?': str,
     'fid_left_out?': str,
     'fid_images?': {'private': int, 'synthetic': int, 'test': int},
+    # Beside FID, by the same features.
+    'fid_spread?': float,
+    'scores?': {'*': {'value': float, 'spread': float, 'images': int, 'real?': float}},
+    'fid_of_class?': {'*': float},
+    'memorization?': {'*': float},
+    'metrics_left_out?': {'*': str},
     'accuracy_of_real_images?': {'*': float},
     'classifiers_left_out?': str,
+}
+
+# What can be asked for beside FID, and whether results have it.
+METRICS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    'kid': lambda results: 'kid' in results.get('scores', {}),
+    'inception_score': lambda results: 'inception_score' in results.get('scores', {}),
+    'precision_recall': lambda results: 'precision' in results.get('scores', {}),
+    'fid_of_class': lambda results: 'fid_of_class' in results,
+    'memorization': lambda results: 'memorization' in results,
 }
 
 
@@ -229,7 +244,7 @@ class Evaluation:
     def subject(self) -> dict[str, Any]:
         """What results are of: the images, and the settings that change a result."""
         # Which results there are.
-        which = ('evaluate.fid', 'evaluate.classifiers', 'evaluate.real_images')
+        which = ('evaluate.fid', 'evaluate.metrics', 'evaluate.classifiers', 'evaluate.real_images')
         return {
             'images': self._images.identity(),
             'settings': {
@@ -274,9 +289,18 @@ class Evaluation:
         files.write_json(self._path, self.results, mode=0o600)
 
     @property
+    def missing_distances(self) -> list[str]:
+        """What the settings ask for and is neither there nor left out: 'fid', or a name of METRICS."""
+        if not self._settings['evaluate.fid'] or 'fid_left_out' in self.results:
+            return []
+        known = {'fid'} & self.results.keys() | self.results.get('metrics_left_out', {}).keys()
+        known |= {name for name, has in METRICS.items() if has(self.results)}
+        return [name for name in ('fid', *self._settings['evaluate.metrics']) if name not in known]
+
+    @property
     def is_complete(self) -> bool:
         """Whether every score that the settings ask for is there."""
-        has_fid = not self._settings['evaluate.fid'] or bool({'fid', 'fid_left_out'} & self.results.keys())
+        has_fid = not self.missing_distances
         if 'classifiers_left_out' in self.results:
             return has_fid
         accuracy = self.results.get('accuracy', {})

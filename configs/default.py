@@ -156,7 +156,16 @@ def get_config(epsilon: str = '10') -> ConfigDict:
 
     config.evaluate = evaluate = ConfigDict()  # looks at real images: results stay in private/
     evaluate.fid = True
-    evaluate.feature_epochs = 10  # of the classifier on real images whose features FID uses
+    # Whose features FID and the metrics compare: inception (that of the public FID) | cnn (a small one,
+    # trained on the private images: quick, but compares only within one data set and seed) | auto (inception,
+    # if its weights are there or can be downloaded; else cnn).
+    evaluate.features = 'auto'
+    # The public PyTorch file of its weights, pt_inception-2015-12-05-6726825d.pth; '' = download it, once.
+    evaluate.inception = ''
+    evaluate.feature_epochs = 10  # of the small CNN on real images
+    # What is computed beside FID (with fid = False: nothing). memorization: whether synthetic images lie
+    # nearer to private ones than real test images do.
+    evaluate.metrics = ('kid', 'inception_score', 'precision_recall', 'fid_of_class', 'memorization')
     evaluate.classifiers = ('logistic', 'mlp', 'cnn')
     evaluate.epochs = 50  # of the classifiers on synthetic images
     evaluate.batch_size = 64

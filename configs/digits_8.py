@@ -44,6 +44,6 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     )
     config.generate.images = 5000
     config.generate.sampler = default.sampler(steps=18)
-    config.evaluate.update(epochs=30, ema_decay=0.99)
+    config.evaluate.update(features='cnn', epochs=30, ema_decay=0.99)
     config.loop.checkpoint_every_seconds = 20.0
     return config

@@ -24,5 +24,5 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     config.finetune.update(batch_size=1024, epochs=4, draws=4, learning_rate=1e-3, ema_decay=0.99)
     config.generate.images = 10000
     config.generate.sampler = default.sampler(steps=18)
-    config.evaluate.update(epochs=15, ema_decay=0.999)
+    config.evaluate.update(features='cnn', epochs=15, ema_decay=0.999)
     return config

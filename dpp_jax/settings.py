@@ -18,6 +18,7 @@ from dpp_jax.data import augment, preparation, sources
 from dpp_jax.diffusion import denoiser, model, sampler
 from dpp_jax.evaluation import classifiers
 from dpp_jax.privacy import accounting, groups, queries
+from dpp_jax.run import artefacts
 
 
 def _registries() -> dict[str, Collection[str]]:
@@ -30,6 +31,7 @@ def _registries() -> dict[str, Collection[str]]:
         'augmentation': tuple(augment.AUGMENTATIONS),
         'classifier': tuple(classifiers.CLASSIFIERS),
         'selection': classifiers.SELECTIONS,
+        'metric': tuple(artefacts.METRICS),
         'denoiser': tuple(denoiser.DENOISERS),
         'sampler': tuple(sampler.SAMPLERS),
         'network': tuple(model.NETWORKS),
@@ -251,7 +253,10 @@ def _table() -> dict[str, _Rule]:
         'generate.tfds': _SWITCH,
         # evaluate
         'evaluate.fid': _SWITCH,
+        'evaluate.features': _name_in(('auto', 'inception', 'cnn')),
+        'evaluate.inception': _TEXT,
         'evaluate.feature_epochs': _COUNT,
+        'evaluate.metrics': _names_in(known['metric']),
         'evaluate.classifiers': _names_in(known['classifier']),
         'evaluate.epochs': _COUNT,
         'evaluate.batch_size': _COUNT,
@@ -400,6 +405,12 @@ _RELATIONS = (
         ('data.train_images',),
         lambda size, images: size <= images,
         lambda images: f'at most data.train_images = {images}',
+    ),
+    _Relation(
+        'evaluate.inception',
+        ('evaluate.features',),
+        lambda path, features: not path or features != 'cnn',
+        lambda _: "'', because evaluate.features is 'cnn'",
     ),
     _Relation(
         'finetune.devices_per_image',

@@ -1,18 +1,18 @@
 """What an evaluation cannot compute, known from public numbers before anything is spent."""
 
-_CLASSES = 2  # that classifiers, and the features of FID, must tell apart
+_CLASSES = 2  # that classifiers must tell apart
 _TEST_IMAGES = 2  # of which a covariance can be taken
 
 
 def why_no_classes(classes: int) -> str | None:
-    """Say why classifiers, and the features of FID, cannot be trained; None if they can."""
+    """Say why classifiers cannot be trained; None if they can. FID has features without classes."""
     if classes >= _CLASSES:
         return None
-    return f'config.data.classes is {classes}; classifiers and the features of FID need at least {_CLASSES}'
+    return f'config.data.classes is {classes}; classifiers need at least {_CLASSES}'
 
 
 def why_no_reference(test_images: int) -> str | None:
-    """Say why there is no FID of real test images; None if there is."""
+    """Say why nothing can be said of real test images by their features; None if it can."""
     if test_images >= _TEST_IMAGES:
         return None
     return (
@@ -29,6 +29,6 @@ def left_out(*, classes: int, test_images: int, fid: bool, classifiers: int) -> 
         fid: whether FID is asked for.
         classifiers: how many classifiers are asked for.
     """
-    no_classes = why_no_classes(classes) if fid or classifiers else None
-    no_reference = why_no_reference(test_images) if fid and not no_classes else None
+    no_classes = why_no_classes(classes) if classifiers else None
+    no_reference = why_no_reference(test_images) if fid else None
     return [f'Evaluation will leave this out: {reason}' for reason in (no_classes, no_reference) if reason]

@@ -1,6 +1,6 @@
 """What a stage leaves for others: each artefact's files and loader, written once."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ _SELECTION = {
 }
 _CLASSIFIER_IMAGES = 'classifier_images'
 # Settings of images that earlier versions did not have, with the value that they stood for.
-_NEW_SETTINGS = {'generate.class_counts': 'balanced', 'generate.class_shares': []}
+_NEW_OF_IMAGES = {'generate.class_counts': 'balanced', 'generate.class_shares': []}
 # What evaluation.json holds.
 _SCORES = {
     'of': dict,
@@ -36,6 +36,12 @@ _SCORES = {
     'fid_features?': str,
     'fid_left_out?': str,
     'fid_images?': {'private': int, 'synthetic': int, 'test': int},
+    # Beside FID, by the same features.
+    'fid_spread?': float,
+    'scores?': {'*': {'value': float, 'spread': float, 'images': int, 'real?': float}},
+    'fid_of_class?': {'*': float},
+    'memorization?': {'*': float},
+    'metrics_left_out?': {'*': str},
     'accuracy_of_real_images?': {'*': float},
     'classifiers_left_out?': str,
     'accuracy_spread?': {'*': float},
@@ -45,10 +51,19 @@ _SCORES = {
     'selection?': str,
     'selected?': {'*': [str]},
 }
-# Settings that earlier versions did not have, with the value that they stood for.
-_NEW_SETTINGS = {'evaluate.seeds': 1, 'evaluate.selection': 'synthetic'}
+# Settings of scores that earlier versions did not have, likewise.
+_NEW_OF_SCORES = {'evaluate.seeds': 1, 'evaluate.selection': 'synthetic'}
 # Settings that change no result with `evaluate.selection` synthetic.
 _OF_NOISY = ('evaluate.selection_share', 'evaluate.candidates')
+
+# What can be asked for beside FID, and whether results have it.
+METRICS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    'kid': lambda results: 'kid' in results.get('scores', {}),
+    'inception_score': lambda results: 'inception_score' in results.get('scores', {}),
+    'precision_recall': lambda results: 'precision' in results.get('scores', {}),
+    'fid_of_class': lambda results: 'fid_of_class' in results,
+    'memorization': lambda results: 'memorization' in results,
+}
 
 
 def central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
@@ -271,7 +286,7 @@ class SyntheticImages:
         move = (
             f'move {self.folder} away and run the same command: it makes new images from the released model'
         )
-        recorded = _NEW_SETTINGS | files.read_json(self._settings_file, f'Restore the file, or {move}')
+        recorded = _NEW_OF_IMAGES | files.read_json(self._settings_file, f'Restore the file, or {move}')
         found = differences(recorded, self._settings, FREE_SETTINGS)
         if found:
             raise ValueError(
@@ -341,8 +356,8 @@ class Evaluation:
     def subject(self) -> dict[str, Any]:
         """What results are of: the images, and the settings that change a result."""
         # Which results there are.
-        which = ['evaluate.fid', 'evaluate.classifiers', 'evaluate.real_images']
-        which += [name for name, old in _NEW_SETTINGS.items() if self._settings[name] == old]
+        which = ['evaluate.fid', 'evaluate.metrics', 'evaluate.classifiers', 'evaluate.real_images']
+        which += [name for name, old in _NEW_OF_SCORES.items() if self._settings[name] == old]
         if 'evaluate.selection' in which:
             which += _OF_NOISY
         return {
@@ -389,9 +404,18 @@ class Evaluation:
         files.write_json(self._path, self.results, mode=0o600)
 
     @property
+    def missing_distances(self) -> list[str]:
+        """What the settings ask for and is neither there nor left out: 'fid', or a name of METRICS."""
+        if not self._settings['evaluate.fid'] or 'fid_left_out' in self.results:
+            return []
+        known = {'fid'} & self.results.keys() | self.results.get('metrics_left_out', {}).keys()
+        known |= {name for name, has in METRICS.items() if has(self.results)}
+        return [name for name in ('fid', *self._settings['evaluate.metrics']) if name not in known]
+
+    @property
     def is_complete(self) -> bool:
         """Whether every score that the settings ask for is there."""
-        has_fid = not self._settings['evaluate.fid'] or bool({'fid', 'fid_left_out'} & self.results.keys())
+        has_fid = not self.missing_distances
         if 'classifiers_left_out' in self.results:
             return has_fid
         accuracy = self.results.get('accuracy', {})

@@ -76,6 +76,7 @@ _PATHS: dict[str, Callable[[str], str]] = {
     'data.dir': lambda _: _PATH,
     'data.labels': lambda labels: labels if labels in LABELS else _PATH,
     'dp.already_spent': lambda _: _PATH,
+    'evaluate.inception': lambda _: _PATH,
 }
 RELEASE_NOTE = (
     'The (ε, δ) in privacy_statement.md covers every file in this folder. It is computed from '
@@ -120,6 +121,7 @@ class WorkDir:
         self.candidates = self.private / 'candidates'
         self.ceiling = self.private / 'accuracy_of_real_images.json'
         self.progress = self.private / 'progress.json'
+        self.nearest = self.private / 'nearest.png'
         self.report = self.private / 'report.json'
         self.report_text = self.private / 'report.txt'
         self.report_page = self.private / 'report.html'
@@ -173,6 +175,10 @@ class WorkDir:
     def feature_network(self, epochs: int) -> Path:
         """File of the network whose features FID compares."""
         return self.private / f'feature_network_{epochs}.npz'
+
+    def private_features(self, network: str) -> Path:
+        """File of the features of the private images, by 'cnn' or 'inception'."""
+        return self.private / f'private_features_{network}.npz'
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:

@@ -15,6 +15,16 @@ from dpp_jax.run import artefacts, statement, statement_text
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.training import tensorboard
 
+_METRIC_TITLES = {
+    'kid': 'KID',
+    'inception_score': 'Inception score',
+    'precision': 'precision',
+    'recall': 'recall',
+    'precision_recall': 'precision, recall',
+    'fid_of_class': 'FID of each class',
+    'memorization': 'nearest private image',
+}
+
 
 def is_done(workdir: WorkDir, images: artefacts.SyntheticImages, evaluation: artefacts.Evaluation) -> bool:
     """Whether the report that is there shows these images and results."""
@@ -108,7 +118,10 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         of = lambda kind: (
             f' ({counts[kind]:,} {kind}, {counts["private"]:,} private images)' if counts else ''
         )
-        rows.append(('FID (small CNN features)', f'{results["fid"]:.2f}{of("synthetic")}'))
+        is_public = results.get('fid_features', '').startswith('Inception')
+        title = f'FID ({"Inception-v3" if is_public else "small CNN"} features)'
+        spread = f' ± {results["fid_spread"]:.2f}' if 'fid_spread' in results else ''
+        rows.append((title, f'{results["fid"]:.2f}{spread}{of("synthetic")}'))
         if 'fid_of_real_test_images' in results:
             rows.append(
                 ('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}{of("test")}')
@@ -126,6 +139,7 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             )
     elif 'fid_left_out' in results:
         rows.append(('FID', f'left out: {results["fid_left_out"]}'))
+    rows += _metric_rows(results)
     for kind, accuracy in results.get('accuracy', {}).items():
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
         ceiling = results.get('accuracy_of_real_images', {}).get(kind)
@@ -138,6 +152,29 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(('  selection', results['selection']))
     if 'classifiers_left_out' in results:
         rows.append(('accuracy', f'left out: {results["classifiers_left_out"]}'))
+    return rows
+
+
+def _metric_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the lines about the metrics beside FID."""
+    rows = []
+    for name, score in results.get('scores', {}).items():
+        real = f'; real test images {score["real"]:.4g}' if 'real' in score else ''
+        figure = f'{score["value"]:.4g} ± {score["spread"]:.2g} ({score["images"]:,} images{real})'
+        rows.append((_METRIC_TITLES.get(name, name), figure))
+    if 'fid_of_class' in results:
+        figures = ', '.join(f'{label}: {value:.1f}' for label, value in results['fid_of_class'].items())
+        rows.append(('FID of each class', figures))
+    if 'memorization' in results:
+        found = results['memorization']
+        figure = (
+            f'{100 * found["share_near"]:.1f} % of {found["synthetic_images"]:,} synthetic images are near '
+            f'({100 * found["share_near_expected"]:.1f} % expected, p = {found["p_value"]:.2g}); median '
+            f'distance {found["median_ratio"]:.2f} x that of real test images'
+        )
+        rows.append(('nearest private image', figure))
+    for name, reason in results.get('metrics_left_out', {}).items():
+        rows.append((_METRIC_TITLES.get(name, name), f'left out: {reason}'))
     return rows
 
 

@@ -25,7 +25,7 @@ def fid_of(network, images_a, images_b):
 
 def train(digits, seed=0, epochs=6, **settings):
     return features.train_feature_network(
-        *digits, classes=10, key=jax.random.key(seed), epochs=epochs, **settings
+        *digits, **{'classes': 10} | settings, key=jax.random.key(seed), epochs=epochs
     )
 
 
@@ -123,5 +123,25 @@ def test_bad_images_are_refused(network, digits):
         network.features(images[:, :, :7])
     with pytest.raises(ValueError, match='1 samples'):
         fid_of(network, images[:1], images)
-    with pytest.raises(ValueError, match='at least 2'):
-        features.train_feature_network(images[:10], labels[:10], classes=10, key=jax.random.key(0), epochs=1)
+    with pytest.raises(ValueError, match='7 private images.*at least 8'):
+        features.train_feature_network(images[:7], labels[:7], classes=10, key=jax.random.key(0), epochs=1)
+
+
+@pytest.mark.parametrize('labels', ['one class', 'one image of a class'])
+def test_without_classes_to_tell_apart_it_learns_rotations(digits, labels):
+    images = digits[0][:1000]
+    labels = np.zeros(1000, int) if labels == 'one class' else np.arange(1000) == 0
+    network = train((images, labels), classes=labels.max() + 1, epochs=10)
+    assert network.held_out_accuracy > 0.5  # chance is 0.25
+    assert 'rotations' in network.name and not network.tells_classes and network.classes == 4
+    again = features.FeatureNetwork.from_arrays(network.to_arrays(), source='memory')
+    assert not again.tells_classes
+    rng = np.random.default_rng(0)
+    noisy = np.clip(images + rng.normal(0, 60, images.shape), 0, 255).astype(np.uint8)
+    assert fid_of(network, images, noisy) > 3 * fid_of(network, images[::2], images[1::2])
+
+
+def test_images_are_turned_by_quarters():
+    image = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1)
+    turned = features.turned(np.repeat(image, 4, axis=0), np.arange(4))[..., 0]
+    assert [list(one.ravel()) for one in turned] == [[0, 1, 2, 3], [1, 3, 0, 2], [3, 2, 1, 0], [2, 0, 3, 1]]

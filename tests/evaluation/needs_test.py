@@ -9,12 +9,12 @@ from dpp_jax.evaluation import needs
     'changes, lines',
     [
         ({}, []),
-        ({'classes': 1}, ['config.data.classes is 1; classifiers and the features of FID need at least 2']),
+        ({'classes': 1}, ['config.data.classes is 1; classifiers need at least 2']),
         ({'classes': 1, 'fid': False}, ['config.data.classes is 1']),
         ({'classes': 1, 'fid': False, 'classifiers': 0}, []),
         ({'test_images': 1}, ['the test set has 1 image(s); the FID of real test images needs at least 2']),
         ({'test_images': 1, 'fid': False}, []),
-        ({'classes': 1, 'test_images': 1}, ['config.data.classes is 1']),
+        ({'classes': 1, 'test_images': 1}, ['config.data.classes is 1', 'the test set has 1 image(s)']),
     ],
     ids=repr,
 )

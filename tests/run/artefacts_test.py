@@ -116,7 +116,12 @@ def test_scores_are_of_the_images_that_were_scored(settings, tmp_path, images):
     scores.save()
     found = artefacts.Evaluation(workdir, settings())
     assert found.results['fid'] == 1.5 and not found.is_complete
-    assert artefacts.Evaluation(workdir, settings(evaluate__classifiers=('logistic',))).is_complete
+    fewer = dict(evaluate__classifiers=('logistic',), evaluate__metrics=())
+    assert artefacts.Evaluation(workdir, settings(**fewer)).is_complete
+    more = artefacts.Evaluation(workdir, settings(**fewer | {'evaluate__metrics': ('kid', 'memorization')}))
+    assert more.missing_distances == ['kid', 'memorization'] and not more.is_complete
+    more.results |= {'metrics_left_out': {'kid': 'why'}, 'memorization': {'p_value': 0.5}}
+    assert more.is_complete
     assert artefacts.Evaluation(workdir, settings(evaluate__epochs=3)).results == {}
     files.write_npz(path, images=images ^ 1)
     assert artefacts.Evaluation(workdir, settings()).results == {}

@@ -39,7 +39,13 @@ def test_an_evaluation_that_lacks_classes_or_test_images_says_so_before_and_afte
     before = told[: told.index('central: done')]
     reason = 'config.data.classes is 1' if classes == 1 else 'the test set has 1 image(s)'
     assert f'Evaluation will leave this out: {reason}' in before and reason in text
-    assert ('fid' in results) == ('logistic' in results['accuracy']) == (classes == 2)
+    assert ('logistic' in results['accuracy']) == (classes == 2)
+    # Features without classes: FID is there, and says whose it is.
+    assert results['fid'] > 0 and ('rotations' in results['fid_features']) == (classes == 1)
+    assert ('fid_of_real_test_images' in results) == (test > 1)
+    left_out = results['metrics_left_out']
+    assert ('memorization' in left_out) == (test == 1) == ('memorization' not in results)
+    assert ('inception_score' in left_out) == (classes == 1)
     pipeline.run(tiny_config_of(workdir, tiny_config, 60, classes, tmp_path), workdir.root, 'all')
     assert 'Everything is done' in capsys.readouterr().out
 

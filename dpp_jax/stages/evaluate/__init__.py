@@ -20,14 +20,19 @@ from dpp_jax.training import hosts
 
 
 def left_out(config: ConfigDict, test_images: int) -> list[str]:
-    """Say, in a line each, what will be left out; public numbers decide it, before anything is spent."""
+    """Say, in a line each, what will be left out; public numbers decide it, before anything is spent.
+
+    Raises:
+        ValueError: a file that an evaluation needs is not there.
+    """
     settings = config.evaluate
-    return needs.left_out(
+    lines = needs.left_out(
         classes=config.data.classes,
         test_images=test_images,
         fid=settings.fid,
         classifiers=len(settings.classifiers),
     )
+    return [*distances.check(config), *lines]
 
 
 def run(
@@ -42,7 +47,7 @@ def run(
     settings: trainer.Settings,
     selection: PrivateSelection | None = None,
 ) -> None:
-    """Compute FID against the real training images, and each classifier's accuracy on real test images.
+    """Compute distances to the real training images, and each classifier's accuracy on real test images.
 
     Results are written as they come, and what is there already is not computed again. Of several processes,
     all compute features; process 0 does the rest.

@@ -82,12 +82,14 @@ def step_noise(sigma: float, parameters: int, batch_size: float) -> float:
 
 def _class_size(images: int, classes: int, smallest_class: int | None) -> str | None:
     what_helps = (
-        'few: only what many images have in common can be learned. What helps: '
-        f'{_FEWEST_IMAGES_PER_CLASS} per class, or fewer classes (data.classes)'
+        f'few: only what many images have in common can be learned. What helps: {_FEWEST_IMAGES_PER_CLASS} '
+        f'{"per class, or fewer classes (data.classes)" if classes > 1 else "or more"}'
     )
     if images < _FEWEST_IMAGES_PER_CLASS * classes:
-        number = f'{images:,} private images in {classes} classes are {images / classes:,.1f} per class'
-        return f'{number}, which is {what_helps}'
+        number = f'{images:,} private images'
+        if classes > 1:
+            number += f' in {classes} classes are {images / classes:,.1f} per class, which'
+        return f'{number} {"is" if classes > 1 else "are"} {what_helps}'
     if smallest_class is not None and smallest_class < _FEWEST_IMAGES_PER_CLASS:
         return f'the smallest class has {smallest_class:,} private images, which is {what_helps}'
     return None

@@ -30,7 +30,7 @@ def sample(
     Args:
         workdir: a work directory, or a copy of its release/.
         n: how many images, at least 1.
-        labels: n integers in 0 .. classes - 1; None: the classes in turn.
+        labels: n integers in 0 .. classes - 1; None: as `generate.class_counts` of the run has them.
         seed: the same seed gives the same images; None: others in every call.
         **changes: settings of the sampler, such as steps=50, in place of those in release/config.json.
 
@@ -49,7 +49,7 @@ def sample(
     classes = config.data.classes
     if not isinstance(n, int | np.integer) or n < 1:
         raise ValueError(f'n is {n!r}; it must be a whole number, at least 1')
-    chosen = generate.image_labels(np.arange(n), classes) if labels is None else np.asarray(labels)
+    chosen = generate.default_labels(config, folder, n) if labels is None else np.asarray(labels)
     if chosen.shape != (n,) or chosen.dtype.kind not in 'iu' or chosen.min() < 0 or chosen.max() >= classes:
         raise ValueError(f'labels is {labels!r}; it must be {n} whole numbers in 0 .. {classes - 1}')
     model = build.model(config)

@@ -33,6 +33,16 @@ _SCORES = {
     'fid_images?': {'private': int, 'synthetic': int, 'test': int},
     'accuracy_of_real_images?': {'*': float},
     'classifiers_left_out?': str,
+    # Spreads are standard deviations, over subsets of images or over seeds.
+    'fid_spread?': float,
+    'scores?': {'*': {'value': float, 'spread': float, 'images': int, 'real?': float}},
+    'fid_of_class?': {'*': float},
+    'memorization?': {'*': float},
+    'accuracy_spread?': {'*': float},
+    'accuracy_of_seeds?': {'*': [float]},
+    'confusion?': {'*': [[int]]},  # rows: true class
+    'accuracy_of_class?': {'*': [float]},
+    'selection?': str,
 }
 
 
@@ -132,7 +142,7 @@ def write_snapshot(workdir: WorkDir, step: int, vector: np.ndarray) -> None:
 
     In private/: they are covered as far as the ledger is, but published only with the whole run.
     """
-    files.write_npz(workdir.snapshots / f'{step:010d}.npz', vector=vector)
+    files.write_npz(workdir.snapshots / f'{step:010d}.npz', mode=0o600, vector=vector)
 
 
 def snapshots(workdir: WorkDir) -> dict[int, Path]:
@@ -153,7 +163,8 @@ def keep_real_images(workdir: WorkDir, images: Any, labels: np.ndarray, classes:
         return
     rows = np.sort(np.concatenate([np.flatnonzero(labels == k)[:_REAL_IMAGES] for k in range(classes)]))
     if len(rows):
-        files.write_npz(workdir.real_images, images=np.asarray(images[rows]), labels=labels[rows])
+        found = {'images': np.asarray(images[rows]), 'labels': labels[rows]}
+        files.write_npz(workdir.real_images, mode=0o600, **found)
 
 
 def add_seconds(workdir: WorkDir, stage: str, seconds: float) -> None:

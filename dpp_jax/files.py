@@ -383,12 +383,12 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n', mode)
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
+def write_npz(path: Path, mode: int = 0o644, **arrays: np.ndarray) -> None:
     """Write a compressed .npz file, whole or not at all; with the folder's note in `_note`."""
     note = note_of(path)
     if note:
         arrays['_note'] = np.array(note)
-    with whole_file(path) as file:
+    with whole_file(path, mode) as file:
         np.savez_compressed(file, **arrays)
 
 

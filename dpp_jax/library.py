@@ -24,6 +24,7 @@ from dpp_jax.privacy import accounting
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.stages import generate
+from dpp_jax.stages.generate import sampling
 from dpp_jax.training import devices, preemption
 
 
@@ -163,8 +164,8 @@ class Released:
 
         Args:
             n: how many images, at least 1.
-            labels: n numbers of classes (0 .. classes - 1) or their names, or one for all; None: the classes
-                in turn.
+            labels: n numbers of classes (0 .. classes - 1) or their names, or one for all; None: as
+                `generate.class_counts` of the run has them.
             sampler: name ('heun', 'ddim'), or settings in place of the run's, such as {'steps': 50}.
             seed: the same seed gives the same images; None: others in every call.
 
@@ -178,7 +179,7 @@ class Released:
         if not isinstance(n, int | np.integer) or n < 1:
             raise ValueError(f'n is {n!r}; it must be a whole number, at least 1')
         chosen = self._labels(n, labels)
-        images = generate.sample_images(
+        images = sampling.sample_images(
             self._program({'name': sampler} if isinstance(sampler, str) else dict(sampler or {})),
             self._params,
             _key(seed),
@@ -193,7 +194,7 @@ class Released:
         """Return n labels, int32, from what the user gave."""
         classes = len(self.classes)
         if labels is None:
-            return generate.image_labels(np.arange(n), classes)
+            return generate.default_labels(self._config, self._folder, n)
         if isinstance(labels, str) or np.ndim(labels) == 0:
             labels = [labels] * n
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -222,7 +223,7 @@ class Released:
             settings.check(config)
             at_once = max(1, self._at_once // 2) if chosen.guidance else self._at_once
             sample = build.samplers(config)['images']
-            self._programs[name] = generate.sample_function(self._model, sample, at_once)
+            self._programs[name] = sampling.sample_function(self._model, sample, at_once)
         return self._programs[name]
 
 

@@ -81,7 +81,7 @@ def _text(
         '## How to load them',
         '',
     ]
-    for title, program in loading.snippets(images):
+    for title, program in loading.snippets(images, 'class_names' in data):
         lines += [f'{title}:', '', '```python', program.strip(), '```', '']
     lines += [
         '## What they are not',
@@ -92,7 +92,8 @@ def _text(
         '',
         '## License',
         '',
-        'TODO: the owner of the private images says here how these images may be used.',
+        'Not chosen yet. The owner of the private images says in a file `LICENSE` beside this one how these '
+        'images may be used; this page is written anew by the program.',
         '',
         '---',
         '',

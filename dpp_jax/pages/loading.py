@@ -6,12 +6,14 @@ from dpp_jax import files
 from dpp_jax.run import artefacts
 
 
-def snippets(images: artefacts.SyntheticImages) -> list[tuple[str, str]]:
+def snippets(images: artefacts.SyntheticImages, has_names: bool) -> list[tuple[str, str]]:
     """Return (title, lines of Python) for each form that is there, with paths as seen beside release/.
 
     Args:
         images: of the run.
+        has_names: whether the npz file has names of classes; that of an earlier version does not.
     """
+    names = "names = data['class_names']\n" if has_names else ''
     found = [
         (
             'NumPy',
@@ -19,8 +21,7 @@ def snippets(images: artefacts.SyntheticImages) -> list[tuple[str, str]]:
 import numpy as np
 data = np.load('{_place(images.paths['images'])}')
 images, labels = data['images'], data['labels']  # uint8 (n, height, width, channels), int32 (n,)
-names = data['class_names']
-""",
+{names}""",
         )
     ]
     if files.is_whole(images.png_tree):

@@ -14,6 +14,7 @@ import numpy as np
 from dpp_jax.data import image_grid
 from dpp_jax.pages.style import STYLE
 
+GAP = 4  # pixels between images on the screen
 _LEAST_PIXELS = 48  # about the height of an image on the screen
 
 

@@ -66,7 +66,7 @@ def write(
             'may be published is in `release/`, with a page of its own.',
             'warning',
         ),
-        page.table((), contents.rows, texts=1),
+        page.table((), contents.rows, texts=2),
         *([page.paragraph(contents.note, 'faint')] if contents.note else []),
     )
     _add_classes(made, contents, class_names)
@@ -86,7 +86,9 @@ def _add_classes(made: page.Page, contents: Contents, class_names: Sequence[str]
     results, columns = contents.results, []
     for kind, values in results.get('accuracy_of_class', {}).items():
         title = contents.titles.get(kind, kind)
-        columns.append((title, np.array(values, float), [f'{100 * value:.1f}' for value in values]))
+        found = np.array(values, np.float64)
+        heat = (found - found.min()) / max(1 - found.min(), 1e-9)
+        columns.append((title, heat, [f'{100 * value:.1f}' for value in found]))
     of_class = results.get('fid_of_class')
     if of_class:
         values = [of_class.get(str(label)) for label in range(len(class_names))]
@@ -151,7 +153,7 @@ def _add_real(
     if real is None:
         return
     data = images.load(images.paths['images'])
-    columns = min(8, release_page.columns_of(len(class_names)))
+    columns = min(8, release_page.columns_of(len(class_names), data['images'].shape[2]))
     groups = []
     for found in (real, data):
         chosen = [np.flatnonzero(found['labels'] == label)[:columns] for label in range(len(class_names))]

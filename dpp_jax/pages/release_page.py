@@ -12,6 +12,8 @@ from dpp_jax.run import artefacts
 from dpp_jax.run import statement_text as words
 from dpp_jax.run.folder import WorkDir
 
+_NARROW = 378  # pixels that a page has for images on a screen of 420
+
 
 def write(
     workdir: WorkDir,
@@ -86,7 +88,7 @@ def add_images(
         page.paragraph(
             f'The first of each class, of {len(pixels):,} in all: not chosen by anybody. {_per_class(counts)}'
         ),
-        images_by_class(made, pixels, labels, class_names, columns_of(len(class_names))),
+        images_by_class(made, pixels, labels, class_names, columns_of(len(class_names), pixels.shape[2])),
     )
     if workdir.central_images.exists():
         _add_central(made, artefacts.central_images(workdir), class_names)
@@ -104,9 +106,16 @@ def images_by_class(
     return page.rows_of_images((name, [next(tiles) for _ in rows]) for name, rows in zip(class_names, chosen))
 
 
-def columns_of(classes: int) -> int:
-    """Return how many images of a class a page shows: few of many classes."""
-    return next(columns for most, columns in ((12, 16), (25, 12), (60, 8), (np.inf, 4)) if classes <= most)
+def columns_of(classes: int, width: int) -> int:
+    """Return how many images of a class a page shows: few of many classes.
+
+    Args:
+        classes: their number.
+        width: of an image, in its own pixels. Where the page is narrow, two lines are full.
+    """
+    most = next(columns for most, columns in ((25, 14), (60, 8), (np.inf, 4)) if classes <= most)
+    per_line = (_NARROW + page.GAP) // (width * page.zoom_of(width) + page.GAP)
+    return min(most, max(8, 2 * per_line))
 
 
 def _per_class(counts: np.ndarray) -> str:
@@ -181,7 +190,11 @@ def add_settings(
     made: page.Page, workdir: WorkDir, settings: dict[str, Any], images: artefacts.SyntheticImages
 ) -> None:
     """Add how to load the images, and the settings."""
-    parts = [f'<h3>{page.inline(title)}</h3>{page.code(lines)}' for title, lines in loading.snippets(images)]
+    has_names = 'class_names' in images.load(images.paths['images'])
+    parts = [
+        f'<h3>{page.inline(title)}</h3>{page.code(lines)}'
+        for title, lines in loading.snippets(images, has_names)
+    ]
     made.add('Load the images', *parts)
     changed, same = settings_text.compared(settings)
     made.add(

@@ -43,7 +43,7 @@ thead th { color: var(--faint); font-size: .85rem; vertical-align: bottom }
 td.number { white-space: nowrap }
 table.heat th, table.heat td { padding: .25rem .5rem; text-align: right }
 table.heat th[scope=row] { white-space: nowrap }
-td.heat { background: rgba(var(--heat-of), calc(var(--heat) * .75)); min-width: 2.4rem }
+td.heat { background: rgba(var(--heat-of), calc(var(--heat) * .6)); min-width: 2.6rem }
 table.pictures th, table.pictures td { padding: .25rem .9rem .25rem 0; vertical-align: middle }
 table.pictures th { white-space: nowrap }
 table.pictures .tiles { flex-wrap: nowrap }

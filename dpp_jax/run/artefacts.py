@@ -196,7 +196,7 @@ def write_snapshot(workdir: WorkDir, step: int, vector: np.ndarray) -> None:
 
     In private/: they are covered as far as the ledger is, but published only with the whole run.
     """
-    files.write_npz(workdir.snapshots / f'{step:010d}.npz', vector=vector)
+    files.write_npz(workdir.snapshots / f'{step:010d}.npz', mode=0o600, vector=vector)
 
 
 def snapshots(workdir: WorkDir) -> dict[int, Path]:
@@ -217,7 +217,8 @@ def keep_real_images(workdir: WorkDir, images: Any, labels: np.ndarray, classes:
         return
     rows = np.sort(np.concatenate([np.flatnonzero(labels == k)[:_REAL_IMAGES] for k in range(classes)]))
     if len(rows):
-        files.write_npz(workdir.real_images, images=np.asarray(images[rows]), labels=labels[rows])
+        found = {'images': np.asarray(images[rows]), 'labels': labels[rows]}
+        files.write_npz(workdir.real_images, mode=0o600, **found)
 
 
 def add_seconds(workdir: WorkDir, stage: str, seconds: float) -> None:

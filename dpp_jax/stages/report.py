@@ -114,44 +114,40 @@ def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the lines of the table about quality: (what, figure)."""
     rows = []
     if 'fid' in results:
-        counts = results.get('fid_images', {})
-        of = lambda kind: (
-            f' ({counts[kind]:,} {kind}, {counts["private"]:,} private images)' if counts else ''
-        )
-        is_public = results.get('fid_features', '').startswith('Inception')
-        title = f'FID ({"Inception-v3" if is_public else "small CNN"} features)'
-        spread = f' ± {results["fid_spread"]:.2f}' if 'fid_spread' in results else ''
-        rows.append((title, f'{results["fid"]:.2f}{spread}{of("synthetic")}'))
-        if 'fid_of_real_test_images' in results:
-            rows.append(
-                ('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}{of("test")}')
-            )
-        elif counts:
-            rows.append(('  FID of real test images', f'left out: {needs.why_no_reference(counts["test"])}'))
-        few = [kind for kind, count in counts.items() if count < FEW_IMAGES]
-        if few:
-            rows.append(
-                (
-                    '  few images',
-                    f'fewer than {FEW_IMAGES:,} ({", ".join(few)}) make FID too large: compare it only '
-                    'with FIDs of as many images',
-                )
-            )
+        rows += _fid_rows(results)
     elif 'fid_left_out' in results:
         rows.append(('FID', f'left out: {results["fid_left_out"]}'))
     rows += _metric_rows(results)
     for kind, accuracy in results.get('accuracy', {}).items():
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
-        ceiling = results.get('accuracy_of_real_images', {}).get(kind)
-        beside = '' if ceiling is None else f' (trained on the real images: {100 * ceiling:.1f} %)'
-        spread = results.get('accuracy_spread', {}).get(kind)
-        seeds = len(results.get('accuracy_of_seeds', {}).get(kind, []))
-        around = '' if spread is None else f' ± {100 * spread:.1f} ({seeds} seeds)'
-        rows.append((f'accuracy {title}', f'{100 * accuracy:.1f}{around} %{beside}'))
-    if 'selection' in results:
-        rows.append(('  selection', results['selection']))
+        rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %{_beside(results, kind)}'))
     if 'classifiers_left_out' in results:
         rows.append(('accuracy', f'left out: {results["classifiers_left_out"]}'))
+    if 'selection' in results:
+        rows.append(('  classifiers chosen by', results['selection']))
+    return rows
+
+
+def _fid_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the lines about FID, with the numbers of images."""
+    counts, rows = results.get('fid_images', {}), []
+    of = lambda kind: f' ({counts[kind]:,} {kind}, {counts["private"]:,} private images)' if counts else ''
+    spread = f' ± {results["fid_spread"]:.2f}' if 'fid_spread' in results else ''
+    network = results.get('fid_features', 'small CNN').split(' (')[0]
+    rows.append((f'FID ({network} features)', f'{results["fid"]:.2f}{spread}{of("synthetic")}'))
+    if 'fid_of_real_test_images' in results:
+        rows.append(('  FID of real test images', f'{results["fid_of_real_test_images"]:.2f}{of("test")}'))
+    elif counts:
+        rows.append(('  FID of real test images', f'left out: {needs.why_no_reference(counts["test"])}'))
+    few = [kind for kind, count in counts.items() if count < FEW_IMAGES]
+    if few:
+        rows.append(
+            (
+                '  few images',
+                f'fewer than {FEW_IMAGES:,} ({", ".join(few)}) make FID too large: compare it only with FIDs '
+                'of as many images',
+            )
+        )
     return rows
 
 
@@ -176,6 +172,16 @@ def _metric_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     for name, reason in results.get('metrics_left_out', {}).items():
         rows.append((_METRIC_TITLES.get(name, name), f'left out: {reason}'))
     return rows
+
+
+def _beside(results: dict[str, Any], kind: str) -> str:
+    """Say what stands beside the accuracy of a classifier: spread, number of seeds, and the ceiling."""
+    spread, seeds = results.get('accuracy_spread', {}).get(kind), results.get('accuracy_of_seeds', {})
+    ceiling = results.get('accuracy_of_real_images', {}).get(kind)
+    more = '' if spread is None else f' ± {100 * spread:.1f}'
+    if len(seeds.get(kind, ())) > 1:
+        more += f' over {len(seeds[kind])} seeds'
+    return more + ('' if ceiling is None else f' (trained on the real images: {100 * ceiling:.1f} %)')
 
 
 def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImages, rows, note: str) -> str:

@@ -103,7 +103,8 @@ def default_labels(config: ConfigDict, workdir: WorkDir, total: int) -> np.ndarr
         total: number of images.
 
     Returns:
-        (total,) int32; the classes in every beginning have about the shares that they have in all.
+        (total,) int32; in every beginning the classes have about the shares that they have in all. Of
+        `generate.images` labels, each class has two at least.
 
     Raises:
         ValueError: the counts of the query are asked for, and not there.
@@ -111,17 +112,18 @@ def default_labels(config: ConfigDict, workdir: WorkDir, total: int) -> np.ndarr
     settings, classes = config.generate, config.data.classes
     if settings.class_counts == 'balanced':
         return image_labels(np.arange(total), classes)
-    if settings.class_counts == 'shares':
-        return sampling.labels_by_share(total, np.array(settings.class_shares, np.float64))
-    counts = artefacts.central_images(workdir).get('counts')
-    if counts is None:
-        raise ValueError(
-            f"config.generate.class_counts is 'query', but {workdir.central_images} holds no counts: an "
-            "earlier version released none. It must be 'balanced' or 'shares'"
-        )
-    # The noise may leave less than nothing of a class.
-    shares = np.maximum(counts.sum(axis=0, dtype=np.float64), 0)
-    return sampling.labels_by_share(total, shares if shares.any() else np.ones(classes))
+    shares = np.array(settings.class_shares, np.float64)
+    if settings.class_counts == 'query':
+        counts = artefacts.central_images(workdir).get('counts')
+        if counts is None:
+            raise ValueError(
+                f"config.generate.class_counts is 'query', but {workdir.central_images} holds no counts: an "
+                "earlier version released none. It must be 'balanced' or 'shares'"
+            )
+        # The noise may leave less than nothing of a class, and of all.
+        shares = np.maximum(counts.sum(axis=0, dtype=np.float64), 0)
+        shares = shares if shares.any() else np.ones(classes)
+    return sampling.labels_by_share(total, sampling.with_two_of_each(shares, settings.images))
 
 
 def _save(

@@ -28,9 +28,10 @@ def folder_names(names: Sequence[str]) -> list[str]:
     found, taken = [], set()
     for label, name in enumerate(names):
         safe = re.sub(r'[^\w\-.,()+ ]', '_', name)[:_LONGEST].strip(' .') or 'class'
-        is_reserved = safe.partition('.')[0].casefold() in _RESERVED
-        while is_reserved or safe.casefold() in taken:  # some file systems do not tell A from a
-            safe, is_reserved = f'{safe}_{label}', False
+        if safe.partition('.')[0].casefold() in _RESERVED:
+            safe = f'_{safe}'
+        while safe.casefold() in taken:  # some file systems do not tell A from a
+            safe = f'{safe}_{label}'
         taken.add(safe.casefold())
         found.append(safe)
     return found

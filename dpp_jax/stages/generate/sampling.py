@@ -40,6 +40,25 @@ def image_numbers(labels: np.ndarray, classes: int) -> np.ndarray:
     return numbers
 
 
+def with_two_of_each(shares: np.ndarray, images: int) -> np.ndarray:
+    """Return shares of classes with which each has two of so many images, however small its share was.
+
+    Args:
+        shares: (classes,) numbers >= 0, not all 0.
+        images: at least 2 for each class.
+
+    Returns:
+        (classes,) float64, which add up to 1.
+    """
+    counts = np.asarray(shares, np.float64) / np.sum(shares) * images
+    few = np.zeros(len(counts), bool)
+    while (small := ~few & (counts < 2)).any():
+        few |= small
+        left = max(images - 2.0 * few.sum(), 0.0)
+        counts = np.where(few, 2.0, counts * left / max(counts[~few].sum(), 1e-300))
+    return counts / counts.sum()
+
+
 def labels_by_share(total: int, shares: np.ndarray) -> np.ndarray:
     """Return labels in an order of which every beginning has the classes in about these shares.
 
@@ -47,21 +66,16 @@ def labels_by_share(total: int, shares: np.ndarray) -> np.ndarray:
     classes in turn.
 
     Args:
-        total: how many, at least 2 for each class.
-        shares: (classes,) numbers >= 0, not all 0. Every class gets two images, however small its share is.
+        total: how many.
+        shares: (classes,) numbers > 0, which add up to 1.
 
     Returns:
         (total,) int32.
     """
-    counts = np.asarray(shares, np.float64) / np.sum(shares) * total
-    few = np.zeros(len(counts), bool)
-    while (small := ~few & (counts < 2)).any():
-        few |= small
-        counts = np.where(few, 2.0, counts * (total - 2.0 * few.sum()) / max(counts[~few].sum(), 2.0))
     places, labels = [], []
-    for label, count in enumerate(counts):
-        number = int(count) + len(counts) + 2
-        places.append((np.arange(number) + 0.5) / count)
+    for label, share in enumerate(shares):
+        number = int(total * share) + len(shares) + 2
+        places.append((np.arange(number) + 0.5) / share)
         labels.append(np.full(number, label, np.int32))
     order = np.argsort(np.concatenate(places), kind='stable')
     return np.concatenate(labels)[order[:total]]

@@ -51,7 +51,7 @@ setup(
     extras_require={
         'cuda': ['jax[cuda12]>=0.8'],
         'tpu': ['jax[tpu]>=0.8'],
-        'pytorch': ['safetensors', 'torch>=2.4'],
+        'pytorch': ['opacus>=1.5', 'safetensors', 'torch>=2.4'],
         'test': [
             'hypothesis',
             'jax-privacy>=2',  # independent clipping to compare with

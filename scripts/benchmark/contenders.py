@@ -137,30 +137,26 @@ def pytorch_contenders(settings, model, params, images, labels) -> list[timing.C
     try:
         import torch
 
-        from scripts.benchmark import pytorch_baseline as baseline
+        from scripts.compare import pytorch_port, pytorch_private
     except ImportError:
         return []
     torch.set_num_threads(devices.cores())  # as many as XLA takes
     pixels = torch.tensor(np.moveaxis(images, -1, 1)).float() / 127.5 - 1
     classes = torch.tensor(labels).long()
 
-    def network():
-        twin = baseline.make_network(model)
-        baseline.load(twin, params)
-        return twin
-
-    draw = lambda: baseline.draw(pixels, classes, settings.draws, settings.label_dropout, model.classes)
-    ordinary = network()
-    private = baseline.PrivateStep(
-        network(),
+    draw = lambda: pytorch_port.draw(pixels, classes, settings.draws, settings.label_dropout, model.classes)
+    ordinary = pytorch_port.make_network(model, params)
+    private = pytorch_private.HooksOfRows(
+        pytorch_port.make_network(model, params),
+        draws=settings.draws,
         clip_norm=settings.clip_norm,
         noise_multiplier=1.0,
         expected_batch_size=len(images),
         learning_rate=settings.learning_rate,
     )
     calls = {
-        PYTORCH: lambda: baseline.plain_gradient(ordinary, draw(), rows_at_once=_PYTORCH_ROWS),
-        OPACUS: lambda: private.step(draw(), settings.draws, images_at_once=1),
+        PYTORCH: lambda: pytorch_port.plain_gradient(ordinary, draw(), rows_at_once=_PYTORCH_ROWS),
+        OPACUS: lambda: private.step(draw(), images_at_once=1),
     }
     return [
         timing.Contender(title, call, amount=len(images) * settings.draws) for title, call in calls.items()

@@ -1,0 +1,1 @@
+"""Our results beside those of PyTorch and Opacus: `python scripts/compare_pytorch.py --help`."""

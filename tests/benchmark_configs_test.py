@@ -41,7 +41,8 @@ def stand_in(folder, side, classes):
     return f'npz:{folder}', 4 * classes
 
 
-@pytest.mark.parametrize('name', SHAPES)
+# cifar10_32 has the shape of eurosat_32, and the sampler of cifar100_32.
+@pytest.mark.parametrize('name', [name for name in SHAPES if name != 'cifar10_32'])
 def test_a_stand_in_of_each_shape_runs_one_step_of_every_stage(name, tmp_path):
     config, (side, classes, *_) = config_of(name, '1000'), SHAPES[name]
     source, images = stand_in(tmp_path, side, classes)
@@ -51,10 +52,14 @@ def test_a_stand_in_of_each_shape_runs_one_step_of_every_stage(name, tmp_path):
     config.query.queries = 1
     config.model.update(width=4, blocks=1, multipliers=(1,), attention_resolutions=())
     config.pretrain.update(epochs=1, batch_size=classes)
+    if name != 'eurosat_32':  # once is enough of what takes long to compile
+        config.pretrain.augmentation = 'none'
     config.finetune.update(batch_size=images, epochs=1, draws=1, microbatch=2)
     config.generate.update(images=2 * classes, batch_size=25)
     config.generate.sampler.steps = config.generate.classifier_sampler.steps = 1
-    config.evaluate.update(classifiers=('logistic',), epochs=1, feature_epochs=1)
+    config.evaluate.update(
+        classifiers=('logistic',), epochs=1, feature_epochs=1, batch_size=8, real_images=False
+    )
     pipeline.run(config, tmp_path / 'run', 'all')
     workdir = WorkDir(tmp_path / 'run')
     made = np.load(workdir.synthetic / 'images.npz')

@@ -1,4 +1,4 @@
-"""Images without labels, which are one class, go through every stage, and no word speaks of what cannot be."""
+"""Images without labels are one class: they go through every stage, and no word speaks of what cannot be."""
 
 import numpy as np
 import pytest

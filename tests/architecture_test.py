@@ -28,6 +28,7 @@ ALLOWED = {
     'pipeline': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate', 'planning'},
     'command_line': {'configs', 'training', 'object_store'},
     'library': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'configs'},
+    'fid_command': {'training', 'evaluation'},
     'main': {'command_line', 'training', 'run', 'pipeline'},
 }
 # Rooms that know what a config is; below them, functions take arrays, callables and named arguments.

@@ -64,5 +64,10 @@ setup(
             'torch>=2.6',
         ],
     },
-    entry_points={'console_scripts': ['dpp-jax=dpp_jax.main:entry_point']},
+    entry_points={
+        'console_scripts': [
+            'dpp-jax=dpp_jax.main:entry_point',
+            'dpp-jax-fid=dpp_jax.fid_command:entry_point',
+        ]
+    },
 )

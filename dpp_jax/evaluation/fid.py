@@ -179,5 +179,5 @@ def _factor(covariance: np.ndarray, name: str) -> np.ndarray:
     largest = np.abs(eigenvalues).max()
     if eigenvalues[0] < -_COVARIANCE_TOLERANCE * largest:
         raise ValueError(f'{name} has the eigenvalue {eigenvalues[0]:.3g}; a covariance has none below 0')
-    kept = eigenvalues > np.finfo(np.float64).eps * largest
+    kept = eigenvalues > len(eigenvalues) * np.finfo(np.float64).eps * largest
     return eigenvectors[:, kept] * np.sqrt(eigenvalues[kept])

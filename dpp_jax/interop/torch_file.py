@@ -31,8 +31,12 @@ _STORAGES = {
 }
 _DAMAGE = (
     ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NotImplementedError,
-    TypeError, ValueError, zipfile.BadZipFile,
+    TypeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile,
 )  # fmt: skip
+
+
+class _Refused(Exception):
+    """A pickle holds what this reader does not make."""
 
 
 def read(path: str | os.PathLike) -> Any:
@@ -50,12 +54,12 @@ def read(path: str | os.PathLike) -> Any:
     """
     with open(path, 'rb') as file:
         try:
-            if zipfile.is_zipfile(file):
+            if file.read(2) == b'PK':
                 with zipfile.ZipFile(file) as archive:
                     return _read_zip(archive)
             file.seek(0)
             return _read_legacy(file)
-        except pickle.UnpicklingError as error:
+        except _Refused as error:
             raise ValueError(f'{path} is not read: {error}') from error
         except _DAMAGE as error:
             raise ValueError(f'{path} is no whole file of torch.save: {error!r}') from error
@@ -107,7 +111,7 @@ def _read_legacy(file: BinaryIO) -> Any:
 
 
 def _no_storage(*_: Any) -> np.ndarray:
-    raise pickle.UnpicklingError('it has a tensor where none may be')
+    raise _Refused('it has a tensor where none may be')
 
 
 class _Unpickler(pickle.Unpickler):
@@ -127,15 +131,13 @@ class _Unpickler(pickle.Unpickler):
             'torch._utils._rebuild_parameter': _parameter,
         }
         if f'{module}.{name}' not in allowed:
-            raise pickle.UnpicklingError(
-                f'it holds {module}.{name}; it may hold tensors and ordered dictionaries alone'
-            )
+            raise _Refused(f'it holds {module}.{name}; it may hold tensors and ordered dictionaries alone')
         return allowed[f'{module}.{name}']
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         """Return a storage: ('storage', type, key, device, numel), and in old files None at the end."""
         if not isinstance(pid, tuple) or pid[0] != 'storage' or any(part is not None for part in pid[5:]):
-            raise pickle.UnpicklingError(f'it refers to {str(pid)[:60]}; it may refer to storages alone')
+            raise _Refused(f'it refers to {str(pid)[:60]}; it may refer to storages alone')
         _, kind, key, _, numel = pid[:5]
         return self._storage(kind, key, numel)
 

@@ -103,3 +103,26 @@ def test_distance_of_singular_gaussians_with_no_common_direction():
 def test_distance_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         fid.frechet_distance(*arguments)
+
+
+@pytest.mark.parametrize('samples', [(30, 500), (500, 30), (30, 20)])
+def test_few_images_of_many_features_have_the_distance_of_their_covariances(rng, samples):
+    """Rank-deficient: 64 features. Against eigenvalues of the product of the covariances."""
+    features = [rng.standard_normal((number, 64)) + shift for number, shift in zip(samples, (0, 0.5))]
+    found = fid.distance(*map(fid.Gaussian.of_features, features))
+    means, covs = zip(*(fid.moments([one]) for one in features))
+    eigenvalues = np.linalg.eigvals(covs[0] @ covs[1])
+    root = np.sqrt(np.clip(eigenvalues.real, 0, None)).sum()
+    expected = np.sum((means[0] - means[1]) ** 2) + np.trace(sum(covs)) - 2 * root
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(fid.frechet_distance(means[0], covs[0], means[1], covs[1]), rel=1e-9)
+
+
+def test_spread_is_the_standard_error_of_fid(rng):
+    """That of many sets of as many images."""
+    reference = fid.Gaussian(mean=np.zeros(4), factor=np.eye(4))
+    sets = rng.standard_normal((200, 400, 4)) + 0.3
+    true = np.std([fid.distance(fid.Gaussian.of_features(one), reference) for one in sets])
+    spreads = [fid.spread(one, reference, np.random.default_rng(number)) for number, one in enumerate(sets)]
+    assert np.mean(spreads) == pytest.approx(true, rel=0.25)
+    assert fid.spread(sets[0][:3], reference, rng) is None

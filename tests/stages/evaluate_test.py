@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from dpp_jax import pipeline
 from dpp_jax.data.images import Images
 from dpp_jax.data.stored import StoredImages
+from dpp_jax.evaluation import inception_weights
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.stages import report
-from dpp_jax.stages.evaluate import common
+from dpp_jax.stages.evaluate import common, distances
 
 
 def run(config, root, train, test, classes):
@@ -71,6 +74,82 @@ def test_scores_stand_beside_their_ceiling_and_fid_beside_its_numbers(finished_r
     assert '(40 synthetic, 1,437 private images)' in text and '(360 test, 1,437 private images)' in text
     assert 'fewer than 2,000 (private, synthetic, test) make FID too large' in text
     assert workdir.ceiling.stat().st_mode & 0o777 == 0o600
+
+
+def test_metrics_stand_beside_fid_with_their_spread_and_those_of_real_images(finished_run):
+    config, workdir, _ = finished_run
+    results = json.loads(workdir.evaluation.read_text())
+    assert set(results['scores']) == {'kid', 'inception_score', 'precision', 'recall'}
+    for name, score in results['scores'].items():
+        assert score['images'] == 40 and score['spread'] >= 0
+        assert (score['real'] < score['value']) == (name == 'kid')  # 40 images of a network hardly trained
+    assert results['fid_spread'] > 0
+    assert results['metrics_left_out'] == {
+        'fid_of_class': 'no class has 100 synthetic and 100 private images'
+    }
+    found = results['memorization']
+    assert (found['synthetic_images'], found['real_images'], found['private_images']) == (40, 360, 1437)
+    assert 0 < found['p_value'] <= 1 and found['median_ratio'] > 0
+    text = workdir.report_text.read_text()
+    for word in ('KID', 'Inception score', 'precision', 'recall', 'nearest private image', '40 images; real'):
+        assert word in text
+    assert workdir.nearest.stat().st_mode & 0o777 == 0o600
+    with Image.open(workdir.nearest) as picture:
+        assert picture.size == (2 * 50 + 2, 10 * 50 + 2)  # ten pairs of magnified images
+
+
+def test_features_of_private_images_are_computed_once(copied_run, monkeypatch):
+    config, workdir = copied_run
+    before = json.loads(workdir.evaluation.read_text())
+    workdir.evaluation.unlink()
+    monkeypatch.setattr(distances, '_blocks_of_share', lambda *_: pytest.fail('computed again'))
+    pipeline.run(config, workdir.root, 'evaluate')
+    again = json.loads(workdir.evaluation.read_text())
+    assert again['fid'] == pytest.approx(before['fid']) and again['scores'] == before['scores']
+
+
+def test_features_of_other_private_images_or_another_network_are_not_taken(copied_run):
+    _, workdir = copied_run
+    with np.load(workdir.private_features('cnn')) as file:
+        digest = json.loads(str(file['key']))['network']
+    told = {'kind': 'cnn', 'digest': digest}
+    assert distances._cached(workdir, told).count == 1437
+    assert distances._cached(workdir, told | {'digest': 'another'}) is None
+    known = json.loads(workdir.fingerprints.read_text())
+    known['train']['row_sum'] = '0' * 64
+    workdir.fingerprints.write_text(json.dumps(known))
+    assert distances._cached(workdir, told) is None
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'inception': '/none.pth'}, "config.evaluate.inception is '/none.pth', which is no file"),
+        ({'inception': 'x', 'features': 'cnn'}, "it must be '', because evaluate.features is 'cnn'"),
+        ({'features': 'clip'}, "config.evaluate.features is 'clip'; it must be 'auto' or"),
+        ({'metrics': ('fad',)}, "config.evaluate.metrics is ('fad',); it must be a selection of 'kid'"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_before_anything_is_spent(tiny_config, tmp_path, changes, message):
+    config = tiny_config(evaluate__features='auto')
+    config.evaluate.update(changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipeline.run(config, tmp_path / 'run', 'all')
+    assert not (tmp_path / 'run' / 'release' / 'ledger.jsonl').exists()
+
+
+def test_without_weights_the_settings_decide(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(inception_weights, 'URL', 'http://127.0.0.1:9/weights.pth')
+    config = tiny_config(evaluate__features='auto')
+    assert distances._inception(config) is None
+    told = capsys.readouterr().out
+    assert 'features of a small CNN: http://127.0.0.1:9' in told and told.count('\n') == 1
+    config.evaluate.features = 'inception'
+    assert 'will download the weights' in distances.check(config)[0]
+    with pytest.raises(ValueError, match="config.evaluate.features is 'inception', but http://127.0.0.1:9"):
+        distances._inception(config)
 
 
 @pytest.mark.parametrize('least, warned', [(1999, True), (2000, False)])

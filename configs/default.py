@@ -175,7 +175,8 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     # Also train each classifier on the private images, once: its accuracy is what no generator exceeds.
     evaluate.real_images = True
     # Trainings of each classifier, with keys of their own: scores are their mean, with a spread from 2 on.
-    # On the private images there is one.
+    # On the private images there is one; so there is of logistic regression with private_noisy, where nothing
+    # of it is random.
     evaluate.seeds = 1
     # What selects among a training's epochs (logistic regression: among strengths of its regularization):
     # synthetic (a held-out share of them) | private_noisy (noisy counts of the private images that each

@@ -99,8 +99,11 @@ def selection(config: ConfigDict) -> selection_lib.Selection | None:
     if settings.selection != classifiers.PRIVATE_NOISY or needs.why_no_classes(config.data.classes):
         return None
     of_training = classifier_settings(config)
-    candidates = sum(classifiers.candidates(kind, of_training) for kind in settings.classifiers)
-    return selection_lib.Selection(candidates=settings.seeds * candidates, units=unit(config).size)
+    candidates = sum(
+        classifiers.trainings(kind, settings.seeds) * classifiers.candidates(kind, of_training)
+        for kind in settings.classifiers
+    )
+    return selection_lib.Selection(candidates=candidates, units=unit(config).size)
 
 
 def plan(

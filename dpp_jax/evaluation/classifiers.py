@@ -87,11 +87,13 @@ class Entry:
         title: its name for people.
         fit: trains one.
         candidates: how many candidates it has with these settings.
+        is_random: whether its key matters where nothing is held out.
     """
 
     title: str
     fit: Fit
     candidates: Callable[[trainer.Settings], int]
+    is_random: bool = True
 
 
 def train_classifier(
@@ -172,6 +174,15 @@ def candidates(name: str, settings: trainer.Settings) -> int:
         ValueError: an unknown name.
     """
     return _entry(name).candidates(settings)
+
+
+def trainings(name: str, seeds: int) -> int:
+    """Return how many of so many trainings by `fit` on the same images differ: one, if nothing is random.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return seeds if _entry(name).is_random else 1
 
 
 def _entry(name: str) -> Entry:
@@ -263,7 +274,10 @@ def _of_network(title: str, network: Callable[[int], nn.Module]) -> Entry:
 
 CLASSIFIERS = {
     'logistic': Entry(
-        title='logistic regression', fit=_fit_logistic, candidates=lambda settings: len(_LOGISTIC_C)
+        title='logistic regression',
+        fit=_fit_logistic,
+        candidates=lambda settings: len(_LOGISTIC_C),
+        is_random=False,
     ),
     'mlp': _of_network('MLP', networks.Mlp),
     'cnn': _of_network("CNN (the paper's)", networks.Cnn),

@@ -94,6 +94,8 @@ def run(
     if reason is not None:
         common.save(evaluation, {'classifiers_left_out': reason})
         chosen = ()
+    else:
+        results.pop('classifiers_left_out', None)
     if config.evaluate.real_images:
         for kind in chosen:
             if kind not in results.get('accuracy_of_real_images', {}):
@@ -106,7 +108,7 @@ def run(
         found = [
             _candidates(train, workdir, keys, evaluation, kind, seed, private, test, selection)
             for kind in chosen
-            for seed in range(config.evaluate.seeds)
+            for seed in range(classifiers.trainings(kind, config.evaluate.seeds))
         ]
         if released is None:
             _release(workdir, keys, images, found, selection)

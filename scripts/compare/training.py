@@ -1,9 +1,10 @@
-"""Both frameworks fine-tune the same weights on the same images, with the same noise multiplier: what comes out.
+"""Both frameworks fine-tune the same weights on the same images, with the same noise: what comes out.
 
 How it goes: central images and pre-training run once, in the package. From the weights that they give, each
-framework takes the plan's DP-SGD steps, once for each seed. A seed gives both the same Poisson samples; noise,
-noise levels and label dropout are each framework's own random numbers. Images are sampled by each framework
-from its averaged weights. One feature network and one kind of classifier, with the same keys, judge both.
+framework takes the plan's DP-SGD steps, once for each seed. A seed gives both the same Poisson samples;
+noise, noise levels and label dropout are each framework's own random numbers. Images are sampled by each
+framework from its averaged weights. One feature network and one kind of classifier, with the same keys, judge
+both.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,13 @@ import functools
 import math
 from pathlib import Path
 import tempfile
-import time
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 import optax
+from scipy import stats
 import torch
 
 from dpp_jax import build, pipeline
@@ -41,9 +42,8 @@ PyTree = Any
 OURS, THEIRS = 'dpp_jax', 'PyTorch'
 _FORM = 'Opacus, hooks that sum draws'  # for small images; it changes rounding only
 _IMAGES_AT_ONCE = 64
-# Means that differ by less than so many standard errors count as equal: with few seeds one in twenty pairs
-# of equal ones is further apart.
-_SPREADS = 2.8
+# Below this p the means differ: of equal ones, one pair in a hundred seems to.
+_P = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,6 @@ class Outcome:
         side: `OURS` or `THEIRS`.
         seed: of the batches.
         losses: mean loss of every step's images.
-        seconds: of all steps.
         fid: to the real test images.
         accuracy: on the real test images, kind of classifier → share.
     """
@@ -62,7 +61,6 @@ class Outcome:
     side: str
     seed: int
     losses: tuple[float, ...]
-    seconds: float
     fid: float
     accuracy: dict[str, float]
 
@@ -122,8 +120,8 @@ def make_task(config: ConfigDict, params: PyTree | None = None, most_steps: int 
     return dataclasses.replace(task, steps=min(planned, most_steps or planned))
 
 
-def train_ours(task: Task, seed: int) -> tuple[PyTree, list[float], float]:
-    """Return averaged weights, the loss of each step, and seconds without compilation."""
+def train_ours(task: Task, seed: int) -> tuple[PyTree, list[float]]:
+    """Return averaged weights, and the loss of each step."""
     settings, sampler, sizes = task.config.finetune, task.sampler(seed), build.sizes(task.config, task.model)
     optimizer = optax.adam(settings.learning_rate)
     capacity = sampler.capacity(sizes.microbatch * devices.count())
@@ -141,22 +139,19 @@ def train_ours(task: Task, seed: int) -> tuple[PyTree, list[float], float]:
         ema_decay=settings.ema_decay,
     )
     state = devices.replicate(state_lib.create(task.params, optimizer))
-    found, start = [], time.perf_counter()
+    found = []
     for number in range(task.steps):
         indices = sampler.indices(number)
         batch = steps.make_batch(task.private.images, task.private.labels, indices, capacity)
         used = steps.used_microbatches(len(indices), sizes.microbatch)
         (state, metrics), _ = step(number, state, devices.deal(batch), used)
         found.append(metrics['loss'])
-        if number == 0:
-            jax.block_until_ready(state)
-            start = time.perf_counter()  # the first step compiles
     losses = [float(devices.first(loss)) for loss in found]
-    return devices.first(state).weights()['ema_params'], losses, time.perf_counter() - start
+    return devices.first(state).weights()['ema_params'], losses
 
 
-def train_theirs(task: Task, seed: int) -> tuple[port.UNet, list[float], float]:
-    """Return a network with the averaged weights, the loss of each step, and seconds."""
+def train_theirs(task: Task, seed: int) -> tuple[port.UNet, list[float]]:
+    """Return a network with the averaged weights, and the loss of each step."""
     torch.manual_seed(seed)
     settings, sampler, device = task.config.finetune, task.sampler(seed), torch_device()
     network = port.make_network(task.model, task.params).to(device)
@@ -169,7 +164,7 @@ def train_theirs(task: Task, seed: int) -> tuple[port.UNet, list[float], float]:
         learning_rate=settings.learning_rate,
         kind=task.config.model.denoiser,
     )
-    average, found, start = port.Average(network, settings.ema_decay), [], time.perf_counter()
+    average, found = port.Average(network, settings.ema_decay), []
     for number in range(task.steps):
         indices = sampler.indices(number)
         images = port.to_torch(task.private.images[indices].astype(np.float32) / 127.5 - 1, device)
@@ -180,13 +175,9 @@ def train_theirs(task: Task, seed: int) -> tuple[port.UNet, list[float], float]:
         )  # fmt: skip
         found.append(step.step(rows, _IMAGES_AT_ONCE))
         average.update(network)
-        if number == 0:
-            float(found[0])
-            start = time.perf_counter()
     losses = [float(loss) for loss in found]
-    seconds = time.perf_counter() - start
     average.copy_to(network)
-    return step.module.to_standard_module(), losses, seconds
+    return step.module.to_standard_module(), losses
 
 
 def torch_device() -> str:
@@ -291,14 +282,13 @@ def run(task: Task, seeds: int, images: int, tell: Callable[[str], None]) -> lis
             (THEIRS, train_theirs, sample_theirs),
         ):
             tell(f'training, seed {seed + 1} of {seeds}: {side}')
-            trained, losses, seconds = train(task, seed)
+            trained, losses = train(task, seed)
             distance, accuracy = judge.score(sample(task, trained, seed, images), labels, seed)
             found.append(
                 Outcome(
                     side=side,
                     seed=seed,
                     losses=tuple(losses),
-                    seconds=seconds,
                     fid=distance,
                     accuracy=accuracy,
                 )  # fmt: skip
@@ -332,12 +322,24 @@ class Row:
         return math.sqrt(sum(np.var(values, ddof=1) / len(values) for values in (self.ours, self.theirs)))
 
     @property
+    def p_value(self) -> float | None:
+        """Of Welch's t-test, that equal means are so far apart; None with one seed or without a spread."""
+        if not self.error > 0:
+            return None
+        return float(stats.ttest_ind(self.ours, self.theirs, equal_var=False).pvalue)
+
+    @property
     def verdict(self) -> str:
-        """Equal as far as the seeds can tell, or not; nothing is said of one seed."""
-        if not math.isfinite(self.error):
-            return 'one seed: no verdict'
-        is_equal = abs(self.difference) <= _SPREADS * self.error
-        return 'equal within the spread' if is_equal else 'differs by more than the spread'
+        """Equal as far as the seeds can tell, or not."""
+        if self.p_value is None:
+            return 'no spread: no verdict'
+        return 'equal within the spread' if self.p_value >= _P else 'differs by more than the spread'
+
+    def figures(self) -> dict[str, Any]:
+        """Return all of it as JSON takes it."""
+        error = self.error if math.isfinite(self.error) else None
+        own = {'difference': self.difference, 'error': error, 'p_value': self.p_value}
+        return dataclasses.asdict(self) | own | {'verdict': self.verdict}
 
 
 def rows(outcomes: list[Outcome]) -> list[Row]:

@@ -184,7 +184,7 @@ def on_a_file_system(folder, mounting, *arguments):
 def last_line(result):
     """Of what the program told of an error, which must be all that it told."""
     lines = [line for line in result.stderr.split('\n') if line and 'it/s' not in line]
-    told = [line for line in lines if not line.startswith(('central ', 'pretrain ', 'finetune '))]
+    told = [line for line in lines if not line.startswith(('central', 'pretrain', 'finetune'))]
     assert len(told) == 1 and told[0].startswith('dpp-jax: '), result.stderr
     return told[0]
 

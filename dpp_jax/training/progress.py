@@ -12,6 +12,7 @@ from dpp_jax import files
 from dpp_jax.training import hosts, preemption
 
 _COMPILING = 'compiling …'
+LINE_SECONDS = 30.0  # between two lines in a log file
 _NOTE_SECONDS = 5.0  # between two notes of what is in progress
 # What a note holds.
 NOTE_FORM = {'name': str, 'done': int, 'total': int, 'unit': str, 'seconds_left?': float, 'time': float}
@@ -35,7 +36,7 @@ def noted(path: Path) -> Iterator[None]:
 def bar(
     total: int, name: str, unit: str, initial: int = 0, *, compiles: bool = True, meets: bool = True
 ) -> 'Bar':
-    """Make a bar on the terminal; in a log file, a line every half minute instead of a flood.
+    """Make a bar on the terminal; in a log file, a whole line every half minute, and none of what is quick.
 
     Its `update` raises `preemption.Interrupted` if the run was asked to stop: no stage can forget it. Of
     several processes, all take the same steps; they meet at each, stop after the same one, and process 0
@@ -51,8 +52,9 @@ def bar(
         meets: whether all processes take the same steps; else each has as many as it has, and hears of a
             request to stop where they meet next.
     """
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    shown = Bar(
+    is_terminal = sys.stderr.isatty()
+    interval = 0.2 if is_terminal else 1.0
+    shown = (Bar if is_terminal else Lines)(
         total=total,
         desc=f'{name:<12}',
         unit=unit,
@@ -60,6 +62,7 @@ def bar(
         mininterval=interval,
         maxinterval=max(10.0, interval),
         dynamic_ncols=True,
+        leave=is_terminal,
         smoothing=0.1,
         postfix=_COMPILING if compiles else None,
         disable=not hosts.is_first(),
@@ -143,3 +146,58 @@ class Bar(tqdm):
             since, first = self._first_end or (0, self.n)
             shown['rate'] = (self.n - first) / max(self._time() - since, 1e-9)
         return shown
+
+
+class Lines(Bar):
+    """The same for a log file: whole lines, without carriage returns.
+
+    The first comes after `LINE_SECONDS`, the last at the end of a bar that had others: none of what is quick.
+    """
+
+    _last = None  # when the last line was written; at first, when the bar was made
+    _told = False  # whether there was one
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write a line, if it is time: tqdm calls this whenever a bar would change."""
+        now = self._time()
+        if self._last is None:
+            self._last = now
+        elif msg is None and now - self._last >= LINE_SECONDS:
+            self._last, self._told = now, True
+            self._write(self.line())
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._told and not self.disable:
+            self._write(f'{self._done()}, took {_clock(self._time() - self.start_t)}')
+        super().close()
+
+    def line(self) -> str:
+        """Return what is in progress, as 'finetune: 40 of 113 steps, 2.3 steps/s, 0:31 left'."""
+        parts, rate = [self._done()], self.format_dict['rate']
+        if self.postfix:
+            parts.append(self.postfix)
+        if rate:
+            parts.append(
+                f'{rate:,.1f} {_plural(self.unit)}/s' if rate >= 1 else f'{1 / rate:.1f} s/{self.unit}'
+            )
+            parts.append(f'{_clock((self.total - self.n) / rate)} left')
+        return ', '.join(parts)
+
+    def _done(self) -> str:
+        name = self.desc.removesuffix(': ').strip()
+        return f'{name}: {int(self.n):,} of {int(self.total):,} {_plural(self.unit)}'
+
+    def _write(self, line: str) -> None:
+        """Write a whole line at once: other processes and threads may write there too."""
+        self.fp.write(f'{line}\n')
+        self.fp.flush()
+
+
+def _plural(unit: str) -> str:
+    return f'{unit[:-1]}ies' if unit.endswith('y') else f'{unit}s'
+
+
+def _clock(seconds: float) -> str:
+    """Return a time as '0:31' or '1:02:03'."""
+    return Bar.format_interval(round(seconds)).removeprefix('0')

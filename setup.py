@@ -54,7 +54,10 @@ setup(
         'pytorch': ['opacus>=1.5', 'safetensors', 'torch>=2.4'],
         'test': [
             'hypothesis',
+            'ipykernel',  # with the next two: runs docs/quickstart.ipynb
             'jax-privacy>=2',  # independent clipping to compare with
+            'nbclient',
+            'nbformat',
             'opacus>=1.5',  # independent accounting to compare with
             'pytest>=8',
             'pytest-xdist',

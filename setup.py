@@ -43,7 +43,8 @@ setup(
         'pillow>=11',  # turns TIFF files upright itself
         'scikit-learn',
         'scipy',
-        'tensorboard',  # clu's summary writer imports it
+        # clu's summary writer imports it; older ones need pkg_resources, which setuptools has no more.
+        'tensorboard>=2.21',
         'tensorflow-datasets>=4.9.7',
         'tqdm',
         *_TENSORFLOW,

@@ -30,7 +30,7 @@ tell_while() {
   local what=$1 every=${DPP_TELL_SECONDS:-15} status=0 ticker
   shift
   (
-    trap 'kill "$!" 2>/dev/null; exit 0' TERM
+    trap 'kill $(jobs -p) 2>/dev/null; exit 0' TERM
     seconds=0
     # Where this script was killed, nobody else ends the loop.
     while sleep "$every" & wait "$!" && kill -0 "$$" 2>/dev/null; do

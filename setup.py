@@ -43,7 +43,8 @@ setup(
         'pillow>=11',  # turns TIFF files upright itself
         'scikit-learn',
         'scipy',
-        'tensorboard',  # clu's summary writer imports it
+        # clu's summary writer imports it; older ones need pkg_resources, which setuptools has no more.
+        'tensorboard>=2.21',
         'tensorflow-datasets>=4.9.7',
         'tqdm',
         *_TENSORFLOW,
@@ -54,7 +55,10 @@ setup(
         'pytorch': ['opacus>=1.5', 'safetensors', 'torch>=2.4'],
         'test': [
             'hypothesis',
+            'ipykernel',  # with the next two: runs docs/quickstart.ipynb
             'jax-privacy>=2',  # independent clipping to compare with
+            'nbclient',
+            'nbformat',
             'opacus>=1.5',  # independent accounting to compare with
             'pytest>=8',
             'pytest-xdist',

@@ -144,7 +144,8 @@ def text(found: dict[str, Any]) -> str:
         now = found['now']
         left = f', {hours.words(now["seconds_left"])} left' if 'seconds_left' in now else ''
         lines.append(
-            f'now            {now["name"]}: {now["done"]:,} of {now["total"]:,} {now["unit"]}s{left}'
+            f'now            {now["name"]}: {now["done"]:,} of {now["total"]:,} '
+            f'{progress.plural(now["unit"])}{left}'
         )
     if 'epsilon_spent' in found:
         show, exact = accounting.format_epsilon, accounting.format_exact

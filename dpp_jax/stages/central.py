@@ -24,7 +24,7 @@ from dpp_jax.run import artefacts, digests
 from dpp_jax.run import batches as batches_lib
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
-from dpp_jax.training import devices, hosts, progress
+from dpp_jax.training import devices, hosts, progress, tensorboard
 
 
 def run(
@@ -107,6 +107,7 @@ def run(
         digests.note(workdir, 'central_images.npz', arrays)
         files.write_npz(workdir.central_images, **chosen)
         files.write_bytes(workdir.central_images.with_suffix('.png'), image_grid.png(picture))
+        tensorboard.write_pictures(workdir.metrics('central'), {'central images': {0: picture}})
 
     hosts.at_first(release)
 

@@ -111,13 +111,17 @@ class Bar(tqdm):
             hosts.check('the next step', hosts.PATIENT_SECONDS if is_first else None)
         return shown
 
+    def _name(self) -> str:
+        """What is in progress; tqdm adds a colon to it."""
+        return self.desc.removesuffix(': ').strip()
+
     def _take_note(self) -> None:
         """Note what is in progress, if it is time and somebody asked for it."""
         if not _note or time.monotonic() < self._noted + _NOTE_SECONDS:
             return
         self._noted = time.monotonic()
         told = {
-            'name': self.desc.removesuffix(': ').strip(),
+            'name': self._name(),
             'done': int(self.n),
             'total': int(self.total),
             'unit': self.unit,
@@ -179,14 +183,13 @@ class Lines(Bar):
             parts.append(self.postfix)
         if rate:
             parts.append(
-                f'{rate:,.1f} {_plural(self.unit)}/s' if rate >= 1 else f'{1 / rate:.1f} s/{self.unit}'
+                f'{rate:,.1f} {plural(self.unit)}/s' if rate >= 1 else f'{1 / rate:.1f} s/{self.unit}'
             )
             parts.append(f'{_clock((self.total - self.n) / rate)} left')
         return ', '.join(parts)
 
     def _done(self) -> str:
-        name = self.desc.removesuffix(': ').strip()
-        return f'{name}: {int(self.n):,} of {int(self.total):,} {_plural(self.unit)}'
+        return f'{self._name()}: {int(self.n):,} of {int(self.total):,} {plural(self.unit)}'
 
     def _write(self, line: str) -> None:
         """Write a whole line at once: other processes and threads may write there too."""
@@ -194,7 +197,8 @@ class Lines(Bar):
         self.fp.flush()
 
 
-def _plural(unit: str) -> str:
+def plural(unit: str) -> str:
+    """Return 'steps' of 'step', 'queries' of 'query'."""
     return f'{unit[:-1]}ies' if unit.endswith('y') else f'{unit}s'
 
 

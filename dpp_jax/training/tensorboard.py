@@ -1,10 +1,13 @@
-"""Training metrics for TensorBoard, through clu."""
+"""Training metrics and pictures for TensorBoard, through clu."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import os
 from pathlib import Path
 import struct
+from typing import Any
+
+import numpy as np
 
 from dpp_jax import files
 
@@ -17,6 +20,31 @@ def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
 
     Losses and gradient norms of private images carry no noise: `folder` must lie in private/.
     """
+    with _summaries(folder) as (summaries, follow):
+
+        def write(step: int, values: dict[str, float]) -> None:
+            summaries.write_scalars(step, values)
+            follow(summaries.flush)
+
+        yield write
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, Mapping[int, np.ndarray]]) -> None:
+    """Write pictures beside the scalars in `folder`.
+
+    Args:
+        folder: made if it is not there.
+        pictures: name → step of a training → uint8 (H, W, C), C = 1 or 3.
+    """
+    with _summaries(folder) as (summaries, _):
+        for name, of_steps in pictures.items():
+            for step, picture in of_steps.items():
+                summaries.write_images(step, {name: picture[None]})
+
+
+@contextlib.contextmanager
+def _summaries(folder: Path) -> Iterator[tuple[Any, Callable]]:
+    """Yield clu's writer to a new file in `folder`, and what `files.following` yields."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # silences its notice
     # TensorFlow takes seconds to import and would claim the accelerators' memory.
@@ -27,16 +55,11 @@ def writer(folder: Path) -> Iterator[Callable[[int, dict[str, float]], None]]:
 
     with files.following(folder, _EVERY) as (local, follow):
         summaries = metric_writers.SummaryWriter(str(local))
-
-        def write(step: int, values: dict[str, float]) -> None:
-            summaries.write_scalars(step, values)
-            follow(summaries.flush)
-
         note = files.note_of(folder)
         if note:
             summaries.write_texts(0, {'note': note})
         try:
-            yield write
+            yield summaries, follow
         finally:
             summaries.close()
 

@@ -1,8 +1,20 @@
-"""Scalars are read back from event files, without TensorFlow."""
+"""Scalars are read back from event files, without TensorFlow; TensorBoard shows them, and pictures."""
 
+import contextlib
+import io
+import json
 import math
+from pathlib import Path
+import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+
+import numpy as np
+from PIL import Image
+import pytest
 
 from dpp_jax.training import tensorboard
 
@@ -34,3 +46,63 @@ def test_a_torn_file_is_read_as_far_as_it_is_whole(tmp_path):
     )
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ['1', 'False']
+
+
+@pytest.fixture(scope='module')
+def served(finished_run):
+    """A function from a path to what TensorBoard answers; it runs on the metrics of the finished run."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    metrics = finished_run[1].metrics('finetune').parent
+    program = shutil.which('tensorboard', path=Path(sys.executable).parent)
+    process = subprocess.Popen(
+        [program, '--logdir', metrics, '--host', '127.0.0.1', '--port', str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def get(path):
+        with urllib.request.urlopen(f'http://127.0.0.1:{port}/{path}', timeout=30) as answer:
+            return answer.read()
+
+    try:
+        _wait_until_all_is_read(process, get)
+        yield get
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_until_all_is_read(process, get):
+    """It answers before it has read all files."""
+    for _ in range(300):
+        if process.poll() is not None:
+            raise AssertionError(process.stderr.read())
+        with contextlib.suppress(OSError):
+            if len(json.loads(get('data/plugin/images/tags')).get('finetune', ())) == 3:
+                return
+        time.sleep(0.2)
+    raise AssertionError('TensorBoard shows no images of the run')
+
+
+def test_tensorboard_shows_curves_and_pictures_of_a_run(finished_run, served):
+    config, workdir, _ = finished_run
+    scalars = json.loads(served('data/plugin/scalars/tags'))
+    assert scalars.keys() >= {'pretrain', 'finetune'} and 'loss' in scalars['pretrain']
+    pictures = json.loads(served('data/plugin/images/tags'))
+    assert set(pictures['central']) == {'central images'}
+    assert set(pictures['finetune']) == {
+        'synthetic images', 'synthetic classifier images', 'over finetuning',
+    }  # fmt: skip
+    found = json.loads(served('data/plugin/images/images?run=finetune&tag=over+finetuning&sample=0'))
+    with np.load(workdir.over_finetuning) as arrays:
+        assert [image['step'] for image in found] == arrays['steps'].tolist()
+    (shown,) = json.loads(served('data/plugin/images/images?run=central&tag=central+images&sample=0'))
+    content = served(f'data/plugin/images/individualImage?{shown["query"]}')
+    with (
+        Image.open(io.BytesIO(content)) as picture,
+        Image.open(workdir.central_images.with_suffix('.png')) as released,
+    ):
+        np.testing.assert_array_equal(picture.convert('L'), released.convert('L'))

@@ -90,7 +90,9 @@ def run(
             parts=unfinished,
             title='generate' if name == 'images' else 'generate (2)',
         )
-        hosts.at_first(functools.partial(_save, path, pixels, labels, class_names, unfinished))
+        show = functools.partial(over_finetuning.show, workdir, f'synthetic {name.replace("_", " ")}')
+        save = functools.partial(_save, path, pixels, labels, class_names, unfinished)
+        hosts.at_first(lambda show=show, save=save: show({last_step: save()}))
     hosts.at_first(lambda: _export(config, workdir, images, class_names, privacy))
 
 
@@ -128,12 +130,17 @@ def default_labels(config: ConfigDict, workdir: WorkDir, total: int) -> np.ndarr
 
 def _save(
     path: Path, pixels: np.ndarray, labels: np.ndarray, class_names: Sequence[str], unfinished: Path
-) -> None:
-    """Write images with labels and a picture; the parts that they were made of are not needed any more."""
+) -> np.ndarray:
+    """Write images with labels and a picture; the parts that they were made of are not needed any more.
+
+    Returns:
+        The picture, uint8 (height, width, C).
+    """
     picture = image_grid.rows_by_class(pixels, labels, len(class_names), PICTURE_COLUMNS, class_names)
     files.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
     files.write_npz(path, images=pixels, labels=labels, class_names=np.array(class_names))
     files.remove_folder(unfinished)
+    return picture
 
 
 def _export(

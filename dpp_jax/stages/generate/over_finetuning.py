@@ -3,7 +3,7 @@
 From averaged weights on the way. Each is post-processing of the steps before it, which the ledger names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from dpp_jax.data import image_grid
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.stages.generate import sampling
-from dpp_jax.training import devices, hosts, progress
+from dpp_jax.training import devices, hosts, progress, tensorboard
 from dpp_jax.training.state import FlatParams
 
 _IMAGES_PER_CLASS, _MOST_CLASSES = 2, 10
@@ -63,6 +63,18 @@ def run(
     hosts.at_first(lambda: files.remove_folder(workdir.snapshots))
 
 
+def show(workdir: WorkDir, name: str, pictures: Mapping[int, np.ndarray]) -> None:
+    """Show pictures in TensorBoard beside the scalars of fine-tuning.
+
+    Args:
+        workdir: to write to. Without scalars, as after --stage=clean, nothing is written.
+        name: of what they show.
+        pictures: step → uint8 (height, width, C).
+    """
+    if workdir.metrics('finetune').exists():
+        tensorboard.write_pictures(workdir.metrics('finetune'), {name: pictures})
+
+
 def _read(workdir: WorkDir, step: int, like: np.ndarray) -> np.ndarray:
     """Read the averaged weights after a step of fine-tuning, (P,) float32."""
     path = artefacts.snapshots(workdir)[step]
@@ -88,4 +100,10 @@ def _save(
         labels=labels,
         steps=np.array(steps, np.int32),
         class_names=np.array(class_names),
+    )
+    columns = min(len(labels), _IMAGES_PER_CLASS * 5)
+    show(
+        workdir,
+        'over finetuning',
+        {step: image_grid.grid(of_step, columns) for step, of_step in zip(steps, images)},
     )

@@ -172,6 +172,8 @@ def test_clean_deletes_private_and_leaves_a_run_that_can_be_sampled(copied_run, 
     pipeline.run(more, workdir.root, 'generate')
     new = images_in(workdir.synthetic)
     assert new.shape == (80, 8, 8, 1) and new.std() > 1
+    assert '80 synthetic images' in workdir.card.read_text(encoding='utf-8')
+    assert '80 synthetic images' in workdir.release_page.read_text(encoding='utf-8')
     np.testing.assert_array_equal(images_in(workdir.release / 'first'), old)
 
 

@@ -36,7 +36,7 @@ def write(
     privacy: dict[str, Any],
 ) -> None:
     """Write the card, from what is in release/ alone."""
-    settings = files.read_json(workdir.config, 'Restore the file')
+    settings = settings_text.of_run(workdir, images)
     data = images.load(images.paths['images'])
     files.write_text(workdir.card, _text(settings, images, data, class_names, privacy))
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dpp_jax import files
-from dpp_jax.pages import charts, page, release_page
+from dpp_jax.pages import charts, page, release_page, settings_text
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
 
@@ -53,7 +53,7 @@ def write(
     contents: Contents,
 ) -> None:
     """Write the page; arguments as of `release_page.write`."""
-    settings = files.read_json(workdir.config, 'Restore the file')
+    settings = settings_text.of_run(workdir, images)
     made = page.Page(
         settings['name'],
         f'{settings["generate.images"]:,} synthetic images from {settings["data.train_images"]:,} private '

@@ -29,7 +29,7 @@ def write(
         class_names: in the order of labels.
         privacy: the statement, see `run.statement`.
     """
-    settings = files.read_json(workdir.config, 'Restore the file')
+    settings = settings_text.of_run(workdir, images)
     made = page.Page(
         settings['name'],
         f'{settings["generate.images"]:,} synthetic images under differential privacy. Everything here may '

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from dpp_jax import files
 from dpp_jax.configs import default
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
-from dpp_jax.run.folder import flatten
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import WorkDir, flatten
 
 # How many images a class has, and why: by `generate.class_counts`.
 CLASS_COUNTS = {
@@ -12,6 +14,11 @@ CLASS_COUNTS = {
     'shares': 'Their number per class was set by hand.',
     'query': 'Their number per class follows the noisy counts that the query released.',
 }
+
+
+def of_run(workdir: WorkDir, images: artefacts.SyntheticImages) -> dict[str, Any]:
+    """Return the settings by their full names: as the folder was begun, and as its images were made."""
+    return files.read_json(workdir.config, 'Restore the file') | images.settings
 
 
 def compared(settings: dict[str, Any]) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:

@@ -246,6 +246,7 @@ class SyntheticImages:
         paths: purpose → file: 'images' for FID and use, 'classifier_images' if they are separate.
         png_tree: folder of single PNG files, if asked for.
         tfds: folder that tensorflow-datasets reads, likewise.
+        settings: those that make the images, by their full names.
     """
 
     def __init__(self, workdir: WorkDir, settings: Mapping[str, Any]):
@@ -256,7 +257,7 @@ class SyntheticImages:
             names.append(_CLASSIFIER_IMAGES)
         self.paths = {name: self.folder / f'{name}.npz' for name in names}
         self.png_tree, self.tfds = self.folder / 'png', self.folder / 'tfds'
-        self._settings = {name: value for name, value in settings.items() if name.startswith('generate.')}
+        self.settings = {name: value for name, value in settings.items() if name.startswith('generate.')}
         self._settings_file = self.folder / 'settings.json'
 
     @property
@@ -273,7 +274,7 @@ class SyntheticImages:
     def is_complete(self) -> bool:
         """Whether all files are there and whole, and the folders in other forms that are asked for."""
         asked = {'generate.png_tree': self.png_tree, 'generate.tfds': self.tfds}
-        has_folders = all(files.is_whole(path) for name, path in asked.items() if self._settings[name])
+        has_folders = all(files.is_whole(path) for name, path in asked.items() if self.settings[name])
         return has_folders and all(self.is_whole(path) for path in self.paths.values())
 
     def check(self) -> None:
@@ -288,7 +289,7 @@ class SyntheticImages:
             f'move {self.folder} away and run the same command: it makes new images from the released model'
         )
         recorded = _NEW_OF_IMAGES | files.read_json(self._settings_file, f'Restore the file, or {move}')
-        found = differences(recorded, self._settings, FREE_SETTINGS)
+        found = differences(recorded, self.settings, FREE_SETTINGS)
         if found:
             raise ValueError(
                 f'{self.paths["images"]} belongs to other settings:\n  '
@@ -299,7 +300,7 @@ class SyntheticImages:
     def record(self) -> None:
         """Bind the images to the settings that make them, before the first one is there."""
         if not self._settings_file.exists():
-            files.write_json(self._settings_file, self._settings)
+            files.write_json(self._settings_file, self.settings)
 
     def load(self, path: Path) -> dict[str, np.ndarray]:
         """Load `images` (n, H, W, C) uint8 and `labels` (n,) of one of `paths`; and `class_names`, if new."""

@@ -48,6 +48,7 @@ def readers(config, workdir):
         workdir.ceiling: lambda: utility._known_ceiling(workdir),
         workdir.report: scores,
         workdir.scored: scores,
+        workdir.seconds: lambda: artefacts.seconds_of_stages(workdir),
         workdir.synthetic / 'settings.json': images.check,
     }
 

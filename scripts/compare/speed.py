@@ -186,7 +186,7 @@ def run(
     tried = {}
     for form in forms(work, rule, task.draws, limits.compiles):
         tell(f'{work}, {form.side}: {form.name}')
-        (tried[form],) = _turns(task, work, [form], trial_batch, dataclasses.replace(limits, turns=2))
+        (tried[form],) = turns(task, work, [form], trial_batch, dataclasses.replace(limits, turns=2))
     chosen = [_best(tried, side) for side in (OURS, THEIRS)]
     if chosen[1] is not None:
         chosen.append(whole(chosen[1], work))
@@ -195,7 +195,7 @@ def run(
         if not going:
             break
         tell(f'{work}, batches of {batch}')
-        figures = _turns(task, work, going, batch, limits)
+        figures = turns(task, work, going, batch, limits)
         found += figures
         going = [
             form
@@ -211,7 +211,7 @@ def _best(tried: dict[Form, Figure], side: str) -> Form | None:
     return max(rates, key=rates.get, default=None)
 
 
-def _turns(task: Task, work: str, chosen: Sequence[Form], batch: int, limits: Limits) -> list[Figure]:
+def turns(task: Task, work: str, chosen: Sequence[Form], batch: int, limits: Limits) -> list[Figure]:
     """Let the forms take turns on batches of one size."""
     running, failures = {}, {}
     for form in chosen:

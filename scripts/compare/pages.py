@@ -43,7 +43,8 @@ svg .grid { stroke: var(--line); } .line { fill: none; stroke-width: 2; stroke: 
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; min-width: 170px; padding-left: 0; }
-td:last-child, th:last-child { text-align: left; min-width: 130px; }
+td:last-child, th:last-child { text-align: left; min-width: 110px; }
+.note { min-width: 250px; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 code { background: var(--card); padding: 1px 5px; border-radius: 4px; overflow-wrap: anywhere; }
@@ -343,7 +344,8 @@ def _markdown_table(table: Table) -> list[str]:
 
 def _html_table(table: Table) -> str:
     columns, rows = table
-    head = ''.join(f'<th>{html.escape(name)}</th>' for name in columns)
+    wide = lambda name: ' class="note"' if name in ('note', 'failed') else ''
+    head = ''.join(f'<th{wide(name)}>{html.escape(name)}</th>' for name in columns)
 
     def cell(text: str) -> str:
         style = {'within': 'good', 'NOT within': 'bad'}.get(text, '')

@@ -214,11 +214,11 @@ def _speed(chosen: flags.FlagValues, model, params) -> list[dict]:
     )
     sizes = {
         speed.PLAIN: (64, (32, 128, 512, 2048)),
-        speed.PRIVATE: (4, (1, 4, 16, 64)),
+        speed.PRIVATE: (max(4, speed.images_at_once(task.draws)), (1, 4, 16, 64, 256)),
         speed.SAMPLING: (32, (16, 64, 256, 1024)),
     }
     if chosen.quick:
-        limits = dataclasses.replace(limits, turns=2, build_seconds=120, call_seconds=10, compiles=False)
+        limits = dataclasses.replace(limits, turns=1, build_seconds=120, call_seconds=10, is_quick=True)
         sizes = {work: (trial, batches[:2]) for work, (trial, batches) in sizes.items()}
     rule = build.sizes(config, model).images
     found = []

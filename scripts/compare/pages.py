@@ -15,9 +15,11 @@ Table = tuple[list[str], list[list[str]]]  # columns, rows
 OURS, THEIRS = 'dpp_jax', 'PyTorch'
 _STYLE = """
 :root { --paper: #fff; --ink: #1c2330; --soft: #5b6577; --line: #dde2ea; --card: #f5f7fa;
-  --ours: #1f6feb; --theirs: #d9622b; --third: #7a4fc4; --good: #1a7f4b; --bad: #b42318; color-scheme: light dark; }
+  --ours: #1f6feb; --theirs: #d9622b; --third: #7a4fc4; --good: #1a7f4b; --bad: #b42318;
+  color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --paper: #12161d; --ink: #e6eaf2; --soft: #9aa5b8;
-  --line: #2b3442; --card: #1a212c; --ours: #6ea8fe; --theirs: #ff9d66; --third: #bb9af7; --good: #56d18c; --bad: #ff8a80; } }
+  --line: #2b3442; --card: #1a212c; --ours: #6ea8fe; --theirs: #ff9d66; --third: #bb9af7; --good: #56d18c;
+  --bad: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 20px 16px 60px; }
@@ -27,7 +29,7 @@ h3 { margin: 26px 0 6px; font-size: 1rem; } p { margin: 6px 0; } .soft, figcapti
   margin: 20px 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
 .card b { display: block; font-size: 1.35rem; line-height: 1.3; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 16px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 16px; }
 figure { margin: 8px 0; } figcaption { font-size: .88rem; } svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 11px; } svg .axis { fill: var(--ink); font-size: 12px; }
 svg .grid { stroke: var(--line); } .line { fill: none; stroke-width: 2; stroke: currentColor; }
@@ -41,7 +43,9 @@ svg .grid { stroke: var(--line); } .line { fill: none; stroke-width: 2; stroke: 
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; min-width: 170px; padding-left: 0; }
-td:last-child, th:last-child { text-align: left; } .good { color: var(--good); } .bad { color: var(--bad); }
+td:last-child, th:last-child { text-align: left; min-width: 110px; }
+.note { min-width: 250px; }
+.good { color: var(--good); } .bad { color: var(--bad); }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 code { background: var(--card); padding: 1px 5px; border-radius: 4px; overflow-wrap: anywhere; }
 """
@@ -99,7 +103,8 @@ def _about(report: dict[str, Any]) -> list[str]:
     if report['load'] > report['cores'] + 0.5:
         lines.append(
             f'Other programs ran on this machine: its load was up to {report["load"]:.1f} on '
-            f'{report["cores"]} cores. Do not trust these speeds. PyTorch loses more by it: its threads wait for each other.'
+            f'{report["cores"]} cores. Do not trust these speeds. '
+            'PyTorch loses more by it: its threads wait for each other.'
         )
     return lines
 
@@ -155,8 +160,9 @@ def _sections(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[tup
             f'{training["config"]}: {training["steps"]} steps of DP-SGD from the same weights, on the same '
             f'images and batches, σ = {training["noise_multiplier"]:.4f}, q = '
             f'{training["sampling_probability"]:.4f}, clip norm {training["clip_norm"]:g}; '
-            f'{training["seeds"]} seeds; {training["images"]} synthetic images each. FID by one small network for both, not '
-            'Inception. Each side draws its own noise, so that only means and spreads can agree.'
+            f'{training["seeds"]} seeds; {training["images"]} synthetic images each. FID '
+            'by one small network for both, not Inception. Each side draws its own noise, so that only means '
+            'and spreads can agree.'
         ]
         yield 'Training', text, [('Scores', _training_table(training), False)]
 
@@ -165,15 +171,15 @@ def _numbers_table(numbers: Sequence[dict]) -> Table:
     rows = [
         [
             f'{each["part"]}: {each["name"]}',
-            f'{each["error"]:.1e}',
+            'within' if each['is_within'] else 'NOT within',
             f'{each["relative"]:.1e}',
             f'{each["tolerance"]:.0e}',
-            'within' if each['is_within'] else 'NOT within',
+            f'{each["error"]:.1e}',
             each['note'],
         ]
         for each in numbers
     ]
-    return ['check', 'largest error', 'relative error', 'tolerance', 'verdict', 'note'], rows
+    return ['check', 'verdict', 'relative error', 'tolerance', 'largest error', 'note'], rows
 
 
 def _sweep_table(part: dict[str, Any]) -> Table:
@@ -291,7 +297,9 @@ def _speed_plots(report: dict[str, Any]) -> Iterator[str]:
                 )
                 for side, form in forms
             ]
-            yield _figure(series, caption, x='images in a batch', y=y, log_x=True, log_y=True)
+            batches = sorted({each['batch'] for each in part['sweep']})
+            axes = {'x': 'images in a batch', 'y': y, 'log_x': True, 'log_y': True, 'x_ticks': batches}
+            yield _figure(series, caption, **axes)
 
 
 def _training_plots(report: dict[str, Any]) -> Iterator[str]:
@@ -336,7 +344,8 @@ def _markdown_table(table: Table) -> list[str]:
 
 def _html_table(table: Table) -> str:
     columns, rows = table
-    head = ''.join(f'<th>{html.escape(name)}</th>' for name in columns)
+    wide = lambda name: ' class="note"' if name in ('note', 'failed') else ''
+    head = ''.join(f'<th{wide(name)}>{html.escape(name)}</th>' for name in columns)
 
     def cell(text: str) -> str:
         style = {'within': 'good', 'NOT within': 'bad'}.get(text, '')

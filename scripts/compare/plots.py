@@ -70,6 +70,7 @@ def plot(
     log_x: bool = False,
     log_y: bool = False,
     x_names: Sequence[str] = (),
+    x_ticks: Sequence[float] = (),
 ) -> str:
     """Draw series as an SVG element.
 
@@ -79,6 +80,7 @@ def plot(
         x, y: what the axes show.
         log_x, log_y: logarithmic axes.
         x_names: text in place of numbers at x = 0, 1, ...
+        x_ticks: which numbers the x axis shows; none: round ones.
     """
     can_show = lambda point: (
         all(map(math.isfinite, point)) and not ((log_x and point[0] <= 0) or (log_y and point[1] <= 0))
@@ -89,7 +91,7 @@ def plot(
     up = _axis([p[1] for p in values], _HEIGHT - _BOTTOM, _TOP, log_y, False)
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">',
-        *_grid(across, up, x, y, x_names),
+        *_grid(across, up, x, y, list(enumerate(x_names)) or _ticks(across, x_ticks)),
     ]
     for each in shown:
         places = [(across.place(a), up.place(b)) for a, b in each.points]
@@ -135,7 +137,11 @@ def _axis(values: Sequence[float], start: float, end: float, is_log: bool, has_n
     return _Axis(low - room, high + room, start, end, is_log)
 
 
-def _grid(across: _Axis, up: _Axis, x: str, y: str, x_names: Sequence[str]) -> list[str]:
+def _ticks(axis: _Axis, wanted: Sequence[float] = ()) -> list[tuple[float, str]]:
+    return [(value, _tick(value, axis.is_log)) for value in wanted or axis.ticks()]
+
+
+def _grid(across: _Axis, up: _Axis, x: str, y: str, named: Sequence[tuple[float, str]]) -> list[str]:
     bottom, middle = _HEIGHT - _BOTTOM, (_LEFT + _WIDTH - _RIGHT) / 2
     parts = []
     for value in up.ticks():
@@ -146,7 +152,6 @@ def _grid(across: _Axis, up: _Axis, x: str, y: str, x_names: Sequence[str]) -> l
         parts.append(
             f'<text x="{_LEFT - 5}" y="{place + 4:.1f}" text-anchor="end">{_tick(value, up.is_log)}</text>'
         )
-    named = list(enumerate(x_names)) or [(value, _tick(value, across.is_log)) for value in across.ticks()]
     for value, text in named:
         place = across.place(value)
         parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{bottom}"/>')

@@ -90,14 +90,14 @@ class Limits:
         build_seconds: until a first call is done, with compilation.
         call_seconds: of a call; a form that takes longer gets no larger batch.
         memory_bytes: of a process on the host.
-        compiles: try `torch.compile`.
+        is_quick: try few forms, without `torch.compile`.
     """
 
     turns: int = 3
     build_seconds: float = 900.0
     call_seconds: float = 60.0
     memory_bytes: float = 8 * 2**30
-    compiles: bool = True
+    is_quick: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,42 +114,54 @@ def amount(task: Task, work: str, batch: int) -> int:
     return batch * {PLAIN: 1, PRIVATE: task.draws, SAMPLING: SAMPLING_CALLS}[work]
 
 
-def forms(work: str, rule: int, draws: int, compiles: bool) -> list[Form]:
+def forms(work: str, rule: int, draws: int, is_quick: bool) -> list[Form]:
     """Return what is tried.
 
     Args:
         work: of what kind.
         rule: noised images at once that our rule says.
         draws: of an image, in the DP step.
-        compiles: with `torch.compile`, too.
+        is_quick: few of them, without `torch.compile`.
     """
-    ours = [Form(OURS, f'{n} at once', n) for n in sorted({max(1, rule // 2), rule, 2 * rule})]
+    numbers = {rule} if is_quick else {max(1, rule // 2), rule, 2 * rule}
+    ours = [Form(OURS, f'{n} at once', n) for n in sorted(numbers)]
     if work == PRIVATE:
-        from scripts.compare import pytorch_private
+        return ours + _private_forms(draws, is_quick)
+    found = []
+    for is_compiled in (False, True):
+        for is_channels_last in (False, True):
+            how = 'compiled' if is_compiled else 'eager'
+            layout = 'channels last' if is_channels_last else 'NCHW'
+            found += [
+                Form(THEIRS, f'{how}, {layout}, {text}', n, is_compiled, is_channels_last)
+                for n, text in ((_SOME, f'{_SOME} at once'), (WHOLE, 'whole batch'))
+            ]
+    # A whole batch, compiled, is compiled anew for every size: only if `run` finds that it may be the best.
+    fit = [form for form in found if form.at_once != WHOLE or not form.is_compiled]
+    quick = [form for form in fit if form.is_channels_last and form.at_once and not form.is_compiled]
+    return ours + (quick if is_quick else fit)
 
-        some = max(1, 2 * _SOME // draws)
-        theirs = []
-        for name in pytorch_private.FORMS:
-            is_compiled = 'compiled' in name
-            if not is_compiled or compiles:
-                sizes = [1] if 'loop' in name else [some] if is_compiled else sorted({1, some})
-                theirs += [
-                    Form(THEIRS, name + ('' if 'loop' in name else f', {n} images at once'), n, of=name)
-                    for n in sizes
-                ]
-        return ours + theirs
-    theirs = [
-        Form(THEIRS, 'eager, NCHW, whole batch', is_channels_last=False),
-        Form(THEIRS, f'eager, NCHW, {_SOME} at once', _SOME, is_channels_last=False),
-        Form(THEIRS, 'eager, channels last, whole batch'),
-        Form(THEIRS, f'eager, channels last, {_SOME} at once', _SOME),
-    ]
-    if compiles:
-        theirs += [
-            Form(THEIRS, f'compiled, channels last, {_SOME} at once', _SOME, True),
-            Form(THEIRS, f'compiled, NCHW, {_SOME} at once', _SOME, True, is_channels_last=False),
-        ]
-    return ours + theirs
+
+def _private_forms(draws: int, is_quick: bool) -> list[Form]:
+    """All of `pytorch_private`, with one image at once and with some."""
+    from scripts.compare import pytorch_private
+
+    some, found = images_at_once(draws), []
+    for name in pytorch_private.FORMS:
+        is_compiled = 'compiled' in name
+        if is_quick and name not in ('Opacus, hooks that sum draws', 'loop over images'):
+            continue
+        if 'loop' in name:  # one after the other, in any case
+            found.append(Form(THEIRS, name, 1, is_compiled, of=name))
+            continue
+        sizes = {some} if is_compiled or is_quick else {1, some}
+        found += [Form(THEIRS, f'{name}, {n} images at once', n, is_compiled, of=name) for n in sorted(sizes)]
+    return found
+
+
+def images_at_once(draws: int) -> int:
+    """Images whose noised images fill PyTorch's cores twice."""
+    return max(1, 2 * _SOME // draws)
 
 
 def whole(best: Form, work: str) -> Form:
@@ -184,18 +196,18 @@ def run(
         tell: is told what comes next.
     """
     tried = {}
-    for form in forms(work, rule, task.draws, limits.compiles):
+    for form in forms(work, rule, task.draws, limits.is_quick):
         tell(f'{work}, {form.side}: {form.name}')
-        (tried[form],) = _turns(task, work, [form], trial_batch, dataclasses.replace(limits, turns=2))
+        (tried[form],) = turns(task, work, [form], trial_batch, dataclasses.replace(limits, turns=2))
     chosen = [_best(tried, side) for side in (OURS, THEIRS)]
-    if chosen[1] is not None:
+    if chosen[1] is not None and not limits.is_quick:
         chosen.append(whole(chosen[1], work))
     found, going = [], [form for form in dict.fromkeys(chosen) if form is not None]
     for batch in batches:
         if not going:
             break
         tell(f'{work}, batches of {batch}')
-        figures = _turns(task, work, going, batch, limits)
+        figures = turns(task, work, going, batch, limits)
         found += figures
         going = [
             form
@@ -211,7 +223,7 @@ def _best(tried: dict[Form, Figure], side: str) -> Form | None:
     return max(rates, key=rates.get, default=None)
 
 
-def _turns(task: Task, work: str, chosen: Sequence[Form], batch: int, limits: Limits) -> list[Figure]:
+def turns(task: Task, work: str, chosen: Sequence[Form], batch: int, limits: Limits) -> list[Figure]:
     """Let the forms take turns on batches of one size."""
     running, failures = {}, {}
     for form in chosen:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpp_jax import files, lease, object_store, pipeline
-from dpp_jax.library import sample
+from dpp_jax.library import load
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run.folder import WorkDir
 
@@ -64,11 +64,11 @@ def test_a_run_in_stores_releases_the_same_however_often_it_breaks(
         assert [name for name in expected if released[name] != expected[name]] == []
         assert files.names(root) == ['private.json', 'release'] and not (root / 'private').exists()
         assert Ledger(workdir.own_ledger).entries == Ledger(reference.own_ledger).entries
-        images, _ = sample(root, 3, seed=1)
-        np.testing.assert_array_equal(images, sample(reference.root, 3, seed=1)[0])
+        images, _ = load(root).sample(3, seed=1)
+        np.testing.assert_array_equal(images, load(reference.root).sample(3, seed=1)[0])
         metrics = workdir.metrics('finetune')
         assert all(object_store.size(metrics / name) for name in files.names(metrics))
-        assert len(files.names(metrics)) == 3  # one for each beginning
+        assert len(files.names(metrics)) == 6  # one for each beginning, and one for each of three pictures
         with pytest.raises(ValueError, match='Add --private=gs://bucket/private'):
             pipeline.run(config, root, 'all')
         pipeline.run(config, root, 'clean', private)

@@ -591,7 +591,12 @@ def _power_of_two(value: float) -> int:
 
 def _ema_decay(few: float, many: float) -> _Rule:
     """Go from one decay to the other by how many steps they average over, 1 / (1 - decay)."""
-    return _round_between(1 - few, 1 - many, lambda value: round(1 - _two_digits(value), 6))
+
+    def rule(case):
+        value, why = _between(case, 1 / (1 - few), 1 / (1 - many))
+        return round(1 - _two_digits(1 / value), 6), f'averages over {value:,.0f} steps: {why}'
+
+    return rule
 
 
 # ---- what is made -------------------------------------------------------------------------------

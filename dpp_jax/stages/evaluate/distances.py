@@ -234,6 +234,7 @@ def _keep(
         has_logits: whether to keep them too.
     """
     names = ('features', 'labels', 'rows') + ('logits',) * has_logits
+    random = _random(keys, 'kept')  # here: all processes ask for it
     kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
     chosen = None
 
@@ -245,7 +246,7 @@ def _keep(
             if chosen is None:
                 most = max(2, _MOST_KEPT // block['features'].shape[1])
                 chosen = np.zeros(count, bool)
-                chosen[_random(keys, 'kept').permutation(count)[:most]] = True
+                chosen[random.permutation(count)[:most]] = True
             for name in names:
                 kept[name].append(block[name][chosen[block['rows']]])
             yield block['features']

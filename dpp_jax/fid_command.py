@@ -18,7 +18,6 @@ import zipfile
 
 from dpp_jax.training import preemption  # imports nothing: a Ctrl-C is answered from the start
 
-_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 _PUBLIC = 'inception'
 # 2,048 features need many images: with 10,000 FID is still too large by some units.
 _FEW_IMAGES = 10_000
@@ -121,13 +120,11 @@ def read_images(path: str | os.PathLike) -> Iterator:
         yield from _read_npz(path)
     elif path.is_dir():
         for file in _files(path):
-            with open(file, 'rb') as content:
-                yield _decode(content, str(file))
+            yield _decode(file.read_bytes(), str(file))
     else:
         with zipfile.ZipFile(path) as archive:
             for name in _names(archive):
-                with archive.open(name) as content:
-                    yield _decode(content, f'{path}/{name}')
+                yield _decode(archive.read(name), f'{path}/{name}')
 
 
 def _count(path: str) -> int:
@@ -144,7 +141,7 @@ def _count(path: str) -> int:
         is_there = 'is no folder, .npz or .zip file' if where.exists() else 'is not there'
         raise ValueError(f'{path} {is_there}; it must be a folder, a .zip or an .npz file with images')
     if found < 2:
-        raise ValueError(f'{path} has {found} images ({", ".join(_SUFFIXES)}); FID needs at least 2')
+        raise ValueError(f'{path} has {found} image(s); FID needs at least 2')
     return found
 
 
@@ -157,7 +154,9 @@ def _names(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(_SUFFIXES) and not name.startswith('.')  # macOS adds ._name
+    from dpp_jax.data import decode
+
+    return Path(name).suffix.lower() in decode.ENDINGS and not name.startswith('.')  # macOS adds ._name
 
 
 def _read_npz(path: Path):
@@ -179,19 +178,14 @@ def _read_npz(path: Path):
     return images
 
 
-def _decode(content, name: str):
+def _decode(content: bytes, name: str):
     """Return the image in a file, uint8 (H, W, C)."""
-    import numpy as np
-    from PIL import Image
+    from dpp_jax.data import decode
 
     try:
-        with Image.open(content) as image:
-            if image.mode.startswith(('I', 'F')):
-                raise ValueError(f'{name} has more than 8 bits per channel ({image.mode}); it must have 8')
-            array = np.asarray(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f'{name} is no image that can be read ({error})') from error
-    return array[..., None] if array.ndim == 2 else array
+        return decode.as_it_is(content)
+    except decode.Refused as refused:
+        raise ValueError(f'{name} is {refused.kind}') from refused
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ ALLOWED = {
     'status': LEAVES | {'training', 'run', 'gate', 'configs'},
     'library': LEAVES
     | {'training', 'run', 'stages', 'build', 'settings', 'configs', 'command_line', 'pipeline'},
-    'fid_command': {'training', 'evaluation'},
+    'fid_command': {'data', 'training', 'evaluation'},
     'main': {'command_line', 'training', 'run', 'pipeline', 'status'},
 }
 # Rooms that know what a config is; below them, functions take arrays, callables and named arguments.

@@ -57,7 +57,7 @@ def test_mistakes_are_told_in_a_line(sets, monkeypatch):
     (root / 'broken.npz').write_bytes(b'PK\3\4 and no more')
     good = root / 'folder'
     for name, message in (
-        ('empty', 'has 0 images'),
+        ('empty', 'has 0 image(s)'),
         ('none', 'is not there; it must be a folder'),
         ('folder/notes.txt', 'is no folder, .npz or .zip file'),
         ('float.npz', r'images of float64 and shape (3, 4, 4, 1); they must be uint8'),
@@ -69,11 +69,11 @@ def test_mistakes_are_told_in_a_line(sets, monkeypatch):
     assert 'no whole file of torch.save' in told(monkeypatch, good, good, f'--features={good / "notes.txt"}')
 
 
-def test_damaged_images_and_deep_ones_are_named(sets):
+def test_damaged_images_are_named_and_deep_ones_are_read(sets):
     root, _ = sets
-    (root / 'folder' / 'b' / 'broken.png').write_bytes(png(np.zeros((9, 9), np.uint8))[:-30])
-    with pytest.raises(ValueError, match='broken.png is no image that can be read'):
+    path = root / 'folder' / 'b' / 'broken.png'
+    path.write_bytes(png(np.zeros((9, 9), np.uint8))[:-30])
+    with pytest.raises(ValueError, match='broken.png is cut off before the end'):
         list(fid_command.read_images(root / 'folder'))
-    (root / 'folder' / 'b' / 'broken.png').write_bytes(png(np.zeros((9, 9), np.uint16)))
-    with pytest.raises(ValueError, match='broken.png has more than 8 bits'):
-        list(fid_command.read_images(root / 'folder'))
+    path.write_bytes(png(np.full((9, 9), 65535, np.uint16)))
+    assert any((image == 255).all() for image in fid_command.read_images(root / 'folder'))

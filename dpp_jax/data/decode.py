@@ -113,10 +113,7 @@ def decode(content: bytes, preparation: Preparation) -> np.ndarray:
     Raises:
         Refused: it cannot be used.
     """
-    if content[:8] == b'\x89PNG\r\n\x1a\n':
-        _check_png(content)
-    with _opened(io.BytesIO(content), len(content)) as opened:
-        image = _upright(opened)
+    image = _read(content)
     if preparation.changes_images:
         return prepare(image, preparation)
     target = preparation.target()
@@ -125,6 +122,20 @@ def decode(content: bytes, preparation: Preparation) -> np.ndarray:
     if target[2] == 1 and image.mode != 'L':  # as its header says: whether all pixels are gray, none tells
         raise Refused(IN_COLOR)
     return np.asarray(image if target[2] == 1 else image.convert('RGB')).reshape(target)
+
+
+def as_it_is(content: bytes) -> np.ndarray:
+    """Return one image of its own size, uint8 (H, W, C), C = 1 or 3; raises `Refused` as `decode`."""
+    image = _read(content)
+    return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def _read(content: bytes) -> Image.Image:
+    """Return the image of a file, upright, of mode L or RGB."""
+    if content[:8] == b'\x89PNG\r\n\x1a\n':
+        _check_png(content)
+    with _opened(io.BytesIO(content), len(content)) as opened:
+        return _upright(opened)
 
 
 def _opened(file: BinaryIO, size: int) -> Image.Image:

@@ -9,7 +9,6 @@ Medians of the turns count. A step is complete: random draws, gradient, (noise,)
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import os
 import statistics
 from typing import Any
 
@@ -479,7 +478,3 @@ def ratios(figures: Sequence[Figure]) -> list[tuple[str, int, float]]:
 def default_memory_bytes() -> float:
     """A third of what is free: two processes may be near the limit at once."""
     return workers.available_bytes() / 3
-
-
-def host_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

@@ -106,7 +106,7 @@ def test_a_run_says_everywhere_that_its_unit_is_a_group(one):
     assert {line['unit'] for line in lines} == {'group'}
     text = one.statement_text.read_text(encoding='utf-8')
     assert 'Unit of privacy: one group' in text and 'exactly one group more' in text
-    assert 'unit of privacy: one group' in one.report_page.read_text(encoding='utf-8')
+    assert 'Unit of privacy: one group' in one.report_page.read_text(encoding='utf-8')
 
 
 def test_surplus_images_of_a_group_change_no_bit_of_what_is_released(one, tiny_config, folder, released):

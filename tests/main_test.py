@@ -115,7 +115,7 @@ def test_command_line_plans_without_touching_a_work_directory(tmp_path):
     assert result.returncode == 1 and 'config.data.source: tfds:mnist is not prepared' in last_line(result)
     assert '300 steps' in result.stdout and 'ε = 1,' in result.stdout
     assert result.stdout.startswith('DRAFT: nothing has run') and not (tmp_path / 'run').exists()
-    assert '(ε = 1.0000, δ = 1e-05)**-differentially private' in result.stdout
+    assert 'differentially private' not in result.stdout  # without images there is nothing to state
 
 
 def test_command_line_errors_are_told_in_a_line(tmp_path):

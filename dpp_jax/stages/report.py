@@ -155,7 +155,7 @@ def _metric_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the lines about the metrics beside FID."""
     rows = []
     for name, score in results.get('scores', {}).items():
-        real = f'; real test images {score["real"]:.4g}' if 'real' in score else ''
+        real = f'; real test images: {score["real"]:.4g}' if 'real' in score else ''
         figure = f'{score["value"]:.4g} ± {score["spread"]:.2g} ({score["images"]:,} images{real})'
         rows.append((_METRIC_TITLES.get(name, name), figure))
     if 'fid_of_class' in results:

@@ -94,7 +94,14 @@ def test_the_private_page_shows_what_the_evaluation_found(copied_run):
         fid_spread=0.25,
         scores={'kid': {'value': 0.0123, 'spread': 0.001, 'images': 40, 'real': 0.004}},
         fid_of_class={str(label): 10.0 + label for label in range(10)},
-        memorization={'share_closer': 0.49},
+        memorization={
+            'near_distance': 1.0,
+            'share_near': 0.49,
+            'share_near_expected': 0.01,
+            'median_ratio': 1.02,
+            'p_value': 0.3,
+            'synthetic_images': 40.0,
+        },
         accuracy_spread={'mlp': 0.012},
         accuracy_of_seeds={'mlp': [0.5, 0.6]},
         confusion={'mlp': matrix},
@@ -109,7 +116,7 @@ def test_the_private_page_shows_what_the_evaluation_found(copied_run):
     table = workdir.report_text.read_text()
     for text in ('± 0.25', '0.0123 ± 0.001 (40 images; real test images: 0.004)', '± 1.2 over 2 seeds'):
         assert text in found.text and text in table
-    for text in ('Confusions', 'share closer', 'Real beside synthetic', 'Pre-training', 'Time', '19.0'):
+    for text in ('Confusions', 'share near', 'Real beside synthetic', 'Pre-training', 'Time', '19.0'):
         assert text in found.text
     assert 'svg' in found.names and 'Mean norm of a gradient' in found.text
     # Scores change nothing that may be published.

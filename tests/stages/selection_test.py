@@ -90,7 +90,7 @@ def test_what_is_released_are_noisy_scores_and_they_alone_choose(config, evaluat
     spread = np.std(results['accuracy_of_seeds']['mlp'], ddof=1)
     assert results['accuracy_spread'] == {'mlp': pytest.approx(spread)}
     text = evaluated.report_text.read_text()
-    assert '(2 seeds)' in text and 'noisy scores of private images' in text
+    assert 'over 2 seeds' in text and 'noisy scores of private images' in text
 
 
 class Killed(Exception):
@@ -108,7 +108,7 @@ def test_a_kill_between_ledger_and_file_changes_no_bit(config, generated, evalua
         with pytest.raises(Killed):
             pipeline.run(config, workdir.root, 'evaluate')
     assert Ledger(workdir.ledger).count(SELECTION) == 1 and not workdir.selection.exists()
-    assert 'accuracy_of_seeds' not in json.loads(workdir.evaluation.read_text())
+    assert not workdir.evaluation.exists()
     shutil.rmtree(workdir.candidates)  # they are trained again, to the same bits
     pipeline.run(config, workdir.root, 'all')
     assert workdir.selection.read_bytes() == evaluated.selection.read_bytes()

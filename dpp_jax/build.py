@@ -299,8 +299,8 @@ def preparation(config: ConfigDict, cache: Path | None = None) -> Preparation:
         label_key=data.label_key,
         groups=data.groups,
         validation=data.validation,
-        # Only there does the split follow from what is public, see data/split.py.
-        is_stratified=config.dp.relation == accounting.ZERO_OUT and not data.groups,
+        is_listing_public=config.dp.relation == accounting.ZERO_OUT and not data.groups,
+        class_names=tuple(data.class_names or ()),
         cache=cache,
     )
 

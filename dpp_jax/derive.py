@@ -307,6 +307,12 @@ def _channels(case: _Case) -> tuple[int, str]:
 
 
 def _classes(case: _Case) -> tuple[int, str]:
+    relation = case.config.dp.relation
+    if not accounting.RELATIONS[relation].size_is_public:
+        raise ValueError(
+            'config.data.classes is not set; it must be, and data.class_names where classes have names, '
+            f'because dp.relation is {relation!r}: one image more could add a class, and change all numbers'
+        )
     return case.info.classes, f'classes in {case.info.name}'
 
 

@@ -127,7 +127,11 @@ class Run:
     @functools.cached_property
     def whole_train(self) -> Images:
         """All private images, also of other processes: what process 0 needs to train on them for scores."""
-        return self.train if hosts.count() == 1 else self._images('train')
+        if hosts.count() == 1:
+            return self.train
+        found = self._images('train')
+        self.workdir.check_fingerprint('train', found)
+        return found
 
     @functools.cached_property
     def test(self) -> Images:
@@ -250,7 +254,7 @@ class Run:
                 mechanism=releases.mechanism,
                 images_per_group=self.plan.unit.images_per_group,
                 ledger=self.ledger,
-                before_release=self._write_statement,
+                before_release=self._write_statement_and_pages,
             )
         evaluate.run(
             *self._stage,
@@ -285,6 +289,10 @@ class Run:
         written = statement.of_ledger(self.workdir, self.ledger, self.plan.budget, self.config.data.derived)
         statement.write(self.workdir, written)
         return written
+
+    def _write_statement_and_pages(self) -> None:
+        names = build.class_names(self.config)
+        generate.write_pages(self.workdir, self.images, names, self._write_statement())
 
     @functools.cached_property
     def _sizes(self) -> Sizes:

@@ -175,7 +175,9 @@ def test_no_rule_looks_at_single_classes():
 def test_a_number_that_the_relation_keeps_secret_is_not_published():
     with pytest.raises(ValueError, match="config.data.train_images is not set; .* 'add_remove'"):
         resolved(dp__relation='add_remove')
-    config = resolved(dp__relation='add_remove', data__train_images=1000)
+    with pytest.raises(ValueError, match="config.data.classes is not set; .* 'add_remove'"):
+        resolved(dp__relation='add_remove', data__train_images=1000)
+    config = resolved(dp__relation='add_remove', data__train_images=1000, data__classes=10)
     assert config.data.train_images == 1000 and 'data.train_images' not in config.data.derived
 
 

@@ -149,23 +149,16 @@ def read(tree: Tree, preparation: Preparation, source: str) -> Listing:
 def draw(listing: Listing, preparation: Preparation, source: str) -> np.ndarray:
     """Draw the test part of a set that has none, see `dpp_jax.data.split`; bool (N,)."""
     groups = listing.group_names(preparation.groups, source) if preparation.groups else None
-    return split.is_test(
-        listing.names,
-        listing.labels,
-        share=preparation.test_share,
-        seed=preparation.split_seed,
-        is_stratified=preparation.is_stratified,
-        groups=groups,
-    )
+    names = listing.names if groups is None else groups
+    return split.is_test(names, share=preparation.test_share, seed=preparation.split_seed)
 
 
 def how_drawn(preparation: Preparation) -> str:
     """Say how the test part was drawn."""
-    unit = 'images of each class' if preparation.is_stratified else 'images, each drawn alone'
-    unit = 'groups, each drawn alone' if preparation.groups else unit
+    unit = 'groups' if preparation.groups else 'images'
     return (
-        f'no test part: {preparation.test_share:.0%} of the {unit} are test images, by a hash of '
-        f'data.split_seed = {preparation.split_seed} and names'
+        f'no test part: about {preparation.test_share:.0%} of the {unit} are test images, each by a hash of '
+        f'data.split_seed = {preparation.split_seed} and its name'
     )
 
 
@@ -233,15 +226,16 @@ def _labels(
         if found is not None:
             return found, [f'labels are those of {json_name}']
     if wanted in ('', preparation_lib.FOLDERS):
-        return _of_folders(images, source, has_parts), []
-    return _of_csv(_csv_text(tree, files, wanted, source), files, images, wanted), []
+        return _of_folders(images, source, has_parts, preparation.class_names), []
+    text = _csv_text(tree, files, wanted, source)
+    return _of_csv(text, files, images, wanted, preparation.class_names), []
 
 
 def _one_class(images: list[str]) -> _Labels:
     return _Labels(of=dict.fromkeys(images, 0), classes=1, names=(), groups={})
 
 
-def _of_folders(images: list[str], source: str, has_parts: bool) -> _Labels:
+def _of_folders(images: list[str], source: str, has_parts: bool, known: tuple[str, ...]) -> _Labels:
     """Name classes by folders, below the part if there are parts."""
     below = {name: name.partition('/')[2] if has_parts else name for name in images}
     beside = [name for name, path in below.items() if '/' not in path]
@@ -253,10 +247,26 @@ def _of_folders(images: list[str], source: str, has_parts: bool) -> _Labels:
             "folder of its class, or set config.data.labels ('none': all are one class)"
         )
     folders = {name: path.partition('/')[0] for name, path in below.items()}
-    names = tuple(sorted(set(folders.values())))
+    names = _numbered(tuple(sorted(set(folders.values()))), known, source)
     number = {name: i for i, name in enumerate(names)}
     of = {name: number[folder] for name, folder in folders.items()}
     return _Labels(of=of, classes=len(names), names=_if_words(names), groups={})
+
+
+def _numbered(found: tuple[str, ...], known: tuple[str, ...], source: str) -> tuple[str, ...]:
+    """Return the names of classes in the order of labels.
+
+    Where they are known beforehand, they alone number the classes: one that no image has keeps its number.
+
+    Raises:
+        ValueError: images have other classes.
+    """
+    if others := [name for name in found if known and name not in known]:
+        raise ValueError(
+            f'config.data.class_names is {", ".join(known)}; it must also have {_few(others)}, of which '
+            f'{source} has images'
+        )
+    return known or found
 
 
 def _if_words(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -334,7 +344,9 @@ def rows_of_csv(text: str, columns: Sequence[str], where: str) -> list[dict[str,
     return rows
 
 
-def _of_csv(text: str, files: Mapping[str, File], images: list[str], wanted: str) -> _Labels:
+def _of_csv(
+    text: str, files: Mapping[str, File], images: list[str], wanted: str, known: tuple[str, ...]
+) -> _Labels:
     """Read labels and groups from a CSV file."""
     where = f'config.data.labels: {wanted}'
     rows = rows_of_csv(text, _COLUMNS, where)
@@ -351,11 +363,12 @@ def _of_csv(text: str, files: Mapping[str, File], images: list[str], wanted: str
     found = [f'{len(of):,} {what}: {_few(of)}' for what, of in problems.items() if of]
     if found:
         raise ValueError('\n'.join(f'{where}: {problem}' for problem in found))
-    known = set(images)
-    used = [(name, row) for name, row in zip(names, rows) if name in known]
+    there = set(images)
+    used = [(name, row) for name, row in zip(names, rows) if name in there]
     texts = {row['label'] for _, row in used}
     are_numbers = all(text.isdecimal() for text in texts)
     classes = tuple(sorted(texts, key=(lambda text: (int(text), text)) if are_numbers else None))
+    classes = _numbered(classes, known, where)
     number = {text: i for i, text in enumerate(classes)}
     return _Labels(
         of={name: number[row['label']] for name, row in used},

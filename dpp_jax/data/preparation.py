@@ -34,8 +34,8 @@ class Preparation:
         groups: what says whose an image is, as `data.groups`; '' = images are the unit.
         validation: what becomes of a validation part beside train and test: 'unused', or 'train' (it belongs
             to the private images).
-        is_stratified: whether test images of a set without a test part are drawn class by class, see
-            `dpp_jax.data.split`.
+        is_listing_public: whether neighbors have as many images, see `dpp_jax.data.split`.
+        class_names: of the classes, in the order of labels, where they are known; () = as the files say.
         cache: folder in private/ for decoded images; None: they are decoded at every start.
     """
 
@@ -50,7 +50,8 @@ class Preparation:
     label_key: str = 'label'
     groups: str = ''
     validation: str = 'unused'
-    is_stratified: bool = True
+    is_listing_public: bool = True
+    class_names: tuple[str, ...] = ()
     cache: Path | None = None
 
     def __post_init__(self):

@@ -1,16 +1,11 @@
 """Which images of a set without a test part are test images.
 
 A public number (`split_seed`) and names decide, never a pixel: an image's place is the hash of the number and
-its path below the source, or of its group.
+its path below the source, or of its group. It is a test image if its place is below the share.
 
-- Drawn class by class (stratified): within each class, the images in the order of their places; the first
-  round(share x n) are test images, at least one of two. Who is in the test part follows from the listing,
-  names and labels. Under zero-out the listing is public: neighbors have the same names and labels, only
-  pixels count as nothing. So neighbors have the same split.
-- Drawn alone: an image, or a group with all its images, is test if its place is below the share. Under
-  add/remove and replace-one neighbors differ in their listings. Here one image (or person) more moves nobody
-  else, so that the private images differ in that one, too. Drawn class by class, it could move another one
-  across: two would differ.
+So each image (or person) is drawn alone. One more, one less, or one with another label moves nobody else:
+private images of neighbors differ in that one, too. Class by class, with exact shares, the label of one image
+would decide whether others are private, and no ε would cover that. Shares of classes are as drawn.
 """
 
 from collections.abc import Sequence
@@ -30,33 +25,25 @@ def group_number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(f'group:{name}'.encode()).digest()[:8], signed=True)
 
 
-def is_test(
-    names: Sequence[str],
-    labels: np.ndarray,
-    *,
-    share: float,
-    seed: int,
-    is_stratified: bool,
-    groups: Sequence[str] | None = None,
-) -> np.ndarray:
+def is_test(names: Sequence[str], *, share: float, seed: int) -> np.ndarray:
     """Return which images are test images, bool (N,).
 
     Args:
-        names: of the images, all different; their order does not matter.
-        labels: integers (N,).
+        names: of the images, or of their groups: images of one name stay together.
         share: in (0, 1).
         seed: the public number.
-        is_stratified: drawn class by class; otherwise each is drawn alone.
-        groups: the name of each image's group, (N,): whole groups are drawn, each alone; None: images.
     """
-    places = np.array([place(name, seed) for name in (names if groups is None else groups)])
-    if groups is not None or not is_stratified:
-        return places < share
-    chosen = np.zeros(len(names), bool)
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        count = int(np.floor(share * len(own) + 0.5))
-        count = min(max(count, 1), len(own) - 1) if len(own) > 1 else 0
-        order = sorted(own, key=lambda i: (places[i], names[i]))
-        chosen[order[:count]] = True
+    return np.array([place(name, seed) for name in names], float) < share
+
+
+def numbers_of_test(count: int, *, share: float, seed: int) -> np.ndarray:
+    """Return which records of a set are test images, bool (N,): round(share x N), at least one of two.
+
+    For records without names, whose number is public: where an image of neighbors counts as nothing, all have
+    the same numbers.
+    """
+    places = np.array([place(str(number), seed) for number in range(count)])
+    chosen = np.zeros(count, bool)
+    wanted = min(max(int(np.floor(share * count + 0.5)), 1), count - 1) if count > 1 else 0
+    chosen[np.argsort(places, kind='stable')[:wanted]] = True
     return chosen

@@ -97,8 +97,14 @@ class Selection:
         checks.require('sensitivity', mechanism.sensitivity, is_covered, allowed)
         q = mechanism.sampling_probability
         checks.require('sampling_probability', q, q == 1, '1: every image is asked')
+
+        def checked(sums: jax.Array) -> tuple[jax.Array, None]:
+            is_good = sums.shape == (self.candidates,)
+            checks.require('sums', sums.shape, is_good, f'({self.candidates},), one for each candidate')
+            return sums, None
+
         return mechanism.noisy(
-            lambda sums: (sums, None),
+            checked,
             noise_key,
             then=lambda noisy, *_: noisy / self.units + 0.5,
             compiled=compiled,

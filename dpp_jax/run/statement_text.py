@@ -40,6 +40,8 @@ NOT_COVERED = (
     'Each has its own ε; the ε values add up (`dpp-jax --stage=compose` states '
     'them together). What is listed here as spent before is counted',
     'facts about the population: synthetic images show what many private images have in common',
+    'test images: scores are computed from them. Nothing of them is in release/, but for settings that '
+    'were read',
 )
 NOT_COVERED_OF = {
     groups.IMAGE: 'a person with several images: for k images, ε is k times as large, and δ is larger '
@@ -75,9 +77,9 @@ def declared(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [
-        'these settings were read from the private images, and so was what follows from them in '
-        f'`config.json`: {", ".join(f"`{name}`" for name in names)}. Their values are public by declaration: '
-        'the (ε, δ) does not cover them'
+        'these settings were read from the private images and the test images beside them, and so was what '
+        f'follows from them in `config.json`: {", ".join(f"`{name}`" for name in names)}. Their values are '
+        'public by declaration: the (ε, δ) does not cover them'
     ]
 
 

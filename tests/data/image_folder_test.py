@@ -1,5 +1,6 @@
 """Folders and archives of image files: layouts, the split, decoding, and what is kept for the next start."""
 
+import dataclasses
 import io
 import json
 import os
@@ -105,7 +106,8 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_a_flat_folder_is_one_class(tmp_path):
     source = write(tmp_path, [f'{i}.png' for i in range(10)])
     info = sources.describe(source)
-    assert (info.classes, info.class_names, info.class_counts) == (1, (), (9,))
+    assert (info.classes, info.class_names) == (1, ()) and info.class_counts == (info.train_images,)
+    assert info.train_images + info.test_images == 10
     parts = {f'{part}/{i}.png': 0 for part in ('train', 'test') for i in range(3)}
     found = loaded(write(tmp_path / 'parts', parts))
     assert found['test'] == labels_of({f'test/{i}.png': 0 for i in range(3)})
@@ -137,7 +139,7 @@ def test_labels_and_groups_of_a_table(tmp_path):
     rows = [f'{name};{["seven", "éight"][i % 2]};p{i // 3}' for i, name in enumerate(names)]
     table = tmp_path / 'labels.csv'
     table.write_text('file;label;group\n' + '\n'.join(rows) + '\n', encoding='utf-8-sig')
-    wanted = Preparation(image_size=4, channels=1, labels='labels.csv', groups='group', is_stratified=False,
+    wanted = Preparation(image_size=4, channels=1, labels='labels.csv', groups='group',
                          test_share=0.4)  # fmt: skip
     info = sources.describe(source, preparation=wanted)
     assert info.class_names == ('seven', 'éight') and any('1 images have no label' in n for n in info.notes)
@@ -253,8 +255,9 @@ def test_a_damaged_file_in_an_archive_is_named(tmp_path):
 
 
 def test_sizes_and_colors_are_made_to_fit(tmp_path):
-    write(tmp_path, ['a/1.png', 'a/2.png'], size=9)
-    write(tmp_path, ['b/1.png', 'b/2.png'], size=5, channels=3)
+    for part in ('train', 'test'):
+        write(tmp_path / part, ['a/1.png'], size=9)
+        write(tmp_path / part, ['b/1.png'], size=5, channels=3)
     source = f'folder:{tmp_path}'
     info = sources.describe(source)
     assert info.image_shape == (None, None, 3) and info.sides == (5, 9, 9)
@@ -270,40 +273,60 @@ def test_sizes_and_colors_are_made_to_fit(tmp_path):
 # ---- the split ----------------------------------------------------------------------------------
 
 
-def drawn(names, labels=None, **settings):
-    labels = np.zeros(len(names), int) if labels is None else labels
-    settings = {'share': 0.2, 'seed': 0, 'is_stratified': True} | settings
-    return {name for name, test in zip(names, split.is_test(names, labels, **settings)) if test}
+def drawn(names, share=0.2, seed=0):
+    return {name for name, test in zip(names, split.is_test(names, share=share, seed=seed)) if test}
 
 
 NAMES = [f'{i}.png' for i in range(500)]
 
 
-def test_every_class_has_its_share_and_one_of_two():
-    labels = np.repeat([0, 1, 2, 3], [400, 97, 2, 1])
-    test = drawn(NAMES, labels)
-    counts = np.bincount(labels[[name in test for name in NAMES]], minlength=4)
-    assert counts.tolist() == [80, 19, 1, 0]
-    assert drawn(NAMES, labels, share=0.999) != set(NAMES)  # some stay private
-
-
-@pytest.mark.parametrize('is_stratified', [True, False])
-def test_the_split_depends_on_names_and_number_and_not_on_order(is_stratified):
-    test = drawn(NAMES, is_stratified=is_stratified)
-    assert test == drawn(NAMES[::-1], is_stratified=is_stratified)
-    assert test != drawn(NAMES, seed=1, is_stratified=is_stratified)
+def test_the_split_depends_on_names_and_number_and_not_on_order():
+    test = drawn(NAMES)
+    assert test == drawn(NAMES[::-1]) and test != drawn(NAMES, seed=1)
     assert 60 < len(test) < 140
 
 
-def test_drawn_alone_nobody_moves_another():
-    alone = drawn(NAMES, is_stratified=False)
+def test_nobody_moves_another():
+    alone = drawn(NAMES)
     for gone in (0, 17, 499):
         left = NAMES[:gone] + NAMES[gone + 1 :]
-        assert drawn(left, is_stratified=False) == alone - {NAMES[gone]}
+        assert drawn(left) == alone - {NAMES[gone]}
+
+
+def test_another_label_moves_no_other_image(tmp_path):
+    """Labels are protected: that of one image must not decide whether others are private."""
+    names = [f'{label}/{i}.png' for label in 'ab' for i in range(30)]
+    parts = []
+    for number, own in enumerate(('a', 'b')):
+        source = write(tmp_path / str(number), [*names, f'{own}/x.png'])
+        listing = sources._find(source, '', preparation=P).listing
+        parts.append({listing.names[row] for row in listing.rows('train')} - {f'{own}/x.png'})
+    assert parts[0] == parts[1]
+
+
+def test_persons_stay_together():
     persons = [f'p{i // 5}' for i in range(500)]
-    whole = drawn(NAMES, groups=persons)
-    assert all(len({name in whole for name in NAMES[i : i + 5]}) == 1 for i in range(0, 500, 5))
-    assert drawn(NAMES[5:], groups=persons[5:]) == whole - set(NAMES[:5])
+    test = split.is_test(persons, share=0.2, seed=0)
+    assert all(len(set(test[i : i + 5])) == 1 for i in range(0, 500, 5)) and 50 < test.sum() < 150
+
+
+def test_records_without_names_have_their_share():
+    assert split.numbers_of_test(97, share=0.2, seed=0).sum() == 19
+    assert split.numbers_of_test(2, share=0.001, seed=0).sum() == 1
+    assert (
+        split.numbers_of_test(97, share=0.2, seed=0) != split.numbers_of_test(97, share=0.2, seed=1)
+    ).any()
+
+
+def test_names_that_are_known_number_the_classes(tmp_path):
+    """A class without images keeps its number: else one image more would change the labels of all."""
+    source = write(tmp_path, [f'{label}/{i}.png' for label in 'bc' for i in range(20)])
+    wanted = dataclasses.replace(P, class_names=('a', 'b', 'c'))
+    info = sources.describe(source, preparation=wanted)
+    assert info.classes == 3 and info.class_names == ('a', 'b', 'c')
+    assert set(sources.load(source, 'train', preparation=wanted).labels.tolist()) == {1, 2}
+    with pytest.raises(ValueError, match=r'config.data.class_names is a, b; it must also have c, of which'):
+        sources.describe(source, preparation=dataclasses.replace(P, class_names=('a', 'b')))
 
 
 # ---- processes and the cache --------------------------------------------------------------------
@@ -318,7 +341,12 @@ def many(tmp_path_factory):
 def test_processes_decode_what_one_decodes(many, monkeypatch):
     told = []
     one = sources.load(many, 'train', preparation=P, progress=lambda *count: told.append(count))
-    assert told[-1] == (234, 234) and [done for done, _ in told] == sorted({done for done, _ in told})
+    kept = len(one.images)
+    assert (
+        220 < kept < 250
+        and told[-1] == (kept, kept)
+        and [done for done, _ in told] == sorted({done for done, _ in told})
+    )
     monkeypatch.setattr(decoding, '_FEW', 1000)
     monkeypatch.setattr(decoding, '_of_pool', None)
     np.testing.assert_array_equal(sources.load(many, 'train', preparation=P).images, one.images)
@@ -491,7 +519,7 @@ def test_camelyon_of_wilds_has_the_official_parts(tmp_path):
         write(tmp_path, [path(*row)], size=96, channels=4)
     (tmp_path / 'metadata.csv').write_text('\n'.join(lines) + '\n')
     source = f'wilds-camelyon:{tmp_path}'
-    wanted = Preparation(image_size=32, channels=3, fit='crop', groups='patient', is_stratified=False)
+    wanted = Preparation(image_size=32, channels=3, fit='crop', groups='patient')
     info = sources.describe(source, preparation=wanted)
     assert (info.train_images, info.test_images, info.groups) == (3, 2, 2)
     assert info.class_names == ('normal', 'tumor') and info.class_counts == (2, 1)

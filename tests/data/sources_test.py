@@ -923,6 +923,6 @@ def test_a_tfds_set_without_a_test_part_gets_one(faces):
     assert len({image.tobytes() for part in parts for image in part}) == 20
     stored = sources.load(source, 'train', in_memory='no', rows=slice(1, None, 2), **where)
     np.testing.assert_array_equal(stored.images[:], parts[0][1::2])
-    alone = Preparation(**FACES | {'is_stratified': False})
+    alone = Preparation(**FACES | {'is_listing_public': False})
     with pytest.raises(ValueError, match='has no split test. Its records have no names'):
         sources.describe(source, data_dir=faces, preparation=alone)

@@ -128,19 +128,13 @@ class Tfds(StoredSource):
                 count, words = splits[validation].num_examples, f'the split {validation!r}: there is no other'
                 return _Part(split=validation, count=count, words=words)
             return _Part(split=train, count=total)
-        if not asked.is_stratified:
+        if not asked.is_listing_public:
             raise ValueError(
                 f'{self.name} has no split test. Its records have no names by which each could be drawn '
                 "alone, as dp.unit 'group' and other relations than 'zero_out' need. Write its images to a "
                 "folder, or set config.dp.relation to 'zero_out' and config.dp.unit to 'image'"
             )
-        chosen = split_lib.is_test(
-            [str(number) for number in range(total)],
-            np.zeros(total, int),
-            share=asked.test_share,
-            seed=asked.split_seed,
-            is_stratified=True,
-        )
+        chosen = split_lib.numbers_of_test(total, share=asked.test_share, seed=asked.split_seed)
         numbers = np.flatnonzero(chosen == (split == 'test'))
         drawn = (
             f'{asked.test_share:.0%} of the split train, by a hash of data.split_seed = {asked.split_seed}'

@@ -66,13 +66,10 @@ def run(
     evaluation = Evaluation(workdir, flatten(config.to_dict())) if hosts.is_first() else None
     hosts.at_first(lambda: evaluation.begin())
     own = share.images, share.labels
-    hosts.at_first(lambda: artefacts.keep_real_images(workdir, *own, config.data.classes))
     read = functools.cache(lambda: common.in_memory(private, share))
-    distances.run(
-        config, workdir, keys, evaluation=evaluation, images=images, share=share, private=read, test=test
-    )
-    hosts.at_first(
-        lambda: utility.run(
+
+    def use():
+        utility.run(
             config,
             workdir,
             keys,
@@ -83,4 +80,14 @@ def run(
             settings=settings,
             selection=selection,
         )
+
+    if selection is not None:
+        # Before all that looks at private images without noise: a failure there must not decide whether the
+        # selection is released.
+        hosts.at_first(use)
+    hosts.at_first(lambda: artefacts.keep_real_images(workdir, *own, config.data.classes))
+    distances.run(
+        config, workdir, keys, evaluation=evaluation, images=images, share=share, private=read, test=test
     )
+    if selection is None:
+        hosts.at_first(use)

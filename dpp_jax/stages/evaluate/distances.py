@@ -215,7 +215,7 @@ def _feature_network(
             epochs=config.evaluate.feature_epochs,
             progress=advance,
         )
-    files.write_npz(path, **network.to_arrays())
+    files.write_npz(path, mode=0o600, **network.to_arrays())
     return network
 
 
@@ -356,7 +356,7 @@ def _write_cache(workdir: WorkDir, told: dict[str, Any], found: _Features) -> No
         arrays = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         del arrays['logits']
         arrays |= {'count': np.array(found.count), 'key': np.array(key)}
-        files.write_npz(workdir.private_features(told['kind']), **arrays)
+        files.write_npz(workdir.private_features(told['kind']), mode=0o600, **arrays)
 
 
 # ---- the metrics, in process 0 ------------------------------------------------------------------

@@ -96,12 +96,15 @@ def run(
         chosen = ()
     else:
         results.pop('classifiers_left_out', None)
-    if config.evaluate.real_images:
-        for kind in chosen:
+    train = _Trainer(config, keys, images, settings)
+
+    def add_ceilings():
+        for kind in chosen if config.evaluate.real_images else ():
             if kind not in results.get('accuracy_of_real_images', {}):
                 _add_ceiling(config, workdir, keys, kind, evaluation, private, test, settings)
-    train = _Trainer(config, keys, images, settings)
+
     if selection is None:
+        add_ceilings()
         for kind in chosen:
             _add_scores(train, evaluation, kind, test, config.evaluate.seeds)
     elif chosen:
@@ -112,6 +115,7 @@ def run(
         ]
         if released is None:
             _release(workdir, keys, images, found, selection)
+        add_ceilings()  # after the release: networks trained on private images must not decide whether it is
         _add_selected(evaluation, found, artefacts.selection(workdir)['trainings'])
     print(
         f'Settings scored on real images in this folder so far: {len(evaluation.scored)}. Not covered by ε: '
@@ -215,15 +219,17 @@ def _candidates(
 
     def judge(candidate: classifiers.Classifier) -> str:
         names.append(candidate.name)
-        is_right = [candidate.predict(block) == labels for block, labels in _blocks(real)]
+        is_right = [candidate.predict(block)[: len(labels)] == labels for block, labels in _blocks(real)]
         sums.append(selection.query.sum(np.concatenate([np.zeros(0, bool), *is_right]), members))
         confusions.append(_confusion(candidate, test(), train.classes))
         return ''  # nothing of it is shown
 
     train(classifiers.fit, kind, seed, judge=judge)
     found = _Training(kind=kind, seed=seed, names=names, sums=np.array(sums), confusions=np.array(confusions))
-    files.make_folder(workdir.candidates)
-    files.write_npz(path, of=of, names=np.array(names), sums=found.sums, confusions=found.confusions)
+    files.make_folder(workdir.candidates, mode=0o700)
+    files.write_npz(
+        path, mode=0o600, of=of, names=np.array(names), sums=found.sums, confusions=found.confusions
+    )
     return found
 
 
@@ -240,8 +246,15 @@ def _all_private(private: Callable[[], common.InMemory]) -> Images:
 
 
 def _blocks(real: Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield images in blocks of one size, padded with zeros, and their labels.
+
+    So the program that judges an image does not depend on how many images there are.
+    """
     for start in range(0, len(real.images), _AT_ONCE):
-        yield real.images[start : start + _AT_ONCE], real.labels[start : start + _AT_ONCE]
+        block = np.zeros((_AT_ONCE, *real.images.shape[1:]), np.uint8)
+        labels = real.labels[start : start + _AT_ONCE]
+        block[: len(labels)] = real.images[start : start + _AT_ONCE]
+        yield block, labels
 
 
 def _release(

@@ -156,7 +156,18 @@ def _export(
     if config.generate.png_tree and not files.is_whole(images.png_tree):
         exports.write_png_tree(images.png_tree, *arrays)
     if config.generate.tfds and not files.is_whole(images.tfds):
-        description = card.in_short(config.name, len(data['images']), privacy)
+        # No ε: what is released later may change it.
+        description = (
+            f'{len(data["images"]):,} synthetic images ({config.name}), drawn from a diffusion model that '
+            'was trained with differential privacy. What holds: privacy_statement.md of the run'
+        )
         exports.write_tfds(images.tfds, *arrays, name=config.name, description=description)
+    write_pages(workdir, images, class_names, privacy)
+
+
+def write_pages(
+    workdir: WorkDir, images: artefacts.SyntheticImages, class_names: Sequence[str], privacy: dict[str, Any]
+) -> None:
+    """Write card and page of release/, which say what the statement `privacy` says."""
     card.write(workdir, images, class_names, privacy)
     release_page.write(workdir, images, class_names, privacy)

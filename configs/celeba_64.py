@@ -4,7 +4,8 @@
 
 Expects data/celeba_64/train.npz (train and validation images of CelebA, 182,637, cropped and resized to
 64x64) and test.npz, each with `images` (uint8 NHWC) and `labels` (0 or 1). Nothing is published with these
-settings. As in celeba_32, the unit of privacy is one image.
+settings. With tensorflow-datasets: `--config.data.source=tfds:celeb_a --config.data.label_key=attributes/Male
+--config.data.validation=train --config.data.fit=crop`. As in celeba_32, the unit of privacy is one image.
 """
 
 from ml_collections import ConfigDict

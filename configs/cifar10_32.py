@@ -3,7 +3,7 @@
     dpp-jax --config=cifar10_32:10 --workdir=runs/cifar10_32
 
 Published there (accuracy / FID by Inception features): ε = 10: 43.3 % / 95.3. This repository has no results
-of its own. `--config.data.source=folder:<path>` reads images of your own instead.
+of its own.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,9 @@
     dpp-jax --config=eurosat_32:10 --workdir=runs/eurosat_32
 
 Expects data/eurosat_32/train.npz (21,600 of the 27,000 images, averaged down from 64x64) and test.npz, each
-with `images` (uint8 NHWC) and `labels` (0 to 9). `--config.data.source=folder:<path>` reads the images
-themselves. Nothing is published with these settings.
+with `images` (uint8 NHWC) and `labels` (0 to 9). The folder of the images will do as well:
+`--config.data.source=folder:<path> --config.data.fit=crop --config.data.test_share=0.2`; say how many private
+images `--stage=plan` finds by `--config.data.train_images`. Nothing is published with these settings.
 """
 
 from ml_collections import ConfigDict

@@ -280,7 +280,13 @@ def _image_size(case: _Case) -> tuple[int, str]:
             f'config.data.image_size is not set, and the images of {case.info.name} are {found}; set '
             "data.fit to 'crop' or 'pad', which makes them square"
         )
-    short = case.info.sides[1] if case.info.sides else min(filter(None, case.info.image_shape[:2]))
+    known = [side for side in case.info.image_shape[:2] if side is not None]
+    if not case.info.sides and not known:
+        raise ValueError(
+            'config.data.image_size is not set; it must be, because no header tells the size of images in '
+            f'{case.info.name}'
+        )
+    short = case.info.sides[1] if case.info.sides else min(known)
     most = min(short, _LARGEST_SIDE)
     levels = len(case.config.model.multipliers or _multipliers_for(most))
     step = 2 ** (levels - 1)

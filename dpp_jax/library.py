@@ -252,7 +252,7 @@ def _recorded(folder: WorkDir) -> ConfigDict:
         raise FileNotFoundError(
             f'{folder.config} is not there; workdir must be that of a run, or its release/'
         )
-    recorded = files.read_json(folder.config, 'Restore the file')
+    recorded = artefacts.settings_of_images(folder)
     config = default.get_config('1')
     with config.ignore_type():
         for name, value in recorded.items():

@@ -22,7 +22,7 @@ from dpp_jax.stages import evaluate, plan
 from dpp_jax.training import devices, hosts
 
 _CLASSES_SHOWN = 6  # the smallest, where there are many
-_PATIENCE = 10.0  # seconds, for a source: a network or a disk may not answer
+_PATIENCE = 10.0  # seconds, for a source that asks a network
 
 
 def run(config: ConfigDict, root: str | Path, private: str | Path | None = None) -> None:
@@ -123,7 +123,9 @@ def _lines(problems: list[str]) -> list[str]:
 
 
 def _ask_source(config: ConfigDict) -> tuple[SourceInfo | None, list[str]]:
-    """Describe the source, as `build.source_problems`, but not for longer than `_PATIENCE`."""
+    """Describe the source, as `build.source_problems`; wait for a network no longer than `_PATIENCE`."""
+    if not str(config.data.source).startswith('tfds:'):  # headers of many files may take a while
+        return _answer(config)
     answers = []
     # A daemon: a thread that waits for a network keeps no process alive.
     asking = threading.Thread(target=lambda: answers.append(_answer(config)), daemon=True)
@@ -153,7 +155,7 @@ def _words(config: ConfigDict, info: SourceInfo | None) -> str:
     if not accounting.RELATIONS[config.dp.relation].size_is_public:
         said += '. Their true number is private: keep this line'
     lines = [said]
-    if info.sides is not None:
+    if info.sides is not None and len(set(info.sides)) > 1:
         lines.append(
             'short sides: {} to {} pixels, {} in the median'.format(*np.array(info.sides)[[0, 2, 1]])
         )

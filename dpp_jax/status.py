@@ -74,13 +74,12 @@ def read(root: str | Path, private: str | Path | None = None) -> dict[str, Any]:
 def _settings(workdir: WorkDir) -> dict[str, Any]:
     """Return the settings of the run, by full names; of images and scores, those that made what is there."""
     settings = flatten(default.get_config('1').to_dict())
-    settings |= files.read_json(workdir.config, 'Restore the file')
-    for path, inner in ((workdir.synthetic / 'settings.json', ()), (workdir.evaluation, ('of', 'settings'))):
-        if path.exists():
-            found = files.read_json(path, 'Restore the file, or delete it')
-            for name in inner:
-                found = found.get(name, {})
-            settings |= {name: value for name, value in found.items() if name in settings}
+    settings |= artefacts.settings_of_images(workdir)
+    if workdir.evaluation.exists():
+        found = files.read_json(
+            workdir.evaluation, 'Restore the file, or delete it', {'of': {'settings?': dict}}
+        )
+        settings |= found['of'].get('settings', {})
     return settings
 
 

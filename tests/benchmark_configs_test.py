@@ -58,7 +58,7 @@ def test_a_stand_in_of_each_shape_runs_one_step_of_every_stage(name, tmp_path):
     config.generate.update(images=2 * classes, batch_size=25)
     config.generate.sampler.steps = config.generate.classifier_sampler.steps = 1
     config.evaluate.update(
-        classifiers=('logistic',), epochs=1, feature_epochs=1, batch_size=8, real_images=False
+        classifiers=('logistic',), features='cnn', epochs=1, feature_epochs=1, batch_size=8, real_images=False
     )
     pipeline.run(config, tmp_path / 'run', 'all')
     workdir = WorkDir(tmp_path / 'run')

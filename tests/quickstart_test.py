@@ -48,8 +48,6 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     book = nbformat.read(NOTEBOOK, as_version=4)
     where = {'metadata': {'path': str(tmp_path)}}
     nbclient.NotebookClient(book, km=OwnKernel(), timeout=300, resources=where).execute()
-    for c in book.cells:
-        print(c.metadata.get('execution'))
     _, _, _, plan, run, images, statement, scores, more, export = (
         cell for cell in book.cells if cell.cell_type == 'code'
     )

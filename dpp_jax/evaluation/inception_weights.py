@@ -41,6 +41,7 @@ def load(path: str = '') -> inception.Inception:
         OSError, ValueError: the file at `path` cannot be read, or holds something else.
         NotAvailable: no path is given, and the file cannot be downloaded.
     """
+    path = path and files.path(path)
     digest = _digest(path) if path else SHA256
     network = _cached(digest)
     if network is None and path:

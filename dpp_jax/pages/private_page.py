@@ -87,8 +87,9 @@ def _add_classes(made: page.Page, contents: Contents, class_names: Sequence[str]
     for kind, values in results.get('accuracy_of_class', {}).items():
         title = contents.titles.get(kind, kind)
         found = np.array(values, np.float64)
-        heat = (found - found.min()) / max(1 - found.min(), 1e-9)
-        columns.append((title, heat, [f'{100 * value:.1f}' for value in found]))
+        least = np.nanmin(found, initial=1.0)
+        heat = (found - least) / max(1 - least, 1e-9)
+        columns.append((title, heat, ['–' if np.isnan(value) else f'{100 * value:.1f}' for value in found]))
     of_class = results.get('fid_of_class')
     if of_class:
         values = [of_class.get(str(label)) for label in range(len(class_names))]
@@ -168,7 +169,7 @@ def _add_real(
 def _add_nearest(made: page.Page, workdir: WorkDir, results: Mapping[str, Any]) -> None:
     """Add the check for copies of private images."""
     numbers = results.get('memorization', {})
-    if not numbers and not workdir.nearest.exists():
+    if not numbers:
         return
     parts = [page.table((), [(name.replace('_', ' '), f'{value:.4g}') for name, value in numbers.items()])]
     if workdir.nearest.exists():

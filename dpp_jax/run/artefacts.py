@@ -238,6 +238,16 @@ def seconds_of_stages(workdir: WorkDir) -> dict[str, float]:
     return {stage: seconds for stage, seconds in found.items() if not stage.startswith('_')}
 
 
+def settings_of_images(workdir: WorkDir) -> dict[str, Any]:
+    """Return the settings of a run by their full names; `generate.*` are those of the images that are there.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder has no settings, or they are damaged.
+    """
+    settings, path = files.read_json(workdir.config, 'Restore the file'), workdir.synthetic / 'settings.json'
+    return settings | (files.read_json(path, 'Restore the file, or delete it') if path.exists() else {})
+
+
 class SyntheticImages:
     """The synthetic images of a work directory.
 

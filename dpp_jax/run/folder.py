@@ -127,7 +127,6 @@ class WorkDir:
         self.report_page = self.private / 'report.html'
         self.snapshots = self.private / 'snapshots'
         self.real_images = self.private / 'real_images.npz'
-        self.nearest = self.private / 'nearest.png'
         self.seconds = self.private / 'seconds.json'
         self.curve = self.root / 'plan.png'
 

@@ -15,6 +15,7 @@ from dpp_jax.run import artefacts, statement, statement_text
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.training import tensorboard
 
+_MOST_CLASSES = 12  # of which a line tells
 _METRIC_TITLES = {
     'kid': 'KID',
     'inception_score': 'Inception score',
@@ -64,7 +65,7 @@ def run(
     """
     evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
     results = evaluation.results
-    rows = _privacy_rows(privacy) + _score_rows(results)
+    rows = _privacy_rows(privacy) + _score_rows(results, class_names)
     if evaluation.scored:
         rows.append(
             ('settings scored so far', f'{len(evaluation.scored)} (a choice by scores is not covered)')
@@ -110,14 +111,14 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ('total (from the ledger)', total), ('budget', f'ε = {exact(privacy["budget"])}')]
 
 
-def _score_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+def _score_rows(results: dict[str, Any], class_names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the lines of the table about quality: (what, figure)."""
     rows = []
     if 'fid' in results:
         rows += _fid_rows(results)
     elif 'fid_left_out' in results:
         rows.append(('FID', f'left out: {results["fid_left_out"]}'))
-    rows += _metric_rows(results)
+    rows += _metric_rows(results, class_names)
     for kind, accuracy in results.get('accuracy', {}).items():
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
         rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %{_beside(results, kind)}'))
@@ -151,7 +152,7 @@ def _fid_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _metric_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+def _metric_rows(results: dict[str, Any], class_names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the lines about the metrics beside FID."""
     rows = []
     for name, score in results.get('scores', {}).items():
@@ -159,8 +160,10 @@ def _metric_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         figure = f'{score["value"]:.4g} ± {score["spread"]:.2g} ({score["images"]:,} images{real})'
         rows.append((_METRIC_TITLES.get(name, name), figure))
     if 'fid_of_class' in results:
-        figures = ', '.join(f'{label}: {value:.1f}' for label, value in results['fid_of_class'].items())
-        rows.append(('FID of each class', figures))
+        found = sorted(results['fid_of_class'].items(), key=lambda item: int(item[0]))
+        figures = [f'{class_names[int(label)]}: {value:.1f}' for label, value in found]
+        more = f' … ({len(figures)} classes)' if len(figures) > _MOST_CLASSES else ''
+        rows.append(('FID of each class', ', '.join(figures[:_MOST_CLASSES]) + more))
     if 'memorization' in results:
         found = results['memorization']
         figure = (

@@ -126,6 +126,13 @@ def run(
 # ---- the feature network ------------------------------------------------------------------------
 
 
+# Results that rest on the features.
+OF_FEATURES = (
+    'fid', 'fid_spread', 'fid_of_real_test_images', 'fid_images', 'fid_features', 'fid_of_class', 'scores',
+    'memorization', 'metrics_left_out',
+)  # fmt: skip
+
+
 def check(config: ConfigDict) -> list[str]:
     """Say what will be downloaded, before anything is spent.
 
@@ -138,8 +145,10 @@ def check(config: ConfigDict) -> list[str]:
             f'config.evaluate.inception is {settings.inception!r}, which is no file; it must be the path of '
             f'pt_inception-2015-12-05-6726825d.pth ({inception_weights.URL})'
         )
-    if settings.fid and settings.features == 'inception' and inception_weights.is_missing(settings.inception):
-        return [f'Evaluation will download the weights of Inception-v3, 91 MB: {inception_weights.URL}']
+    if settings.fid and settings.features != 'cnn' and inception_weights.is_missing(settings.inception):
+        return [
+            f'Evaluation will try to download the weights of Inception-v3, 91 MB: {inception_weights.URL}'
+        ]
     return []
 
 
@@ -162,6 +171,11 @@ def _begin(
             common.save(evaluation, {'fid_left_out': left_out})
             return None
         network = _feature_network(config, workdir, keys, train)
+    results = evaluation.results
+    if results.get('fid_features', network.name) != network.name:
+        # Figures of two networks cannot stand side by side.
+        for name in OF_FEATURES:
+            results.pop(name, None)
     arrays = network.to_arrays()
     kind = 'inception' if isinstance(network, inception.Inception) else 'cnn'
     plain = {name: str(array) if array.ndim == 0 else array for name, array in arrays.items()}

@@ -83,8 +83,8 @@ def test_a_source_that_does_not_answer_is_not_waited_for(tiny_config, refused, m
     monkeypatch.setattr(planning, '_PATIENCE', 0.2)
     monkeypatch.setattr(build, 'source_problems', lambda config, processes: time.sleep(20))
     start = time.monotonic()
-    _, (problem,) = refused()
-    assert "config.data.source is 'digits', which did not answer within 0.2 s" in problem
+    _, (problem,) = refused(data__source='tfds:mnist')
+    assert "config.data.source is 'tfds:mnist', which did not answer within 0.2 s" in problem
     assert time.monotonic() - start < 15
 
 

@@ -147,7 +147,7 @@ def test_without_weights_the_settings_decide(tiny_config, tmp_path, monkeypatch,
     told = capsys.readouterr().out
     assert 'features of a small CNN: http://127.0.0.1:9' in told and told.count('\n') == 1
     config.evaluate.features = 'inception'
-    assert 'will download the weights' in distances.check(config)[0]
+    assert 'will try to download the weights' in distances.check(config)[0]
     with pytest.raises(ValueError, match="config.evaluate.features is 'inception', but http://127.0.0.1:9"):
         distances._inception(config)
 
@@ -155,7 +155,7 @@ def test_without_weights_the_settings_decide(tiny_config, tmp_path, monkeypatch,
 @pytest.mark.parametrize('least, warned', [(1999, True), (2000, False)])
 def test_few_images_warn(least, warned):
     counts = {'private': 60_000, 'synthetic': least, 'test': 10_000}
-    rows = report._score_rows({'fid': 1.0, 'fid_of_real_test_images': 1.0, 'fid_images': counts})
+    rows = report._score_rows({'fid': 1.0, 'fid_of_real_test_images': 1.0, 'fid_images': counts}, ())
     assert any('too large' in text for _, text in rows) == warned
 
 

@@ -17,7 +17,6 @@ import math
 from typing import Any
 
 from ml_collections import ConfigDict
-import numpy as np
 
 from dpp_jax import build
 from dpp_jax.data import sources
@@ -230,10 +229,7 @@ def _train_groups(case: _Case) -> tuple[int, str]:
     _refuse_secret_number(case.config, 'data.train_groups')
     number = case.info.groups
     if number is None:
-        found = sources.near_groups(data.source, data.groups, data_dir=data.dir)
-        if found is None:
-            raise ValueError('config.data.train_groups is not set; it must be: only the whole set tells it')
-        number = len(np.unique(found))
+        raise ValueError('config.data.train_groups is not set; it must be: only the whole set tells it')
     return number, f'groups in {data.groups}'
 
 
@@ -303,8 +299,7 @@ def _uniform_side(info: SourceInfo) -> int | None:
 
 def _is_fitted(case: _Case) -> bool:
     """Whether images are made square and resized as they are read."""
-    is_as_it_is = _uniform_side(case.info) is not None and case.info.sides is None
-    return case.config.data.fit != 'none' and not is_as_it_is
+    return case.config.data.fit != 'none'
 
 
 def _channels(case: _Case) -> tuple[int, str]:

@@ -183,8 +183,7 @@ class Released:
             self._program({'name': sampler} if isinstance(sampler, str) else dict(sampler or {})),
             self._params,
             _key(seed),
-            # The remainder is the label, and no number comes twice.
-            np.arange(n) * len(self.classes) + chosen,
+            sampling.image_numbers(chosen, len(self.classes)),
             batch_size=self._config.generate.batch_size,
             at_once=self._at_once,
         )

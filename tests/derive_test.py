@@ -26,7 +26,11 @@ def info(**changes):
         'classes': 3,
         'class_names': ('a', 'b', 'c'),
     }
-    return SourceInfo(**found | changes)
+    found |= changes
+    height, width, _ = found['image_shape']
+    if height is not None:  # as sources tell it
+        found.setdefault('sides', (min(height, width),) * 3)
+    return SourceInfo(**found)
 
 
 DIGITS = {'train_images': 1437, 'image_shape': (8, 8, 1), 'classes': 10, 'class_names': ()}
@@ -134,7 +138,7 @@ def test_what_is_set_stays_and_the_rest_follows_from_it():
     config = resolved(
         '8', query__epsilon_share=0.5, data__image_size=14, finetune__batch_size=90, dp__delta=1e-6
     )
-    assert (config.data.image_size, config.data.average_down, config.finetune.batch_size) == (14, 2, 90)
+    assert (config.data.image_size, config.data.average_down, config.finetune.batch_size) == (14, 1, 90)
     assert config.dp.delta == 1e-6 and config.model.attention_resolutions == (7,)
     spent = build.plan(config, build.model(config)).budget.spent('central_query')
     assert spent == pytest.approx(4, rel=0.02) and spent <= 4
@@ -194,7 +198,7 @@ def test_groups_are_counted(tmp_path):
     path = save(tmp_path / 'data', groups=np.arange(60) // 3)
     config = unset_config('30', data__source=path, data__groups='groups', finetune__batch_size=9)
     config.dp.unit = 'group'
-    found, _ = derive.resolve(config, sources.describe(path))
+    found, _ = derive.resolve(config, sources.describe(path, preparation=build.preparation(config)))
     assert (found.data.train_groups, found.dp.images_per_group, found.dp.delta) == (20, 3, 1e-2)
     settings.check(found)
     assert {'data.train_groups', 'dp.images_per_group'} <= set(found.data.derived)

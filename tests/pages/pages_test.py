@@ -232,7 +232,8 @@ def screenshot(address, picture, width, scheme):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason='no chromium here to render the pages')
-@pytest.mark.parametrize('width, scheme', [(1280, 1), (420, 0)])
+@pytest.mark.parametrize('scheme', [0, 1], ids=['dark', 'light'])
+@pytest.mark.parametrize('width', [420, 1280])
 def test_a_browser_shows_the_pages_without_an_error_or_a_request(
     finished_run, served, tmp_path, width, scheme
 ):

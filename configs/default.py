@@ -153,6 +153,8 @@ def get_config(epsilon: str = '10') -> ConfigDict:
         False  # also release/synthetic/png/<class name>/<number>.png (torchvision's ImageFolder)
     )
     generate.tfds = False  # also release/synthetic/tfds, which tensorflow-datasets reads
+    # Also release/synthetic/dpimagebench/gen/gen.npz, which the evaluation of DPImageBench reads.
+    generate.dpimagebench = False
 
     config.evaluate = evaluate = ConfigDict()  # looks at real images: results stay in private/
     evaluate.fid = True

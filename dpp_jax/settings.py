@@ -251,6 +251,7 @@ def _table() -> dict[str, _Rule]:
         **_sampler('generate.classifier_sampler', known['sampler']),
         'generate.png_tree': _SWITCH,
         'generate.tfds': _SWITCH,
+        'generate.dpimagebench': _SWITCH,
         # evaluate
         'evaluate.fid': _SWITCH,
         'evaluate.features': _name_in(('auto', 'inception', 'cnn')),

@@ -263,6 +263,7 @@ class SyntheticImages:
         paths: purpose → file: 'images' for FID and use, 'classifier_images' if they are separate.
         png_tree: folder of single PNG files, if asked for.
         tfds: folder that tensorflow-datasets reads, likewise.
+        dpimagebench: folder that the evaluation of DPImageBench reads, likewise.
         settings: those that make the images, by their full names.
     """
 
@@ -274,6 +275,7 @@ class SyntheticImages:
             names.append(_CLASSIFIER_IMAGES)
         self.paths = {name: self.folder / f'{name}.npz' for name in names}
         self.png_tree, self.tfds = self.folder / 'png', self.folder / 'tfds'
+        self.dpimagebench = self.folder / 'dpimagebench'
         self.settings = {name: value for name, value in settings.items() if name.startswith('generate.')}
         self._settings_file = self.folder / 'settings.json'
 
@@ -283,6 +285,15 @@ class SyntheticImages:
         return self.paths['images'].with_suffix('.png')
 
     @property
+    def exports(self) -> dict[str, Path]:
+        """The folders of the images in other forms, by the settings that ask for them."""
+        return {
+            'generate.png_tree': self.png_tree,
+            'generate.tfds': self.tfds,
+            'generate.dpimagebench': self.dpimagebench,
+        }
+
+    @property
     def for_classifiers(self) -> Path:
         """The file of the images that classifiers are trained on."""
         return self.paths.get(_CLASSIFIER_IMAGES, self.paths['images'])
@@ -290,8 +301,7 @@ class SyntheticImages:
     @property
     def is_complete(self) -> bool:
         """Whether all files are there and whole, and the folders in other forms that are asked for."""
-        asked = {'generate.png_tree': self.png_tree, 'generate.tfds': self.tfds}
-        has_folders = all(files.is_whole(path) for name, path in asked.items() if self.settings[name])
+        has_folders = all(files.is_whole(path) for name, path in self.exports.items() if self.settings[name])
         return has_folders and all(self.is_whole(path) for path in self.paths.values())
 
     def check(self) -> None:

@@ -26,6 +26,7 @@ FREE_SETTINGS = (
     'generate.batch_size',
     'generate.png_tree',
     'generate.tfds',
+    'generate.dpimagebench',
 )
 # Settings of what is made from the released model. They bind the images and the scores that they made
 # (`artefacts.check_images`, `artefacts.evaluation`), not the folder.

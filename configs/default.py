@@ -157,6 +157,10 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     generate.dpimagebench = False
 
     config.evaluate = evaluate = ConfigDict()  # looks at real images: results stay in private/
+    # True: the evaluation of the paper's PyTorch code (docs/from_pytorch.md), so that scores can stand beside
+    # published ones. Its classifiers train on all synthetic images, nothing chooses among their epochs, and
+    # FID takes Inception's features. Other values of these settings than the paper's are then refused.
+    evaluate.as_paper = False
     evaluate.fid = True
     # Whose features FID and the metrics compare: inception (that of the public FID) | cnn (a small one,
     # trained on the private images: quick, but compares only within one data set and seed) | auto (inception,

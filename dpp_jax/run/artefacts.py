@@ -55,11 +55,15 @@ _SCORES = {
     'accuracy_of_seeds?': {'*': [float]},
     'accuracy_of_class?': {'*': list},  # numbers, or null for a class without test images
     'confusion?': {'*': [[int]]},
+    'protocol?': str,
+    'accuracy_mean?': float,
     'selection?': str,
     'selected?': {'*': [str]},
 }
 # Settings of scores that earlier versions did not have, likewise.
-_NEW_OF_SCORES = {'evaluate.seeds': 1, 'evaluate.selection': 'synthetic'}
+_NEW_OF_SCORES = {'evaluate.seeds': 1, 'evaluate.selection': 'synthetic', 'evaluate.as_paper': False}
+# How an evaluation goes, by whether it is the paper's.
+PROTOCOLS = {False: 'as this program does by itself', True: 'as in the paper'}
 # Settings that change no result with `evaluate.selection` synthetic.
 _OF_NOISY = ('evaluate.selection_share', 'evaluate.candidates')
 
@@ -425,6 +429,7 @@ class Evaluation:
         self.results = self.results or {
             '_note': 'Computed from private images without a privacy guarantee. Do not publish.',
             'of': self.subject,
+            'protocol': PROTOCOLS[self._settings['evaluate.as_paper']],
             'accuracy': {},
         }
 

@@ -113,7 +113,7 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _score_rows(results: dict[str, Any], class_names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the lines of the table about quality: (what, figure)."""
-    rows = []
+    rows = [('evaluated', results['protocol'])] if 'protocol' in results else []
     if 'fid' in results:
         rows += _fid_rows(results)
     elif 'fid_left_out' in results:
@@ -122,6 +122,8 @@ def _score_rows(results: dict[str, Any], class_names: Sequence[str]) -> list[tup
     for kind, accuracy in results.get('accuracy', {}).items():
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
         rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %{_beside(results, kind)}'))
+    if 'accuracy_mean' in results:
+        rows.append(('  mean of the three', f'{100 * results["accuracy_mean"]:.1f} %'))
     if 'classifiers_left_out' in results:
         rows.append(('accuracy', f'left out: {results["classifiers_left_out"]}'))
     if 'selection' in results:

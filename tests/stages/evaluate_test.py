@@ -12,7 +12,8 @@ from dpp_jax import pipeline
 from dpp_jax.data.images import Images
 from dpp_jax.data.stored import StoredImages
 from dpp_jax.evaluation import inception_weights
-from dpp_jax.run.folder import WorkDir
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.stages import report
 from dpp_jax.stages.evaluate import common, distances
 
@@ -127,6 +128,7 @@ def test_features_of_other_private_images_or_another_network_are_not_taken(copie
         ({'inception': '/none.pth'}, "config.evaluate.inception is '/none.pth', which is no file"),
         ({'inception': 'x', 'features': 'cnn'}, "it must be '', because evaluate.features is 'cnn'"),
         ({'features': 'clip'}, "config.evaluate.features is 'clip'; it must be 'auto' or"),
+        ({'as_paper': True}, 'config.evaluate.epochs is 2; it must be 50, because evaluate.as_paper is True'),
         ({'metrics': ('fad',)}, "config.evaluate.metrics is ('fad',); it must be a selection of 'kid'"),
     ],
     ids=str,
@@ -181,6 +183,32 @@ def test_without_the_ceiling_no_classifier_sees_private_images(copied_run):
     pipeline.run(config, workdir.root, 'evaluate')
     assert not workdir.ceiling.exists()
     assert 'accuracy_of_real_images' not in json.loads(workdir.evaluation.read_text())
+
+
+def test_an_evaluation_as_in_the_paper_says_so_and_stands_apart_from_others(copied_run):
+    config, workdir = copied_run
+    before = json.loads(workdir.evaluation.read_text())
+    assert before['protocol'] == 'as this program does by itself'
+    config = config.copy_and_resolve_references()
+    config.evaluate.update(fid=False, real_images=False, classifiers=('logistic', 'mlp', 'cnn'), seeds=2)
+    config.evaluate.update(as_paper=True, features='auto', epochs=50, ema_decay=0.9999)
+    pipeline.run(config, workdir.root, 'evaluate')
+    results = json.loads(workdir.evaluation.read_text())
+    assert results['protocol'] == 'as in the paper' and results['of']['settings']['evaluate.as_paper']
+    assert results['selection'].startswith('nothing') and 'held_out_accuracy' not in results
+    assert {kind: len(found) for kind, found in results['accuracy_of_seeds'].items()} == {
+        'logistic': 1, 'mlp': 2, 'cnn': 2
+    }  # fmt: skip
+    assert results['selected']['cnn'] == ['epoch 50 of 50'] * 2
+    assert results['accuracy_mean'] == pytest.approx(np.mean(list(results['accuracy'].values())))
+    pipeline.run(config, workdir.root, 'report')
+    text, page = workdir.report_text.read_text(), workdir.report_page.read_text()
+    for word in ('as in the paper', 'mean of the three', f'{100 * results["accuracy_mean"]:.1f} %'):
+        assert word in text and word in page
+    # Without the setting, these scores are of another evaluation; with it, they are there.
+    assert artefacts.Evaluation(workdir, flatten(config.to_dict())).is_complete
+    config.evaluate.as_paper = False
+    assert artefacts.Evaluation(workdir, flatten(config.to_dict())).results == {}
 
 
 def test_images_that_stay_in_files_are_read_for_networks_that_learn_from_them_if_they_fit(monkeypatch):

@@ -2,6 +2,7 @@
 
 Which candidate of a training counts (an epoch, say), test images never decide:
 - selection `synthetic`: each training chooses by a held-out share of its own, synthetic images.
+- `as_paper`: nothing chooses. A training uses all synthetic images, and counts as it ends.
 - selection `private_noisy`: all trainings come first. Each candidate's sum over the private images
   (`privacy.selection`) and its results on the test images wait in private/candidates/. Then one noisy
   release of all sums, release/selection.json, chooses. After a kill, trainings that are there are not
@@ -107,6 +108,9 @@ def run(
         add_ceilings()
         for kind in chosen:
             _add_scores(train, evaluation, kind, test, config.evaluate.seeds)
+        if config.evaluate.as_paper and set(classifiers.AS_PAPER) <= set(chosen):
+            mean = np.mean([results['accuracy'][kind] for kind in classifiers.AS_PAPER])
+            common.save(evaluation, {'accuracy_mean': float(mean)})
     elif chosen:
         found = [
             _candidates(train, workdir, keys, evaluation, kind, seed, private, test, selection)
@@ -128,11 +132,12 @@ class _Trainer:
 
     def __init__(self, config: ConfigDict, keys: Keys, images: SyntheticImages, settings: trainer.Settings):
         self.classes, self.is_one = config.data.classes, config.evaluate.seeds == 1
+        self.as_paper = config.evaluate.as_paper
         self._keys, self._images, self._settings = keys, images, settings
         self._data: dict[str, np.ndarray] = {}
 
     def __call__(self, function: Callable[..., Any], kind: str, seed: int, **more: Any) -> Any:
-        """Call `classifiers.train_classifier` or `classifiers.fit` for one training."""
+        """Call a function of `classifiers` for one training."""
         self._data = self._data or self._images.load(self._images.for_classifiers)
         # The first has the key of runs without a number of seeds.
         part = f'evaluate/{kind}' + (f'/{seed}' if seed else '')
@@ -157,15 +162,27 @@ def _add_scores(
     results = evaluation.results
     if kind in results['accuracy']:
         return
+    if train.as_paper:
+        seeds = classifiers.trainings(kind, seeds)
     for seed in range(len(results.get('accuracy_of_seeds', {}).get(kind, [])), seeds):
-        classifier = train(classifiers.train_classifier, kind, seed)
+        classifier = train(_function(train.as_paper), kind, seed)
         _add(results, kind, _confusion(classifier, test(), train.classes), classifier.name)
-        means = results.setdefault('held_out_accuracy', {})
-        means[kind] = (seed * means.get(kind, 0.0) + classifier.held_out_accuracy) / (seed + 1)
+        if classifier.held_out_accuracy is not None:
+            means = results.setdefault('held_out_accuracy', {})
+            means[kind] = (seed * means.get(kind, 0.0) + classifier.held_out_accuracy) / (seed + 1)
         evaluation.save()
     _summarize(results, kind)
-    results['selection'] = 'a held-out share of the synthetic images'
+    results['selection'] = (
+        'nothing: each is what its training ends with'
+        if train.as_paper
+        else 'a held-out share of the synthetic images'
+    )
     evaluation.save()
+
+
+def _function(as_paper: bool) -> Callable[..., classifiers.Classifier]:
+    """Return what trains a classifier that no private image selects."""
+    return classifiers.train_as_paper if as_paper else classifiers.train_classifier
 
 
 def _confusion(classifier: classifiers.Classifier, test: Images, classes: int) -> np.ndarray:
@@ -322,11 +339,13 @@ def _add_ceiling(
         return
     names = ('epochs', 'batch_size', 'learning_rate', 'ema_decay', 'held_out')
     of = {name: config.evaluate[name] for name in names}
+    if config.evaluate.as_paper:
+        of['as_paper'] = True
     known = _known_ceiling(workdir)
     accuracy = known['accuracy'] if known.get('of') == of else {}
     if kind not in accuracy:
         with common.steps_bar(f'real {kind}') as advance:
-            classifier = classifiers.train_classifier(
+            classifier = _function(config.evaluate.as_paper)(
                 kind,
                 train.images,
                 train.labels,

@@ -253,6 +253,7 @@ def _table() -> dict[str, _Rule]:
         'generate.tfds': _SWITCH,
         'generate.dpimagebench': _SWITCH,
         # evaluate
+        'evaluate.images': _TEXT,
         'evaluate.as_paper': _SWITCH,
         'evaluate.fid': _SWITCH,
         'evaluate.features': _name_in(('auto', 'inception', 'cnn')),
@@ -453,6 +454,15 @@ _RELATIONS = (
         ('evaluate.classifiers',),
         lambda selection, chosen: selection != classifiers.PRIVATE_NOISY or len(chosen) > 0,
         lambda _: f'{classifiers.SYNTHETIC!r}: evaluate.classifiers names none to select from',
+    ),
+    _Relation(
+        'evaluate.selection',
+        ('evaluate.images',),
+        lambda selection, images: not images or selection != classifiers.PRIVATE_NOISY,
+        lambda _: (
+            f'{classifiers.SYNTHETIC!r}, because evaluate.images names a file: ε would be spent on images '
+            'from elsewhere'
+        ),
     ),
     *(
         _Relation(

@@ -14,6 +14,7 @@ from dpp_jax import files
 from dpp_jax.diffusion.model import Model
 from dpp_jax.run import digests
 from dpp_jax.run.folder import FREE_SETTINGS, WorkDir, differences
+from dpp_jax.run.other_images import OtherImages
 from dpp_jax.training import checkpoint
 
 PyTree = Any
@@ -378,18 +379,35 @@ class Evaluation:
             nothing is there yet.
     """
 
-    def __init__(self, workdir: WorkDir, settings: Mapping[str, Any]):
-        """`settings` are those of `config.generate` and `config.evaluate`, by their full names."""
+    def __init__(
+        self,
+        workdir: WorkDir,
+        settings: Mapping[str, Any],
+        images: SyntheticImages | OtherImages | None = None,
+    ):
+        """Read the scores that are there.
+
+        Args:
+            workdir: of the run.
+            settings: those of `config.generate` and `config.evaluate`, by their full names.
+            images: that are scored; None: those of the run.
+        """
         self._path, self._scored_path = workdir.evaluation, workdir.scored
         self._settings = settings
-        self._images = SyntheticImages(workdir, settings)
+        self._images = images or SyntheticImages(workdir, settings)
         self.results = self._load()
 
     @property
     def subject(self) -> dict[str, Any]:
         """What results are of: the images, and the settings that change a result."""
         # Which results there are.
-        which = ['evaluate.fid', 'evaluate.metrics', 'evaluate.classifiers', 'evaluate.real_images']
+        which = [
+            'evaluate.images',
+            'evaluate.fid',
+            'evaluate.metrics',
+            'evaluate.classifiers',
+            'evaluate.real_images',
+        ]
         which += [name for name, old in _NEW_OF_SCORES.items() if self._settings[name] == old]
         if 'evaluate.selection' in which:
             which += _OF_NOISY

@@ -211,6 +211,83 @@ def test_an_evaluation_as_in_the_paper_says_so_and_stands_apart_from_others(copi
     assert artefacts.Evaluation(workdir, flatten(config.to_dict())).results == {}
 
 
+# ---- images from elsewhere ----------------------------------------------------------------------
+
+
+def contents(folder):
+    """All files of a folder, but those of images from elsewhere and what notes the progress."""
+    paths = [path for path in folder.rglob('*') if path.is_file() and 'other_images' not in path.parts]
+    return {path: path.read_bytes() for path in paths}
+
+
+def test_images_of_a_file_are_scored_as_the_runs_own_and_change_nothing_of_it(copied_run, tmp_path_factory):
+    """The run's own images, as DPImageBench has them: they get the scores that the run has."""
+    config, workdir = copied_run
+    data, path = np.load(workdir.synthetic / 'images.npz'), tmp_path_factory.mktemp('other') / 'gen.npz'
+    pixels = np.moveaxis(data['images'], 3, 1).astype(np.float32) / 255
+    np.savez(path, x=pixels, y=data['labels'].astype(np.int64))
+    config = config.copy_and_resolve_references()
+    config.evaluate.update(images=str(path), classifiers=('logistic',))
+    own, before = json.loads(workdir.evaluation.read_text()), contents(workdir.root)
+    pipeline.run(config, workdir.root, 'evaluate')
+    after = contents(workdir.root)
+    changed = {file.name for file in before if after[file] != before[file]}
+    assert changed <= {'keys.json'} and after.keys() == before.keys()
+    (folder,) = (workdir.private / 'other_images').iterdir()
+    assert folder.name.startswith('gen_') and folder.stat().st_mode & 0o777 == 0o700
+    results = json.loads((folder / 'evaluation.json').read_text())
+    assert results['fid'] == pytest.approx(own['fid']) and results['scores']['kid'] == own['scores']['kid']
+    assert results['memorization'] == own['memorization'] and (folder / 'nearest.png').exists()
+    assert 0 < results['accuracy']['logistic'] <= 1
+    for name in ('report.txt', 'report.html', 'report.json'):
+        text = (folder / name).read_text()
+        assert 'file from elsewhere' in text and 'claims no privacy' in text and 'ε' not in text
+        assert (folder / name).stat().st_mode & 0o777 == 0o600
+    # Other images have a place of their own; the same ones are not scored again.
+    np.savez(path, x=1 - pixels, y=data['labels'])
+    config.evaluate.fid = False
+    pipeline.run(config, workdir.root, 'evaluate')
+    assert len(list((workdir.private / 'other_images').iterdir())) == 2
+    assert json.loads((folder / 'evaluation.json').read_text()) == results
+
+
+def test_images_of_a_file_are_scored_without_a_run(tiny_config, tmp_path, capsys, gate):
+    rng, workdir = np.random.default_rng(0), WorkDir(tmp_path / 'new')
+    np.savez(
+        tmp_path / 'a b.npz', images=rng.integers(0, 256, (40, 8, 8, 1), np.uint8), labels=np.arange(40) % 10
+    )
+    changes = {'evaluate__images': str(tmp_path / 'a b.npz'), 'evaluate__fid': False}
+    config = tiny_config(**changes, evaluate__real_images=False)
+    config.evaluate.classifiers = ('logistic',)
+    pipeline.run(config, workdir.root, 'evaluate')
+    (folder,) = (workdir.private / 'other_images').iterdir()
+    assert folder.name.startswith('a_b_')
+    told = capsys.readouterr().out
+    assert str(folder / 'report.html') in told and 'claims no privacy' in told and 'ε' not in told
+    assert not contents(workdir.release) and not workdir.own_ledger.exists()
+    # A run can begin here.
+    config.evaluate.images = ''
+    assert not any(gate(config, workdir).done.values())
+
+
+@pytest.mark.parametrize('stage', ['all', 'plan', 'report', 'clean'])
+def test_images_of_a_file_are_for_one_stage(tiny_config, tmp_path, stage):
+    config = tiny_config(evaluate__images='gen.npz')
+    with pytest.raises(ValueError, match="evaluate.images is 'gen.npz'; it must be '', because --stage is"):
+        pipeline.run(config, tmp_path / 'run', stage)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_nothing_is_spent_on_images_of_a_file_and_bad_ones_are_named_before_all_else(tiny_config, tmp_path):
+    config = tiny_config(evaluate__images='none.npz')
+    with pytest.raises(ValueError, match='config.evaluate.images: none.npz is no file'):
+        pipeline.run(config, tmp_path / 'run', 'evaluate')
+    config.evaluate.selection = 'private_noisy'
+    with pytest.raises(ValueError, match='because evaluate.images names a file: ε would be spent'):
+        pipeline.run(config, tmp_path / 'run', 'evaluate')
+    assert not (tmp_path / 'run').exists()
+
+
 def test_images_that_stay_in_files_are_read_for_networks_that_learn_from_them_if_they_fit(monkeypatch):
     array = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1), np.uint8)
     train = Images(images=StoredImages(lambda rows: array[rows], array.shape), labels=np.arange(6) % 2)

@@ -33,6 +33,7 @@ from dpp_jax.run import fingerprint
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
+from dpp_jax.run.other_images import OtherImages
 from dpp_jax.stages.evaluate import common
 from dpp_jax.training import hosts, progress
 
@@ -78,7 +79,7 @@ def run(
     keys: Keys,
     *,
     evaluation: Evaluation | None,
-    images: SyntheticImages,
+    images: SyntheticImages | OtherImages,
     share: Images,
     private: Callable[[], common.InMemory],
     test: Callable[[], Images],

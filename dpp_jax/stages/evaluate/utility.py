@@ -24,10 +24,11 @@ from dpp_jax.privacy.budget import SELECTION
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.privacy.selection import Selection
-from dpp_jax.run import artefacts, statement_text
+from dpp_jax.run import artefacts
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import NOTE, Keys
+from dpp_jax.run.other_images import OtherImages
 from dpp_jax.stages.evaluate import common
 
 _AT_ONCE = 4096  # private images, which may stay in files
@@ -76,7 +77,7 @@ def run(
     keys: Keys,
     *,
     evaluation: Evaluation,
-    images: SyntheticImages,
+    images: SyntheticImages | OtherImages,
     private: Callable[[], common.InMemory],
     test: Callable[[], Images],
     settings: trainer.Settings,
@@ -121,16 +122,18 @@ def run(
             _release(workdir, keys, images, found, selection)
         add_ceilings()  # after the release: networks trained on private images must not decide whether it is
         _add_selected(evaluation, found, artefacts.selection(workdir)['trainings'])
-    print(
-        f'Settings scored on real images in this folder so far: {len(evaluation.scored)}. Not covered by ε: '
-        f'{statement_text.CHOICE}.'
-    )
 
 
 class _Trainer:
     """Trains classifiers on the synthetic images, which are read when they are needed."""
 
-    def __init__(self, config: ConfigDict, keys: Keys, images: SyntheticImages, settings: trainer.Settings):
+    def __init__(
+        self,
+        config: ConfigDict,
+        keys: Keys,
+        images: SyntheticImages | OtherImages,
+        settings: trainer.Settings,
+    ):
         self.classes, self.is_one = config.data.classes, config.evaluate.seeds == 1
         self.as_paper = config.evaluate.as_paper
         self._keys, self._images, self._settings = keys, images, settings

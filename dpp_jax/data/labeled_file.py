@@ -104,7 +104,7 @@ def _pixels(name: str, array: np.ndarray) -> np.ndarray:
         pixels[start : start + _AT_ONCE] = np.rint(255 * np.where(is_known, block, 0).clip(0, 1))
     problems = []
     if unknown:
-        problems.append(f'{name} has {unknown:,} values that are NaN or infinite; all must be numbers')
+        problems.append(f'{name} has NaN or infinite values, {unknown:,} of them; all must be numbers')
     if least < 0 or most > 1:
         problems.append(f'{name} has values from {least:g} to {most:g}; they must lie in [0, 1], or be uint8')
     if problems:

@@ -105,7 +105,7 @@ def _add_scores(
     warning = '**Do not publish this page.** Scores, curves and real images have no privacy guarantee.'
     made.add(
         'Scores',
-        page.paragraph(f'{warning} {public}', 'warning'),
+        page.paragraph(f'{warning} {public}'.strip(), 'warning'),
         page.table((), contents.rows, texts=2),
         *([page.paragraph(contents.note, 'faint')] if contents.note else []),
     )

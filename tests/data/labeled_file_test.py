@@ -66,8 +66,8 @@ def changed(array, place, value):
         ({'x': X.astype(object), 'y': LABELS}, 'x holds Python objects'),
         ({'x': 2 * FLOATS - 1, 'y': LABELS}, 'x has values from -1 to 1; they must lie in [0, 1]'),
         ({'x': 255 * FLOATS, 'y': LABELS}, 'x has values from 0 to 255; they must lie in [0, 1]'),
-        ({'x': changed(FLOATS, 700, np.nan), 'y': LABELS}, 'x has 1 values that are NaN or infinite'),
-        ({'x': changed(FLOATS, 700, -np.inf), 'y': LABELS}, 'x has 1 values that are NaN or infinite'),
+        ({'x': changed(FLOATS, 700, np.nan), 'y': LABELS}, 'x has NaN or infinite values, 1 of them'),
+        ({'x': changed(FLOATS, 700, -np.inf), 'y': LABELS}, 'x has NaN or infinite values, 1 of them'),
         ({'x': FLOATS, 'y': LABELS + 1}, 'y: the labels go from 1 to 3; they must lie in 0..2'),
         ({'x': FLOATS, 'y': LABELS * 1.0}, 'y: the labels are float64 of shape (12,); they must be integers'),
         ({'x': FLOATS, 'y': LABELS[:7]}, 'y: the labels are int64 of shape (7,); they must be integers'),
@@ -84,7 +84,12 @@ def test_what_is_wrong_is_named(tmp_path, arrays, message):
 def test_all_that_is_wrong_is_named_at_once(tmp_path):
     x = changed(changed(FLOATS[..., :4], 5, np.nan), 9, 7.0)
     found = problems(tmp_path / 'gen.npz', x=x, labels=LABELS, y=LABELS - 1)
-    wanted = ['the shape (12, 3, 4, 4)', '1 values that are NaN', 'from 0 to 7', 'the labels go from -1 to 1']
+    wanted = [
+        'the shape (12, 3, 4, 4)',
+        'NaN or infinite values, 1 of them',
+        'from 0 to 7',
+        'the labels go from -1 to 1',
+    ]
     assert len(found) == 4 and all(text in line for text, line in zip(wanted, found))
 
 

@@ -97,14 +97,14 @@ def run_beside(
     results = artefacts.Evaluation(workdir, flatten(config.to_dict()), images).results
     rows, note = _score_rows(results, class_names), _note(results)
     path, count = images.for_classifiers, len(images.load(images.for_classifiers)['labels'])
-    about = f'{count:,} {other_images.ABOUT}. Compared with the images of {config.name}: {path}'
-    lines = [f'{path.name}: {about}', '', *_table(rows, note)]
+    about = f'{count:,} {other_images.ABOUT}. They are compared with the private images of {config.name}'
+    lines = [f'{path}: {about}.', '', *_table(rows, note)]
     lines += ['', f'  page (private)  {workdir.report_page}']
     text = '\n'.join(lines) + '\n'
     files.write_text(workdir.report_text, text, mode=0o600)
-    files.write_json(workdir.report, {'about': about, **results}, mode=0o600)
+    files.write_json(workdir.report, {'file': str(path), 'about': about, **results}, mode=0o600)
     contents = _contents(workdir, rows, note, results, {})
-    private_page.write_beside(workdir, images, class_names, contents, title=path.name, about=f'{about}.')
+    private_page.write_beside(workdir, images, class_names, contents, title=str(path), about=f'{about}.')
     print(f'\n{text}')
 
 

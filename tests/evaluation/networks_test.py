@@ -62,7 +62,8 @@ def test_cnn_takes_any_size(shape, last_pixels):
 
 def test_the_papers_cnn_begins_as_pytorch_begins():
     """Kernels and biases are even in ±1/sqrt(inputs), as torch.nn's; ours have no bias and are √3 wider."""
-    torch, images = pytest.importorskip('torch'), jnp.zeros((1, 28, 28, 1))
+    torch = pytest.importorskip('torch')
+    images = jnp.zeros((1, 28, 28, 1))
     theirs, ours = (
         jax.jit(networks.Cnn(10, as_pytorch=as_pytorch).init)(jax.random.key(0), images)['params']
         for as_pytorch in (True, False)

@@ -196,7 +196,7 @@ def query_attack(
     config.query.update(kind='mean', pixel_center=0.0, clip_norm=None, class_counts='public')
     config.query.update(settings or {}, sampling_probability=q)
     query = build.query(config)
-    planned = build.plan(config, build.model(config), noise_multiplier=1.0).budget.of(CENTRAL_QUERY)
+    planned = build.plan(config, build.model(config), noise={DP_SGD: 1.0}).budget.of(CENTRAL_QUERY)
     mechanism = code.mechanism(**dataclasses.asdict(planned.mechanism))
     images = np.zeros((4, 8, 8, 1), np.uint8)
     images[1:3], images[3] = 128, 255

@@ -18,7 +18,15 @@ import pytest
 
 from dpp_jax.privacy import groups, poisson
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
-from dpp_jax.privacy.queries import QUERIES, MeanQuery, ModeQuery, Query, Spread, make_query
+from dpp_jax.privacy.queries import (
+    CENTRAL_KINDS,
+    QUERIES,
+    MeanQuery,
+    ModeQuery,
+    Query,
+    Spread,
+    make_query,
+)
 from dpp_jax.privacy.shares import Share
 from dpp_jax.training import devices
 
@@ -29,6 +37,8 @@ OTHER_FIELDS = (*SIZES, 'images_per_group')
 ROWS = 6  # of a padded sample
 # Numbers around which a setting may do something else; those that a query refuses are left out.
 POOL = (None, False, True, 0, 1, 2, 3, 16, 64, 0.1, 0.3, 0.5, 0.7, 2.5, 4.2, 30.0)
+# Instead of them, where a number only scales: a program of its own takes longer than others.
+FEW = {('MomentsQuery', 'clip_norm'): (0.1, 2.5, 30.0)}
 
 
 # --- Sensitivity, of every query
@@ -43,7 +53,7 @@ def values_of(query, name):
         query(**SIZES, **{name: 'no such name'})
     except ValueError as error:
         candidates += re.findall(r"'(\w+)'", str(error).partition('must be')[2])
-    for value in (*candidates, *POOL):
+    for value in (*candidates, *FEW.get((query.__name__, name), POOL)):
         try:
             query(**SIZES, **{name: value})
         except ValueError:
@@ -88,7 +98,7 @@ extremes = hnp.arrays(np.uint8, (ROWS, *SHAPE), elements=st.sampled_from([0, 255
 def test_one_image_changes_all_sums_together_by_the_sensitivity_at_most(kind, own):
     """Of random and of extreme images, with any labels, beside any others and any padding."""
     query = QUERIES[kind](**SIZES, **own)
-    bound = query.sensitivity
+    bound, sums = query.sensitivity, jax.jit(query.sums)
 
     @settings(max_examples=8, deadline=None, derandomize=True)
     @given(
@@ -100,8 +110,7 @@ def test_one_image_changes_all_sums_together_by_the_sensitivity_at_most(kind, ow
     def check(images, labels, count, place):
         less = images, labels, np.arange(ROWS) < count
         more = with_one_more(*less, min(place, count))
-        change = np.linalg.norm(flat(query.sums(*more)) - flat(query.sums(*less)))
-        assert change <= bound
+        assert np.linalg.norm(flat(sums(*more)) - flat(sums(*less))) <= bound
 
     check()
 
@@ -112,8 +121,10 @@ def test_an_image_more_than_the_public_number_changes_the_sums_by_the_sensitivit
     query = QUERIES[kind](**SIZES, **own)
     images, labels = np.full((4 * ROWS, *SHAPE), 255, np.uint8), np.zeros(4 * ROWS, np.int32)
 
+    program = jax.jit(query.sums, static_argnums=3)
+
     def sums(count, size):
-        return flat(query.sums(images[:size], labels[:size], np.arange(size) < count, ROWS))
+        return flat(program(images[:size], labels[:size], np.arange(size) < count, ROWS))
 
     changes = [
         np.linalg.norm(sums(count + 1, grown) - sums(count, size))
@@ -193,7 +204,10 @@ def test_sums_and_estimate_have_one_row_for_each_class(kind):
     for leaf in jax.tree.leaves(total):
         assert leaf.dtype == np.float32 and leaf.shape[0] == CLASSES
     estimate = query.estimate(total, 2.0)
-    assert estimate.dtype == np.float32 and estimate.shape == (CLASSES, *SHAPE)
+    for leaf in jax.tree.leaves(estimate):
+        assert leaf.dtype == np.float32 and leaf.shape[0] == CLASSES
+    if kind in CENTRAL_KINDS:
+        assert estimate.shape == (CLASSES, *SHAPE)
 
 
 # --- With a mechanism
@@ -230,7 +244,7 @@ def test_the_noisy_query_is_the_estimate_of_sums_with_noise_and_has_its_entry(ki
         lambda total: (total, None), noise_key, then=lambda noisy, *_: query.estimate(noisy, 6.0)
     )
     expected, expected_entry = plain(2, query.sums(images, labels, mask))
-    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(flat(result), flat(expected), rtol=1e-5, atol=1e-5)
     assert entry == expected_entry == mechanism.entry(2, 'k')
     assert entry.sensitivity == query.sensitivity
 

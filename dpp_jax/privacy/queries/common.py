@@ -228,7 +228,8 @@ class Adder:
             at_once: rows of a part, ≥ 1.
         """
         size = min(at_once, self.rows)  # whose sum an int32 holds
-        parts = -(-len(arrays[0]) // size)
+        # A loop of one turn would be compiled as none, which may round otherwise.
+        parts = max(2, -(-len(arrays[0]) // size))
 
         def in_parts(array):
             more = [(0, parts * size - len(array)), *[(0, 0)] * (array.ndim - 1)]

@@ -13,6 +13,7 @@ from dpp_jax.privacy.queries.common import COUNT_WEIGHT, Query, along, power_of_
 
 # Of a contribution's squared norm, that its mean has; the second moment has the rest.
 MEAN_SHARE = 0.2
+OFF_DIAGONAL = math.sqrt(2)  # weight of a product that stands for two equal ones
 _PRODUCTS_AT_ONCE = 2**19  # values in memory
 
 
@@ -81,9 +82,15 @@ class MomentsQuery(Query):
         bound = self._group_bound(adder.rows)
 
         def values_of(images, labels, mask):
-            each = groups.sum_by_class(self._contributions(images, labels, mask), labels, mask)
-            weights, _ = clip_weights(each, mask.any(axis=1), bound)
-            return along(weights, each) * each / most, jnp.where(mask, labels, self.classes)
+            unit = self._unit_vectors(images, labels, mask)
+            # A smaller norm pays for all rounding.
+            each = self._contributions(unit, mask, bound / (self.sensitivity * most))
+            each = groups.sum_by_class(each, labels, mask)
+            if self._counts_are_noisy and mask.shape[1] > 1:  # a group may be longer than Δ
+                norms = self._norms_of_groups(unit, labels, mask)
+                weights, _ = clip_weights(norms[:, None], mask.any(axis=1), 1.0)
+                each = along(weights[:, None], each) * each
+            return _as_it_is(each), jnp.where(mask, labels, self.classes)
 
         width = labels.shape[1] * self.dimensions * (self.dimensions + 3) // 2
         at_once = max(1, _PRODUCTS_AT_ONCE // width)
@@ -91,21 +98,36 @@ class MomentsQuery(Query):
         means, seconds, counts = jnp.split(total, (self.dimensions, total.shape[1] - 1), axis=1)
         return (means, seconds, counts[:, 0]) if self._counts_are_noisy else (means, seconds)
 
-    def _contributions(self, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-        """Compute what each image adds to its class, (n, m, d + d (d + 1) / 2 + 1); nobody adds zeros."""
+    def _unit_vectors(self, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+        """Compute u of every image, (n, m, d), of norm 1 at most; zeros of nobody."""
         vectors = images.reshape((*mask.shape, -1)).astype(jnp.float32)
         if self.center is not None:
             vectors = vectors - jnp.asarray(self.center)[jnp.minimum(labels, self.classes - 1)]
-        flat = vectors.reshape((-1, self.dimensions))
-        scales, _ = clip_weights(flat, mask.ravel(), self.clip_norm * (1 - 1e-5))
-        scales = scales.reshape(mask.shape)
+        norms = jnp.sqrt(_sum_in_order(jnp.square(vectors)))
+        scales, _ = clip_weights(norms.reshape((-1, 1)), mask.ravel(), self.clip_norm * (1 - 1e-5))
+        scales = _as_it_is(along(scales.reshape(mask.shape), vectors))
         # 0 · NaN is NaN: what does not count is replaced.
-        unit = along(scales / self.clip_norm, vectors) * jnp.where(along(scales, vectors) > 0, vectors, 0)
+        return _as_it_is(scales / self.clip_norm * jnp.where(scales > 0, vectors, 0))
+
+    def _contributions(self, unit: jax.Array, mask: jax.Array, factor: float) -> jax.Array:
+        """Compute `factor` times what each image adds to its class, (n, m, d + d (d + 1) / 2 + 1)."""
         rows, columns = np.triu_indices(self.dimensions)
-        of_mean, of_second, of_count = self._weights
-        each = np.where(rows == columns, of_second, math.sqrt(2) * of_second).astype(np.float32)
-        products = each * unit[..., rows] * unit[..., columns]
+        of_mean, of_second, of_count = (factor * weight for weight in self._weights)
+        each = np.where(rows == columns, of_second, OFF_DIAGONAL * of_second).astype(np.float32)
+        products = each * (unit[..., rows] * unit[..., columns])
         return jnp.concatenate([of_mean * unit, products, of_count * along(mask, unit)[..., :1]], axis=-1)
+
+    def _norms_of_groups(self, unit: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+        """Compute the norm of each group's sums of all classes, (n,): of inner products of its images.
+
+        Those of v(u uᵀ) are the squares of those of u.
+        """
+        inner = _sum_in_order(unit[:, :, None] * unit[:, None])
+        of_mean, of_second, of_count = self._weights
+        parts = [of_mean**2 * inner, of_second**2 * jnp.square(inner), jnp.full_like(inner, of_count**2)]
+        products = _sum_in_order(jnp.stack(parts, axis=-1))
+        pairs = jnp.where(groups.of_one_class(labels, mask), products, 0)
+        return jnp.sqrt(_sum_in_order(pairs.reshape((len(mask), -1))))
 
     def counts(self, noisy):
         return noisy[2] / self._weights[2] if self._counts_are_noisy else None
@@ -113,13 +135,13 @@ class MomentsQuery(Query):
     def estimate(self, noisy, expected_size):
         """Return mean (classes, d) and second moment (classes, d, d) of vectors minus center."""
         of_mean, of_second, _ = self._weights
-        counts = self.counts(noisy)
+        counts, (rows, columns) = self.counts(noisy), np.triu_indices(self.dimensions)
         # Fewer than one image in a class of the sample: whatever is divided by is as good as any.
-        sizes = expected_size / self.classes if counts is None else jnp.maximum(counts, 1.0)[:, None]
-        means = noisy[0] * (self.clip_norm / of_mean) / sizes
-        seconds = noisy[1] * (self.clip_norm**2 / of_second) / sizes
-        rows, columns = np.triu_indices(self.dimensions)
-        off = np.where(rows == columns, 1, math.sqrt(0.5)).astype(np.float32) * seconds
+        sizes = expected_size / self.classes if counts is None else jnp.maximum(_as_it_is(counts), 1)[:, None]
+        inverse = _as_it_is(1 / jnp.asarray(sizes, jnp.float32))
+        each = np.where(rows == columns, 1, 1 / OFF_DIAGONAL) * (self.clip_norm**2 / of_second)
+        means = _as_it_is(noisy[0] * inverse) * (self.clip_norm / of_mean)
+        off = _as_it_is(noisy[1] * inverse) * each.astype(np.float32)
         whole = jnp.zeros((self.classes, self.dimensions, self.dimensions), jnp.float32)
         return means, whole.at[:, rows, columns].set(off).at[:, columns, rows].set(off)
 
@@ -133,3 +155,21 @@ class MomentsQuery(Query):
         of_mean, of_second, _ = self._weights
         noise = noise_multiplier * self.sensitivity * self.clip_norm / images
         return noise / of_mean, noise * self.clip_norm / of_second * math.sqrt(0.5)
+
+
+def _as_it_is(values: jax.Array) -> jax.Array:
+    """Keep the compiler from joining what is computed before and after: in one program, but not in another.
+
+    Contributions are cut to whole numbers, which a last bit decides: it must not depend on the rows at once.
+    """
+    return jax.lax.optimization_barrier(values)
+
+
+def _sum_in_order(values: jax.Array) -> jax.Array:
+    """Add up float32 values along the last axis by halves: in the same order whatever the other axes are."""
+    values = _as_it_is(values)
+    while (size := values.shape[-1]) > 1:
+        half = size // 2
+        rest = values[..., 2 * half :]
+        values = jnp.concatenate([values[..., :half] + values[..., half : 2 * half], rest], axis=-1)
+    return values[..., 0]

@@ -214,13 +214,16 @@ def get_config(epsilon: str = '10') -> ConfigDict:
 def sampler(name: str = 'heun', steps: int = 1000, **settings: float) -> ConfigDict:
     """Settings of a sampler (EDM, Karras et al. 2022): Heun's by default, deterministic."""
     config = ConfigDict()
-    config.name = name  # heun | ddim
+    # heun (calls the network twice in a step) | ddim | dpmpp_2m | dpmpp_2m_sde (random)
+    config.name = name
     config.steps = steps
     config.guidance = 0.0  # 0 = none
-    config.s_churn = 0.0  # heun only, as are the next three
+    config.guidance_min = 0.0  # noise levels between which there is guidance
+    config.guidance_max = 1000.0
+    config.s_churn = 0.0  # heun only, as are the next two
     config.s_min = 0.0
     config.s_max = 50.0
-    config.s_noise = 1.0
+    config.s_noise = 1.0  # heun, dpmpp_2m_sde
     config.t_min = 0.002  # last and first noise level, and the curve between them
     config.t_max = 80.0
     config.rho = 7.0

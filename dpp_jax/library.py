@@ -166,7 +166,7 @@ class Released:
             n: how many images, at least 1.
             labels: n numbers of classes (0 .. classes - 1) or their names, or one for all; None: as
                 `generate.class_counts` of the run has them.
-            sampler: name ('heun', 'ddim'), or settings in place of the run's, such as {'steps': 50}.
+            sampler: name ('heun', 'dpmpp_2m'), or settings in place of the run's, such as {'steps': 50}.
             seed: the same seed gives the same images; None: others in every call.
 
         Returns:

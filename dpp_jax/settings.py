@@ -292,6 +292,8 @@ def _sampler(section: str, known: Collection[str]) -> dict[str, _Rule]:
         'name': _name_in(known),
         'steps': _COUNT,
         'guidance': _NOT_NEGATIVE,
+        'guidance_min': _NOT_NEGATIVE,
+        'guidance_max': _NOT_NEGATIVE,
         's_churn': _NOT_NEGATIVE,
         's_min': _NOT_NEGATIVE,
         's_max': _number(lambda x: x >= 0, 'a finite number, at least 0 (as t_max: no limit)'),

@@ -1,12 +1,20 @@
-"""Samplers (Karras et al. 2022, EDM): from unit normal noise to images, as jitted loops.
+"""Samplers: from unit normal noise to images, as jitted loops.
 
 Each is a function (denoise, z, label, *, sigmas, noise, churn) → images, with an entry in `SAMPLERS`. All end
 with an Euler step from the last noise level to σ = 0. Its result is the denoiser's output, which the PyTorch
 implementation returns. The network stands once in each loop: a second copy would be compiled anew.
+
+| name | source | calls of the network for an image, in n steps | random |
+|---|---|---|---|
+| ddim | Song et al. 2021 | n | no |
+| heun | EDM, Karras et al. 2022, algorithm 2 | 2n - 1 | with churn |
+| dpmpp_2m | DPM-Solver++, Lu et al. 2022, algorithm 2 | n | no |
+| dpmpp_2m_sde | the same for the reverse SDE, their section 4.3 | n | yes |
 """
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +121,62 @@ def heun(
     return jax.lax.fori_loop(0, steps, step, t[0] * z)
 
 
-SAMPLERS = {'ddim': ddim, 'heun': heun}
+def multistep(
+    denoise: Denoise,
+    z: jax.Array,
+    label: jax.Array,
+    *,
+    sigmas: np.ndarray,
+    noise: Noise | None,
+    churn: Churn,
+    is_stochastic: bool,
+) -> jax.Array:
+    """Return images by second-order steps that use the denoiser's output of the step before (DPM-Solver++).
+
+    A step is exact where the denoiser's output is linear in the logarithm of σ. The first step and the last,
+    down to σ = 0, are of first order.
+
+    Args:
+        denoise, z, label, sigmas: as of `ddim`.
+        noise: needed if `is_stochastic`.
+        churn: its `s_noise` scales the noise; the rest is of `heun`.
+        is_stochastic: whether to solve the reverse SDE, or the probability flow.
+
+    Returns:
+        (n, H, W, C), about [-1, 1].
+
+    Raises:
+        ValueError: `noise` is missing.
+    """
+    if is_stochastic and noise is None:
+        raise ValueError('noise is None; a stochastic sampler needs a function')
+    t, steps = np.append(sigmas, 0.0).astype(np.float64), len(sigmas)
+    decay = t[1:] / t[:-1]  # exp(-h)
+    with np.errstate(divide='ignore'):
+        h = -np.log(decay)
+    # 1 / (2 r) of the paper, r = h of the step before / h.
+    slope = np.zeros(steps)
+    slope[1:-1] = h[1:-1] / (2 * h[:-2])
+    keep = decay**2 if is_stochastic else decay
+    std = churn.s_noise * t[1:] * np.sqrt(1 - decay**2)
+    t, slope, keep, std = (jnp.asarray(each, jnp.float32) for each in (t, slope, keep, std))
+
+    def step(i, state):
+        x, d_before = state
+        d = denoise(x, jnp.full(x.shape[:1], t[i]), label)
+        x = keep[i] * x + (1 - keep[i]) * (d + slope[i] * (d - d_before))
+        return (x + std[i] * noise(i) if is_stochastic else x), d
+
+    x, _ = jax.lax.fori_loop(0, steps, step, (t[0] * z, jnp.zeros_like(z)))
+    return x
+
+
+SAMPLERS = {
+    'ddim': ddim,
+    'heun': heun,
+    'dpmpp_2m': functools.partial(multistep, is_stochastic=False),
+    'dpmpp_2m_sde': functools.partial(multistep, is_stochastic=True),
+}
 
 
 def make_sampler(
@@ -125,6 +188,8 @@ def make_sampler(
     t_max: float,
     rho: float,
     guidance: float,
+    guidance_min: float,
+    guidance_max: float,
     s_churn: float,
     s_min: float,
     s_max: float,
@@ -137,7 +202,8 @@ def make_sampler(
         no_class: the label that stands for "no class".
         steps, t_min, t_max, rho: noise levels, see `sigma_steps`.
         guidance: g >= 0, see `guided`.
-        s_churn, s_min, s_max, s_noise: see `Churn`; 'ddim' does without.
+        guidance_min, guidance_max: noise levels σ between which there is guidance.
+        s_churn, s_min, s_max, s_noise: see `Churn`.
 
     Raises:
         ValueError: there is no such sampler, or the noise levels are not in order.
@@ -148,7 +214,10 @@ def make_sampler(
     churn = Churn(s_churn=s_churn, s_min=s_min, s_max=s_max, s_noise=s_noise)
 
     def sample(denoise, z, label, noise=None):
-        denoise = guided(denoise, guidance, no_class)
+        # Where all levels have guidance, both labels go through the network at once.
+        is_partial = guidance_min > t_min or guidance_max < t_max
+        between = (guidance_min, guidance_max) if is_partial else None
+        denoise = guided(denoise, guidance, no_class, between)
         return SAMPLERS[name](denoise, z, label, sigmas=sigmas, noise=noise, churn=churn)
 
     return sample
@@ -164,8 +233,18 @@ def sigma_steps(steps: int, *, t_min: float = 0.002, t_max: float = 80.0, rho: f
     return (ramp**rho).astype(np.float32)
 
 
-def guided(denoise: Denoise, guidance: float, no_class: int) -> Denoise:
-    """Return (1 + g) D(x; y) - g D(x; no class): classifier-free guidance (Ho & Salimans 2022)."""
+def guided(
+    denoise: Denoise, guidance: float, no_class: int, between: tuple[float, float] | None = None
+) -> Denoise:
+    """Return (1 + g) D(x; y) - g D(x; no class): classifier-free guidance (Ho & Salimans 2022).
+
+    Args:
+        denoise: D.
+        guidance: g >= 0; 0: D itself.
+        no_class: the label that stands for "no class".
+        between: the least and the largest σ with guidance; D itself elsewhere, where it is called once
+            instead of twice (Kynkäänniemi et al. 2024). All images must then have the same σ. None: at all.
+    """
     if guidance == 0:
         return denoise
 
@@ -178,4 +257,14 @@ def guided(denoise: Denoise, guidance: float, no_class: int) -> Denoise:
         with_class, without_class = jnp.split(both, 2)
         return (1 + guidance) * with_class - guidance * without_class
 
-    return guided_denoise
+    def partly_guided_denoise(x, sigma, label):
+        is_guided = (between[0] <= sigma[0]) & (sigma[0] <= between[1])
+
+        def add(call, total):
+            """Add one term: D(x; y), or D(x; no class)."""
+            weight = jnp.where(call == 0, jnp.where(is_guided, 1 + guidance, 1.0), -guidance)
+            return total + weight * denoise(x, sigma, jnp.where(call == 0, label, no_class))
+
+        return jax.lax.fori_loop(0, jnp.where(is_guided, 2, 1), add, jnp.zeros_like(x))
+
+    return guided_denoise if between is None else partly_guided_denoise

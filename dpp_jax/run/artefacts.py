@@ -26,7 +26,14 @@ _SELECTION = {
 }
 _CLASSIFIER_IMAGES = 'classifier_images'
 # Settings of images that earlier versions did not have, with the value that they stood for.
-_NEW_OF_IMAGES = {'generate.class_counts': 'balanced', 'generate.class_shares': []}
+_NEW_OF_IMAGES = {
+    'generate.class_counts': 'balanced',
+    'generate.class_shares': [],
+    'generate.sampler.guidance_min': 0.0,
+    'generate.sampler.guidance_max': 1000.0,
+    'generate.classifier_sampler.guidance_min': 0.0,
+    'generate.classifier_sampler.guidance_max': 1000.0,
+}
 # What evaluation.json holds.
 _SCORES = {
     'of': dict,

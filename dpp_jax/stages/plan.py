@@ -302,7 +302,7 @@ def _time(
     )
     words = ', '.join(f'{name} {hours.words(seconds)}' for name, seconds in parts.items() if seconds)
     line = (
-        f'time left      {hours.words(total)} on this machine, without evaluation: {words}\n'
+        f'time left      {hours.words(total)} on this machine, without compilation and evaluation: {words}\n'
         f'               ({rate:,.3g} noised images/s, {how})'
         if words
         else 'time left      none, without evaluation'

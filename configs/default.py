@@ -95,6 +95,19 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     query.bins = 2  # bins of the histograms; mode only
     query.post_process = True  # median filter, and sharpening of gray images
 
+    # Also, after the central images and around them: per class the noisy mean and second moment of the lowest
+    # frequencies of a cosine transform, of which images are drawn (pretrain.moments_steps).
+    config.moments = moments = ConfigDict()
+    moments.enabled = False  # needs pretrain.enabled
+    moments.noise_multiplier = 10.0  # as of query
+    moments.epsilon_share = placeholder(float)  # of ε, that this query alone may spend; as of query
+    moments.sampling_probability = 1.0  # of each image, in (0, 1]; it is asked once
+    moments.average_down = 1  # k: blocks of k x k pixels are replaced by their mean; divides data.image_size
+    moments.frequencies = 64  # how many, the lowest of all channels; noise grows with their number
+    # B: L2 norm that an averaged image minus the center of its class, pixels in [0, 1], is clipped to.
+    moments.clip_norm = 2.5
+    moments.class_counts = 'public'  # public | noisy, as of query
+
     config.model = model = ConfigDict()
     model.network = 'unet'  # unet (NCSN++)
     model.width = 32  # channels of the first level
@@ -107,7 +120,10 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     config.pretrain = pretrain = ConfigDict()  # on central images: costs no privacy
     pretrain.enabled = True  # False: plain DP-SGD diffusion with the whole budget
     pretrain.batch_size = 64  # images
-    pretrain.epochs = 2000  # passes over the central images
+    # Passes over the central images; 0 only with moments_steps.
+    pretrain.epochs = 2000
+    # Then: steps, of batch_size each, on images drawn from the class moments, which are not augmented.
+    pretrain.moments_steps = 0
     pretrain.draws = 1  # noise draws per image
     pretrain.learning_rate = 3e-4  # of Adam
     pretrain.ema_decay = 0.999  # of the averaged weights, after its warm-up

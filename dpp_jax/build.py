@@ -1,6 +1,6 @@
 """From the names and numbers in a config to objects: model, query, budget, augmentation, samplers, images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 from pathlib import Path
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax.data import augment, sources
+from dpp_jax.data.frequencies import Frequencies
 from dpp_jax.data.images import Images
 from dpp_jax.data.preparation import Preparation
 from dpp_jax.diffusion import denoiser, sampler
@@ -19,7 +20,7 @@ from dpp_jax.evaluation import classifiers, needs, trainer
 from dpp_jax.privacy import accounting, queries
 from dpp_jax.privacy import budget as budget_lib
 from dpp_jax.privacy import selection as selection_lib
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, Releases
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, QUERIES, SELECTION, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import already_spent, step_time
@@ -80,6 +81,47 @@ def query(config: ConfigDict) -> queries.Query:
     )
 
 
+def moments_query(config: ConfigDict) -> queries.Query:
+    """Make the query for class moments, without its center.
+
+    Raises:
+        ValueError: a setting of config.moments is out of range.
+    """
+    settings = config.moments
+    return queries.make_query(
+        'moments',
+        classes=config.data.classes,
+        dimensions=settings.frequencies,
+        settings=settings.to_dict(),
+        images_per_group=config.dp.images_per_group,
+    )
+
+
+def frequencies(config: ConfigDict) -> Frequencies:
+    """Make the frequencies in which class moments are asked for.
+
+    Raises:
+        ValueError: config.moments has more of them than its images have values.
+    """
+    data, settings = config.data, config.moments
+    shape = (data.image_size, data.image_size, data.channels)
+    return Frequencies(image_shape=shape, average_down=settings.average_down, count=settings.frequencies)
+
+
+# Mechanism → its query.
+_MAKERS: dict[str, Callable[[ConfigDict], queries.Query]] = {
+    CENTRAL_QUERY: query,
+    MOMENTS: moments_query,
+}
+
+
+def asked(config: ConfigDict) -> list[str]:
+    """Return the mechanisms of the queries that a run asks, in their order."""
+    if not config.pretrain.enabled:
+        return []
+    return [name for name, section in QUERIES.items() if config[section].get('enabled', True)]
+
+
 def classifier_settings(config: ConfigDict) -> trainer.Settings:
     """Make the settings with which classifiers are trained."""
     settings = config.evaluate
@@ -110,25 +152,23 @@ def selection(config: ConfigDict) -> selection_lib.Selection | None:
 def plan(
     config: ConfigDict,
     run_model: Model,
-    noise_multiplier: float | None = None,
-    query_noise_multiplier: float | None = None,
+    noise: Mapping[str, float] | None = None,
     spent_before: Sequence[Releases] | None = None,
-    selection_noise_multiplier: float | None = None,
 ) -> plan_lib.Plan:
     """Make the plan: calibrate the noise so that all mechanisms together stay within (ε, δ).
 
     Args:
-        config: the settings; `query.epsilon_share`, if set, decides the query's noise.
+        config: the settings; `epsilon_share` of a query, if set, decides its noise.
         run_model: whose parameters are counted.
-        noise_multiplier: of fine-tuning, where it is decided already.
-        query_noise_multiplier: of a query whose noise `query.epsilon_share` decides, likewise.
+        noise: mechanism → noise multiplier that is decided already, of those that follow from the budget or a
+            share of it.
         spent_before: what the run was calibrated beside, likewise; None: what `dp.already_spent` names.
-        selection_noise_multiplier: of the selection among classifiers, likewise.
 
     Raises:
-        ValueError: the query, with what was spent before, exceeds the budget, or no noise keeps it within
+        ValueError: the queries, with what was spent before, exceed the budget, or no noise keeps one within
             its share, or what was spent before cannot be read.
     """
+    noise = noise or {}
     dp, finetune, pretrain, counted = config.dp, config.finetune, config.pretrain, unit(config)
     limits = {
         'epsilon': dp.epsilon,
@@ -151,20 +191,21 @@ def plan(
             'add up'
         )
     q, steps = budget_lib.schedule(counted.used_images, finetune.batch_size, finetune.epochs)
-    asked = []
-    if pretrain.enabled:
-        make_query = functools.partial(query_releases, config)
-        sigma = config.query.noise_multiplier
-        if config.query.epsilon_share is not None:
-            sigma = query_noise_multiplier or budget_lib.calibrate_share(
-                make_query, config.query.epsilon_share, **limits
+    known = []
+    for name in asked(config):
+        section, make_query = config[QUERIES[name]], functools.partial(query_releases, config, name)
+        sigma = section.noise_multiplier
+        if section.epsilon_share is not None:
+            setting = f'{QUERIES[name]}.epsilon_share'
+            sigma = noise.get(name) or budget_lib.calibrate_share(
+                make_query, section.epsilon_share, setting=setting, **limits
             )
-        asked = [make_query(sigma)]
+        known.append(make_query(sigma))
 
     chosen = []
     if selection(config) is not None:
         make_selection = functools.partial(_selection_releases, config)
-        sigma = selection_noise_multiplier or budget_lib.calibrate_share(
+        sigma = noise.get(SELECTION) or budget_lib.calibrate_share(
             make_selection,
             config.evaluate.selection_share,
             setting='evaluate.selection_share',
@@ -183,33 +224,36 @@ def plan(
         return Releases(mechanism=mechanism, count=steps)
 
     budget = budget_lib.calibrate(
-        asked, dp_sgd, noise_multiplier=noise_multiplier, before=spent_before, after=chosen, **limits
+        known, dp_sgd, noise_multiplier=noise.get(DP_SGD), before=spent_before, after=chosen, **limits
     )
     central = budget.count(CENTRAL_QUERY) * config.data.classes
     batch = min(pretrain.batch_size, max(central, 1))
+    steps_of_moments = pretrain.moments_steps if budget.of(MOMENTS) else 0
     pretrain_steps = pretrain.epochs * math.ceil(central / batch)
+    noised_images = (pretrain_steps * batch + steps_of_moments * pretrain.batch_size) * pretrain.draws
     return plan_lib.Plan(
         budget=budget,
         private_images=counted.images,
         groups=counted.groups,
         images_per_group=counted.images_per_group,
         parameters=model_lib.size(run_model.shapes()),
-        pretrain_steps=pretrain_steps,
-        pretrain_noised_images=pretrain_steps * batch * pretrain.draws,
+        pretrain_steps=pretrain_steps + steps_of_moments,
+        pretrain_noised_images=noised_images,
         finetune_noised_images=round(steps * counted.places / round(1 / q) * finetune.draws),
     )
 
 
-def query_releases(config: ConfigDict, sigma: float) -> Releases:
-    """Make the queries with this noise multiplier."""
+def query_releases(config: ConfigDict, name: str, sigma: float) -> Releases:
+    """Make the releases of a query (its mechanism's name) with this noise multiplier."""
+    settings = config[QUERIES[name]]
     mechanism = GaussianMechanism(
-        name=CENTRAL_QUERY,
+        name=name,
         noise_multiplier=sigma,
-        sampling_probability=config.query.sampling_probability,
-        sensitivity=query(config).sensitivity,
+        sampling_probability=settings.sampling_probability,
+        sensitivity=_MAKERS[name](config).sensitivity,
         unit=config.dp.unit,
     )
-    return Releases(mechanism=mechanism, count=config.query.queries)
+    return Releases(mechanism=mechanism, count=settings.get('queries', 1))
 
 
 def _selection_releases(config: ConfigDict, sigma: float) -> Releases:

@@ -386,7 +386,7 @@ def _calibrated(case: _Case, share: float) -> float:
     """Compute the σ that spends a share of ε, rounded up to three digits."""
     dp = case.config.dp
     sigma = budget.calibrate_share(
-        functools.partial(build.query_releases, with_values(case.config, _PLAIN_QUERY)),
+        functools.partial(build.query_releases, with_values(case.config, _PLAIN_QUERY), budget.CENTRAL_QUERY),
         share,
         epsilon=dp.epsilon,
         delta=dp.delta,

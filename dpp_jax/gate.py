@@ -1,6 +1,6 @@
 """What a command may rely on: settings, plan, ledger and what was released fit each other."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import functools
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dpp_jax import build, files
 from dpp_jax.diffusion.model import Model
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MECHANISMS, SELECTION
+from dpp_jax.privacy.budget import DP_SGD, MECHANISMS, QUERIES, SELECTION
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import already_spent, artefacts, statement
 from dpp_jax.run import plan as plan_lib
@@ -47,6 +47,7 @@ class Gate(NamedTuple):
     plan: plan_lib.Plan  # that the folder follows, or will
     ledger: Ledger | None  # None but in process 0
     done: dict[str, bool]  # stage → whether it has nothing left to do
+    released: dict[str, bool]  # mechanism → whether its result is in release/
 
 
 def read(
@@ -62,19 +63,16 @@ def read(
     Of settings of pre-training in `changed` there is no model yet.
     """
     make_plan = functools.partial(build.plan, config, model)
-    run_plan = plan_lib.load(
-        workdir.plan,
-        make_plan,
-        query_share=config.query.epsilon_share,
-        selection_share=config.evaluate.selection_share,
-    )
+    shares = {query: config[section].epsilon_share for query, section in QUERIES.items()}
+    shares[SELECTION] = config.evaluate.selection_share
+    run_plan = plan_lib.load(workdir.plan, make_plan, shares)
     evaluation = artefacts.Evaluation(workdir, flatten(config.to_dict()))
     has_selected = run_plan.budget.of(SELECTION) is None or workdir.selection.exists()
     done = find_done(
         workdir,
         images,
         evaluation,
-        has_query=config.pretrain.enabled,
+        queries=[query for query in QUERIES if run_plan.budget.of(query)],
         has_selected=has_selected,
         changed=changed,
     )
@@ -82,19 +80,17 @@ def read(
     saved = checkpoint.latest_training(workdir.checkpoints('finetune'))
     stated = {name: statement.stated(workdir, name) for name in MECHANISMS}
     budget = run_plan.budget
+    released = {query: path.exists() for query, path in workdir.of_queries.items()}
+    released |= {DP_SGD: done['finetune'], SELECTION: has_selected}
     is_over = done['central'] and done['finetune'] and has_selected
     ledger = _open_ledger(workdir, stated, read_only=read_only or is_over)  # last: it may grow
     steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
-    used = {
-        CENTRAL_QUERY: budget.count(CENTRAL_QUERY) * done['central'],
-        DP_SGD: steps,
-        SELECTION: budget.count(SELECTION) * has_selected,
-    }
+    used = {name: budget.count(name) * released[name] for name in MECHANISMS} | {DP_SGD: steps}
     keys = Keys(workdir.keys, config.seed)
     keys.check_planned([part.mechanism.name for part in budget.releases])
     budget.check_ledger(ledger, used)
-    statement.check_lost(workdir, keys, ledger, budget, done | {'evaluate': has_selected}, stated)
-    return Gate(plan=run_plan, ledger=ledger, done=done)
+    statement.check_lost(workdir, keys, ledger, budget, released, stated)
+    return Gate(plan=run_plan, ledger=ledger, done=done, released=released)
 
 
 def find_done(
@@ -102,7 +98,7 @@ def find_done(
     images: artefacts.SyntheticImages,
     evaluation: artefacts.Evaluation,
     *,
-    has_query: bool,
+    queries: Collection[str],
     has_selected: bool,
     changed: Sequence[str] = (),
 ) -> dict[str, bool]:
@@ -112,13 +108,13 @@ def find_done(
         workdir: to look into.
         images: synthetic ones.
         evaluation: of them.
-        has_query: whether the run asks for central images.
+        queries: which of them the run asks.
         has_selected: whether no selection by private images is still to be released.
         changed: settings of pre-training that changed: it is to be done again.
     """
     return {
-        'central': not has_query or workdir.central_images.exists(),
-        'pretrain': not has_query or (files.is_whole(workdir.model('pretrain')) and not changed),
+        'central': all(workdir.of_queries[query].exists() for query in queries),
+        'pretrain': not queries or (files.is_whole(workdir.model('pretrain')) and not changed),
         'finetune': files.is_whole(workdir.model('finetune')),
         'generate': images.is_complete and workdir.release_page.exists(),
         'evaluate': evaluation.is_complete and has_selected,
@@ -132,18 +128,18 @@ def tell(config: ConfigDict, model: Model, found: Gate | None) -> Gate:
     def told():
         figures = found.plan.figures()
         return {
-            'noise': [figures['noise_multiplier'], figures['query_noise_multiplier']],
-            'noise_of_selection': figures['selection_noise_multiplier'],
+            'noise': plan_lib.noises(figures),
             'spent_before': figures['spent_before'],
             'done': found.done,
+            'released': found.released,
         }
 
     heard = hosts.from_first(told)
     if found is not None:
         return found
     before = already_spent.from_rows(heard['spent_before'])
-    plan = build.plan(config, model, *heard['noise'], before, heard['noise_of_selection'])
-    return Gate(plan=plan, ledger=None, done=heard['done'])
+    plan = build.plan(config, model, heard['noise'], before)
+    return Gate(plan=plan, ledger=None, done=heard['done'], released=heard['released'])
 
 
 def _open_ledger(workdir: WorkDir, stated: dict[str, int], read_only: bool) -> Ledger:

@@ -24,7 +24,7 @@ from dpp_jax import build, derive, files, gate, planning, settings
 from dpp_jax.data import sources
 from dpp_jax.data.images import Images
 from dpp_jax.gate import STAGES
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION
 from dpp_jax.privacy.shares import Share
 from dpp_jax.run import artefacts, statement, statement_text
 from dpp_jax.run import plan as plan_lib
@@ -33,6 +33,7 @@ from dpp_jax.run.keys import Keys, why_not_private
 from dpp_jax.run.other_images import OtherImages
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.stages import central, clean, evaluate, finetune, generate, plan, pretrain, report
+from dpp_jax.stages.central import moments
 from dpp_jax.training import devices, hosts, preemption, progress
 
 # What the others make stays in private/, but for a selection by private images.
@@ -203,7 +204,7 @@ class Run(RealImages):
         super().__init__(config, workdir)
         self.changed = changed  # settings of pre-training, which begins again
         self.model, self.images = model, images
-        self.plan, self.ledger, self.done = gate.tell(config, model, found)
+        self.plan, self.ledger, self.done, self.released = gate.tell(config, model, found)
         self._stage = config, workdir, self.keys  # what every stage is given first
 
     def run(self, stages: tuple[str, ...]) -> None:
@@ -262,20 +263,37 @@ class Run(RealImages):
             self.check_images(has_evaluation='evaluate' in todo)
 
     def central(self) -> None:
-        releases = self.plan.budget.of(CENTRAL_QUERY)
-        query, unit = build.query(self.config), self.plan.unit
-        central.run(
-            *self._private_stage,
-            query=query,
-            releases=releases,
-            unit=unit,
-            share=self.share,
-            class_names=build.class_names(self.config),
-        )
+        unit, budget = self.plan.unit, self.plan.budget
+        if not self.released[CENTRAL_QUERY]:
+            central.run(
+                *self._private_stage,
+                query=build.query(self.config),
+                releases=budget.of(CENTRAL_QUERY),
+                unit=unit,
+                share=self.share,
+                class_names=build.class_names(self.config),
+            )
+        if budget.of(MOMENTS) and not self.released[MOMENTS]:
+            moments.run(
+                *self._private_stage,
+                query=build.moments_query(self.config),
+                frequencies=build.frequencies(self.config),
+                releases=budget.of(MOMENTS),
+                unit=unit,
+                share=self.share,
+                class_names=build.class_names(self.config),
+            )
 
     def pretrain(self) -> None:
-        augment, steps = build.augmentation(self.config), self.plan.pretrain_steps
-        pretrain.run(*self._stage, model=self.model, augment=augment, sizes=self._sizes, total_steps=steps)
+        has_moments = self.plan.budget.of(MOMENTS) is not None
+        pretrain.run(
+            *self._stage,
+            model=self.model,
+            augment=build.augmentation(self.config),
+            sizes=self._sizes,
+            total_steps=self.plan.pretrain_steps,
+            frequencies=build.frequencies(self.config) if has_moments else None,
+        )
 
     def finetune(self) -> None:
         releases = self.plan.budget.of(DP_SGD)

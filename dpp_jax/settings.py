@@ -26,7 +26,7 @@ def _registries() -> dict[str, Collection[str]]:
     return {
         'accountant': tuple(accounting.ACCOUNTANTS),
         'relation': tuple(accounting.RELATIONS),
-        'query': tuple(queries.QUERIES),
+        'query': queries.CENTRAL_KINDS,
         'source': {kind: source.form for kind, source in sources.SOURCES.items()},
         'augmentation': tuple(augment.AUGMENTATIONS),
         'classifier': tuple(classifiers.CLASSIFIERS),
@@ -72,6 +72,8 @@ def check(config: ConfigDict, unset: Collection[str] = ()) -> None:
     # What is built from several settings is built only where each of them is allowed.
     if not any(name.startswith(('data.', 'query.', 'dp.images_per_group')) for name in open_names):
         lines += _query(config)
+    if not any(name.startswith(('data.', 'moments.', 'dp.images_per_group')) for name in open_names):
+        lines += _moments(config)
     if not any(name.startswith(('pretrain.augmentation', 'pretrain.rand_augment')) for name in open_names):
         lines += _augmentation(config)
     if not any(name.startswith(('data.', 'generate.')) for name in open_names):
@@ -213,6 +215,14 @@ def _table() -> dict[str, _Rule]:
         'query.queries': _COUNT,
         'query.downsample': _COUNT,
         'query.post_process': _SWITCH,
+        # moments
+        'moments.enabled': _SWITCH,
+        'moments.noise_multiplier': _POSITIVE,
+        'moments.epsilon_share': _unset_or(_INSIDE),
+        'moments.sampling_probability': _PROBABILITY,
+        'moments.average_down': _COUNT,
+        # Their products, a matrix for each class, are in memory.
+        'moments.frequencies': _whole(lambda k: 1 <= k <= 1024, 'a whole number in [1, 1024]'),
         # model
         'model.network': _name_in(known['network']),
         'model.width': _COUNT,
@@ -224,7 +234,8 @@ def _table() -> dict[str, _Rule]:
         # pretrain
         'pretrain.enabled': _SWITCH,
         'pretrain.batch_size': _COUNT,
-        'pretrain.epochs': _COUNT,
+        'pretrain.epochs': _whole(lambda n: n >= 0, 'a whole number, at least 0'),
+        'pretrain.moments_steps': _whole(lambda n: n >= 0, 'a whole number, at least 0'),
         'pretrain.draws': _COUNT,
         'pretrain.learning_rate': _LEARNING_RATE,
         'pretrain.ema_decay': _SHARE,
@@ -400,6 +411,24 @@ _RELATIONS = (
         lambda size: f'at most {max(1, size // 2)}, half of data.image_size',
     ),
     _Relation(
+        'moments.enabled',
+        ('pretrain.enabled',),
+        lambda asked, trains: trains or not asked,
+        lambda _: 'False, because pretrain.enabled is False: nothing would use the answer',
+    ),
+    _Relation(
+        'pretrain.moments_steps',
+        ('moments.enabled',),
+        lambda steps, asked: asked or steps == 0,
+        lambda _: '0, because moments.enabled is False: no images are drawn from class moments',
+    ),
+    _Relation(
+        'pretrain.epochs',
+        ('pretrain.moments_steps',),
+        lambda epochs, steps: epochs > 0 or steps > 0,
+        lambda _: 'at least 1, because pretrain.moments_steps is 0',
+    ),
+    _Relation(
         'model.attention_resolutions',
         ('data.image_size', 'model.multipliers'),
         lambda chosen, *network: set(chosen) <= set(_sides(*network)),
@@ -505,6 +534,14 @@ _RELATIONS = (
 def _query(config: ConfigDict) -> list[str]:
     """Return what the query says of its own settings."""
     return _refusal('query', lambda: build.query(config))
+
+
+def _moments(config: ConfigDict) -> list[str]:
+    """Return what the query for class moments says of its own settings; if it is not asked, nothing."""
+    if not config.moments.enabled:
+        return []
+    found = _refusal('moments', lambda: build.moments_query(config))
+    return found + _refusal('moments', lambda: build.frequencies(config))
 
 
 def _augmentation(config: ConfigDict) -> list[str]:

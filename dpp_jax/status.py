@@ -11,7 +11,7 @@ from typing import Any
 from dpp_jax import files, gate
 from dpp_jax.configs import default
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, group, total_event
+from dpp_jax.privacy.budget import DP_SGD, QUERIES, SELECTION, group, total_event
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import artefacts, elsewhere, hours
 from dpp_jax.run.folder import WorkDir, flatten
@@ -21,7 +21,7 @@ _OLD = 60.0  # seconds after which a note is that of a process that is gone
 # What is read of plan.json.
 _PLAN = {
     'delta': float, 'accountant': str, 'relation?': str, 'epsilon_budget': float, 'epsilon_total': float,
-    'query_count': int, 'steps': int, 'pretrain_steps': int,
+    'query_count': int, 'moments_count?': int, 'steps': int, 'pretrain_steps': int,
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def read(root: str | Path, private: str | Path | None = None) -> dict[str, Any]:
         workdir,
         images,
         evaluation,
-        has_query=settings['pretrain.enabled'],
+        queries=[query for query in QUERIES if _is_asked(settings, query)],
         has_selected=not selects or workdir.selection.exists(),
     )
     return {
@@ -81,6 +81,11 @@ def _settings(workdir: WorkDir) -> dict[str, Any]:
         )
         settings |= found['of'].get('settings', {})
     return settings
+
+
+def _is_asked(settings: dict[str, Any], query: str) -> bool:
+    """Whether a run with these settings asks this query."""
+    return settings['pretrain.enabled'] and settings.get(f'{QUERIES[query]}.enabled', True)
 
 
 def _stage(workdir: WorkDir, stage: str, is_done: bool, plan: dict[str, Any] | None) -> dict[str, Any]:
@@ -111,7 +116,9 @@ def _spent(workdir: WorkDir, plan: dict[str, Any]) -> dict[str, Any]:
     event = total_event(group(ledger.entries))
     relation = plan.get('relation', accounting.ZERO_OUT)
     selections = int(plan.get('selection_noise_multiplier') is not None)
-    planned = {CENTRAL_QUERY: plan['query_count'], DP_SGD: plan['steps'], SELECTION: selections}
+    counts = {query: plan.get(f'{name}_count') for query, name in QUERIES.items()}
+    planned = {query: count for query, count in counts.items() if count is not None}
+    planned |= {DP_SGD: plan['steps'], SELECTION: selections}
     return {
         'epsilon_spent': accounting.epsilon(event, plan['delta'], plan['accountant'], relation),
         'epsilon_planned': plan['epsilon_total'],

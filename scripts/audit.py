@@ -19,6 +19,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 import sys
 import time
@@ -33,10 +34,12 @@ import optax
 from dpp_jax import build
 from dpp_jax.auditing import bounds as bounds_lib
 from dpp_jax.configs import digits_8
-from dpp_jax.privacy import accounting, clipping, queries
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy import accounting, clipping
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.privacy.poisson import PoissonSampler
+from dpp_jax.privacy.queries import mean
+from dpp_jax.privacy.queries import moments as moments_lib
 from dpp_jax.training import devices, steps
 from dpp_jax.training import state as state_lib
 
@@ -59,6 +62,7 @@ class Code:
         divisor: (number of images in the sum, public constant) → what the noisy sum is divided by.
         sampler: the class that tosses the coins.
         is_gaussian: given who was sampled, outcomes are normal and the canary only moves their mean.
+        off_diagonal: weight of what is above the diagonal of a second moment, over that of the diagonal.
     """
 
     mechanism: type[GaussianMechanism] = GaussianMechanism
@@ -66,6 +70,7 @@ class Code:
     divisor: Callable = lambda count, constant: constant
     sampler: type[PoissonSampler] = PoissonSampler
     is_gaussian: bool = True
+    off_diagonal: float = math.sqrt(2)
 
 
 class HalvedNoise(GaussianMechanism):
@@ -105,6 +110,8 @@ FAULTS = {
     'division by the realized count': Code(divisor=lambda count, _: jnp.maximum(count, 1), is_gaussian=False),
     'no noise on an empty batch': Code(mechanism=NoNoiseOnEmptyBatch, is_gaussian=False),
     'sampled twice': Code(sampler=SampledTwice),
+    # Both triangles are added up, as if they were one.
+    'off-diagonal weight 2': Code(off_diagonal=2.0),
 }
 
 
@@ -196,7 +203,7 @@ def query_attack(
     config.query.update(kind='mean', pixel_center=0.0, clip_norm=None, class_counts='public')
     config.query.update(settings or {}, sampling_probability=q)
     query = build.query(config)
-    planned = build.plan(config, build.model(config), noise_multiplier=1.0).budget.of(CENTRAL_QUERY)
+    planned = build.plan(config, build.model(config), noise={DP_SGD: 1.0}).budget.of(CENTRAL_QUERY)
     mechanism = code.mechanism(**dataclasses.asdict(planned.mechanism))
     images = np.zeros((4, 8, 8, 1), np.uint8)
     images[1:3], images[3] = 128, 255
@@ -215,8 +222,55 @@ def query_attack(
         return jnp.mean(answer[0])
 
     def scores(runs, seed):
-        with mock.patch.object(queries, 'clip_weights', code.clip):
+        with mock.patch.object(mean, 'clip_weights', code.clip):
             return play(run, code, np.full(3, q == 1), q, 1, runs, seed)
+
+    return make_attack(name, fault, mechanism, 1, scores)
+
+
+# --- Attack on the query for class moments
+
+VECTOR = 8  # numbers of an image
+CLIPPED_TO = 1.0
+
+
+def moments_attack(name: str, fault: str | None = None, *, counts: str = 'public') -> Attack:
+    """The canary is a vector of equal numbers, longer than the bound; its class has one other, the center.
+
+    A vector of equal numbers has most of its second moment off the diagonal. The score is the projection of
+    the released moments, and count, on what the canary adds to them.
+    """
+    code = FAULTS.get(fault, REAL)
+    config = digits_8.get_config('1')
+    config.data.classes = 2
+    config.moments.update(enabled=True, noise_multiplier=2.0, frequencies=VECTOR)
+    config.moments.update(clip_norm=CLIPPED_TO, class_counts=counts)
+    query = build.moments_query(config)
+    planned = build.plan(config, build.model(config), noise={DP_SGD: 1.0}).budget.of(MOMENTS)
+    mechanism = code.mechanism(**dataclasses.asdict(planned.mechanism))
+    vectors = np.zeros((4, VECTOR), np.float32)
+    vectors[1:3, 0], vectors[3] = 0.5, 2.0
+    labels = np.array([0, 1, 1, 0], np.int32)
+    direction = np.full(VECTOR, 1 / math.sqrt(VECTOR), np.float32)
+
+    def run(masks, key):
+        class_size = code.divisor(jnp.zeros(2).at[labels].add(masks[0])[:, None], 2.0)
+        noise_key = NoiseKey(identifier='audit', keys=jax.random.split(key, 4))
+        ask = query.noisy(mechanism, noise_key, 2 * class_size, len(vectors), with_counts=True)
+        ((means, seconds), sizes), _ = ask(0, {'images': vectors, 'labels': labels}, masks[0])
+        of_mean, of_second, of_count = query._weights
+        # As they were before they were divided.
+        scale = 1.0 if sizes is None else jnp.maximum(sizes[0], 1)
+        score = scale * of_mean**2 * (means[0] @ direction)
+        score += scale * of_second**2 * (direction @ seconds[0] @ direction)
+        return score if sizes is None else score + of_count**2 * sizes[0]
+
+    def scores(runs, seed):
+        with (
+            mock.patch.object(moments_lib, 'clip_weights', code.clip),
+            mock.patch.object(moments_lib, 'OFF_DIAGONAL', code.off_diagonal),
+        ):
+            return play(run, code, np.ones(3, bool), 1.0, 1, runs, seed)
 
     return make_attack(name, fault, mechanism, 1, scores)
 
@@ -333,13 +387,15 @@ def attacks() -> list[Attack]:
     """All rows: the real code first, then every fault in the query and in DP-SGD."""
     clipped = dict(settings=dict(clip_norm=0.35 * 8, pixel_center=0.3))
     sampled_query, sampled_sgd = dict(q=0.5, noise_multiplier=1.0), dict(q=0.5, noise_multiplier=3.0)
-    halved, unclipped, realized, no_noise, twice = FAULTS
+    halved, unclipped, realized, no_noise, twice, doubled = FAULTS
     return [
         query_attack('query'),
         query_attack('query, clipped', **clipped),
         query_attack('query, noisy counts', settings=dict(class_counts='noisy')),
         query_attack('query, mode', settings=dict(kind='mode', bins=2)),
         query_attack('query, sampled', **sampled_query),
+        moments_attack('moments'),
+        moments_attack('moments, noisy counts', counts='noisy'),
         sgd_attack('DP-SGD'),
         sgd_attack('DP-SGD, sampled', **sampled_sgd),
         query_attack('query', halved),
@@ -347,6 +403,10 @@ def attacks() -> list[Attack]:
         query_attack('query', realized),
         query_attack('query, sampled', no_noise, **sampled_query),
         query_attack('query, sampled', twice, **sampled_query),
+        moments_attack('moments', halved),
+        moments_attack('moments', unclipped),
+        moments_attack('moments', realized),
+        moments_attack('moments', doubled),
         sgd_attack('DP-SGD', halved),
         sgd_attack('DP-SGD', unclipped),
         sgd_attack('DP-SGD', realized),

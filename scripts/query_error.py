@@ -21,7 +21,7 @@ from dpp_jax import build
 from dpp_jax.data import resize
 from dpp_jax.data.images import Images
 from dpp_jax.privacy import accounting, poisson
-from dpp_jax.privacy.budget import CENTRAL_QUERY, Budget, Releases
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
 from dpp_jax.privacy.mechanism import NoiseKey
 
 _CONFIG = config_flags.DEFINE_config_file('config', 'configs/digits_8.py:10', 'As for dpp_jax.main.')
@@ -39,7 +39,7 @@ SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, None)
 
 def budget(config: ConfigDict) -> Budget:
     """Return the run's budget; DP-SGD's noise, which nobody asks for here, is not calibrated."""
-    return build.plan(config, build.model(config), noise_multiplier=1.0).budget
+    return build.plan(config, build.model(config), noise={DP_SGD: 1.0}).budget
 
 
 def errors(config: ConfigDict, releases: Releases, data: Images) -> np.ndarray:

@@ -100,7 +100,7 @@ def test_plan_allocates_nothing_on_the_device(tiny_config, tiny_model):
 @pytest.mark.parametrize('accountant', ['rdp', 'pld'])
 def test_a_share_of_epsilon_decides_the_noise_of_the_query(tiny_config, accountant):
     config = tiny_config(query__epsilon_share=0.07, dp__accountant=accountant)
-    budget = build.plan(config, NoModel(), noise_multiplier=5.0).budget
+    budget = build.plan(config, NoModel(), noise={DP_SGD: 5.0}).budget
     assert budget.accountant == accountant
     spent = accounting.epsilon(budget.of(CENTRAL_QUERY).event, config.dp.delta, accountant)
     assert 0.999 * 0.7 < spent <= 0.7
@@ -115,7 +115,7 @@ def test_a_share_that_no_noise_can_meet_is_named_with_the_least_that_can_be(tiny
     assert 'config.query.epsilon_share is 0.01; it must be at least ' in text
     assert 'would get ε = 0.001, but' in text  # share x budget
     config.query.epsilon_share = 1.001 * float(re.search(r'at least ([\d.]+)\. ', text)[1])
-    build.plan(config, NoModel(), noise_multiplier=100.0)
+    build.plan(config, NoModel(), noise={DP_SGD: 100.0})
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_the_sensitivity_is_that_of_the_images_that_are_asked(tiny_config, size,
     asked = resize.nearest(np.zeros((1, size, size, channels), np.uint8), downsample)
     query = build.query(config)
     assert (query.dimensions, query.classes) == (asked.size, 10)
-    mechanism = build.plan(config, NoModel(), noise_multiplier=5.0).budget.of(CENTRAL_QUERY).mechanism
+    mechanism = build.plan(config, NoModel(), noise={DP_SGD: 5.0}).budget.of(CENTRAL_QUERY).mechanism
     assert mechanism.sensitivity == query.sensitivity == pytest.approx(0.75 * asked.size**0.5)
 
 

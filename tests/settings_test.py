@@ -16,10 +16,14 @@ QUERY_SETTINGS = {
     (kind, field.name): field.default
     for kind, query in queries.QUERIES.items()
     for field in dataclasses.fields(query)
-    if field.name not in ('classes', 'dimensions', 'images_per_group')
+    if field.name not in ('classes', 'dimensions', 'images_per_group', 'center')
 }
 # Names of what a query or an augmentation checks begin with these.
-OWN = ('pretrain.rand_augment.', 'pretrain.affine.', *(f'query.{name}' for _, name in QUERY_SETTINGS))
+OWN = (
+    'pretrain.rand_augment.',
+    'pretrain.affine.',
+    *(f'{"query" if kind in queries.CENTRAL_KINDS else kind}.{name}' for kind, name in QUERY_SETTINGS),
+)
 
 
 def names(config, prefix=''):
@@ -134,6 +138,27 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
         (
             {'dp__relation': 'replace_one'},
             "config.dp.accountant is 'rdp'; it must be 'pld', because dp.relation is 'replace_one'",
+        ),
+        ({'moments__frequencies': 0}, r'moments.frequencies is 0; it must be a whole number in \[1, 1024\]'),
+        (
+            {'moments__enabled': True, 'moments__frequencies': 65},
+            'config.moments.frequencies is 65; it must be at most 64, the values of an image of shape',
+        ),
+        (
+            {'moments__enabled': True, 'moments__average_down': 3},
+            'config.moments.average_down is 3; it must divide the size of images, 8 x 8',
+        ),
+        (
+            {'moments__enabled': True, 'pretrain__enabled': False},
+            'config.moments.enabled is True; it must be False, because pretrain.enabled is False',
+        ),
+        (
+            {'pretrain__moments_steps': 3},
+            'config.pretrain.moments_steps is 3; it must be 0, because moments.enabled is False',
+        ),
+        (
+            {'pretrain__epochs': 0},
+            'config.pretrain.epochs is 0; it must be at least 1, because pretrain.moments_steps is 0',
         ),
         ({'data__source': 'digitz'}, "data.source is 'digitz'; it must be 'digits' or 'folder:<path>'"),
         ({'data__source': 'tfds:'}, "data.source is 'tfds:'"),
@@ -295,14 +320,18 @@ def test_a_query_says_what_is_wrong_with_its_settings(monkeypatch):
 @pytest.mark.parametrize('kind, name', QUERY_SETTINGS)
 @pytest.mark.parametrize('value', ['x', math.nan, math.inf, -1.5, 1 + 0j, (1,)], ids=repr)
 def test_a_setting_of_a_query_has_a_rule_of_its_class(kind, name, value):
-    (line,) = lines(changed({'query.kind': kind, f'query.{name}': value}))
-    assert line.startswith(f'config.query.{name} is {value!r}; it must be ')
+    section, chosen = 'query', {'query.kind': kind}
+    if kind not in queries.CENTRAL_KINDS:
+        section, chosen = kind, {f'{kind}.enabled': True}
+    (line,) = lines(changed(chosen | {f'{section}.{name}': value}))
+    assert line.startswith(f'config.{section}.{name} is {value!r}; it must be ')
 
 
 @pytest.mark.parametrize('kind, name', QUERY_SETTINGS)
 def test_a_setting_of_a_query_that_is_missing_has_the_value_of_the_default_config(kind, name):
     """So that nobody promises, or drops, a bound by leaving a line out."""
-    assert default.get_config().query[name] == QUERY_SETTINGS[kind, name]
+    section = 'query' if kind in queries.CENTRAL_KINDS else kind
+    assert default.get_config()[section][name] == QUERY_SETTINGS[kind, name]
 
 
 def test_names_are_those_of_the_registries(monkeypatch):

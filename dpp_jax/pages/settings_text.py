@@ -4,7 +4,7 @@ from typing import Any
 
 from dpp_jax import files
 from dpp_jax.configs import default
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir, flatten
 
@@ -65,8 +65,19 @@ def how_made(settings: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
             f'Central images: {row["count"]} noisy {settings["query.kind"]} quer'
             f'{"y" if row["count"] == 1 else "ies"}, one image per class each (noise multiplier '
             f'{row["noise_multiplier"]:.4g}).',
-            'Pre-training of a diffusion model on the central images alone.',
         ]
+        sources = []
+        if settings['pretrain.epochs']:
+            sources.append('the central images')
+        if MOMENTS in rows:
+            lines.append(
+                'Class moments: a noisy query for mean and second moment of '
+                f'{settings["moments.frequencies"]} frequencies (noise multiplier '
+                f'{rows[MOMENTS]["noise_multiplier"]:.4g}).'
+            )
+            if settings['pretrain.moments_steps']:
+                sources.append('images drawn from the class moments')
+        lines.append(f'Pre-training of a diffusion model on {" and ".join(sources)} alone.')
     if DP_SGD in rows:
         row = rows[DP_SGD]
         lines.append(

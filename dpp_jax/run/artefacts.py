@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from dpp_jax import files
+from dpp_jax.data.class_moments import ClassMoments
 from dpp_jax.diffusion.model import Model
 from dpp_jax.run import digests
 from dpp_jax.run.folder import FREE_SETTINGS, WorkDir, differences
@@ -116,6 +117,30 @@ def central_arrays(central: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     return needed + [central[name] for name in ('noisy', 'counts') if name in central]
 
 
+def moments(workdir: WorkDir) -> ClassMoments:
+    """Load what the query for class moments released.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, damaged, or not what this run released.
+    """
+    found = _unchecked_moments(workdir)
+    digests.check(workdir, 'moments.npz', moments_arrays(found))
+    return ClassMoments(means=found['means'], factors=found['factors'])
+
+
+def _unchecked_moments(workdir: WorkDir) -> dict[str, np.ndarray]:
+    return files.read_npz(
+        workdir.moments,
+        'Restore the file. Or, if private/ is intact, move it away and run --stage=central: it makes the '
+        'same moments from the same keys',
+    )
+
+
+def moments_arrays(found: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Return what the digest of class moments is of."""
+    return [found[name] for name in sorted(found)]
+
+
 def weights(workdir: WorkDir, training: str, shapes: PyTree) -> dict[str, PyTree]:
     """Load `params` and `ema_params` of the model that 'pretrain' or 'finetune' released.
 
@@ -142,6 +167,8 @@ def check_inputs(workdir: WorkDir, shapes: PyTree, stages: Collection[str]) -> N
         digests.begin(workdir, dict(_released(workdir, shapes)))
     if 'pretrain' in stages and workdir.central_images.exists():
         central_images(workdir)
+    if 'pretrain' in stages and workdir.moments.exists():
+        moments(workdir)
     for training, stage in (('pretrain', 'finetune'), ('finetune', 'generate')):
         if stage in stages and files.is_whole(workdir.model(training)):
             weights(workdir, training, shapes)
@@ -151,6 +178,8 @@ def _released(workdir: WorkDir, shapes: PyTree) -> Iterator[tuple[str, list[np.n
     """Yield name and arrays of what is there; what is damaged is told when it is needed."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         yield 'central_images.npz', central_arrays(_unchecked_central_images(workdir))
+    with contextlib.suppress(OSError, ValueError):
+        yield 'moments.npz', moments_arrays(_unchecked_moments(workdir))
     for training in ('pretrain', 'finetune'):
         with contextlib.suppress(OSError, ValueError):
             yield f'model/{training}', jax.tree.leaves(_unchecked_weights(workdir, training, shapes))

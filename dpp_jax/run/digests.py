@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpp_jax import files
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION
 from dpp_jax.run import statement
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
@@ -18,12 +18,14 @@ from dpp_jax.run.keys import Keys
 # Name in release/ → the mechanism that made it. Pre-training sees no private image.
 _MECHANISMS = {
     'central_images.npz': CENTRAL_QUERY,
+    'moments.npz': MOMENTS,
     'model/pretrain': None,
     'model/finetune': DP_SGD,
     'selection.json': SELECTION,
 }
 _STAGES = {
     'central_images.npz': 'central',
+    'moments.npz': 'central',
     'model/pretrain': 'pretrain',
     'model/finetune': 'finetune',
     'selection.json': 'evaluate',

@@ -12,6 +12,7 @@ import filelock
 from dpp_jax import files
 from dpp_jax.data.images import Images
 from dpp_jax.data.preparation import LABELS
+from dpp_jax.privacy.budget import CENTRAL_QUERY, MOMENTS
 from dpp_jax.run import elsewhere, fingerprint
 from dpp_jax.run.keys import NOTE as PRIVATE_NOTE
 
@@ -70,6 +71,15 @@ _NEW_SETTINGS = {
     'data.label_key': 'label',
     'data.derived': [],
     _SELECTION: 'synthetic',
+    'moments.enabled': False,
+    'moments.noise_multiplier': 10.0,
+    'moments.epsilon_share': None,
+    'moments.sampling_probability': 1.0,
+    'moments.average_down': 1,
+    'moments.frequencies': 64,
+    'moments.clip_norm': 2.5,
+    'moments.class_counts': 'public',
+    'pretrain.moments_steps': 0,
 }
 _PATH = '<path>'
 # Settings that hold paths, with what release/config.json says in their place.
@@ -106,6 +116,7 @@ class WorkDir:
         self.code = self.release / 'code.json'
         self.parameters = self.release / 'parameters.txt'
         self.central_images = self.release / 'central_images.npz'
+        self.moments = self.release / 'moments.npz'
         self.digests = self.release / 'digests.json'
         self.synthetic = self.release / 'synthetic'
         self.over_finetuning = self.release / 'over_finetuning.npz'
@@ -141,6 +152,11 @@ class WorkDir:
         for place in ('evaluation', 'scored', 'nearest', 'report', 'report_text', 'report_page'):
             setattr(found, place, folder / getattr(self, place).name)
         return found
+
+    @property
+    def of_queries(self) -> dict[str, Path]:
+        """Mechanism of a query → where its result is."""
+        return {CENTRAL_QUERY: self.central_images, MOMENTS: self.moments}
 
     @classmethod
     def to_read(cls, root: str | PathLike) -> 'WorkDir':

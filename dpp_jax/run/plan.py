@@ -1,17 +1,22 @@
 """What a run spends and how much it trains, and release/plan.json, which fixes it for a work directory."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 from dpp_jax import files
 from dpp_jax.privacy import accounting, checks
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, Budget, Releases
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, QUERIES, SELECTION, Budget, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.run import already_spent
 
+# Mechanism → what the figures of a plan call the noise multiplier that was calibrated for it.
+NOISES = {
+    DP_SGD: 'noise_multiplier',
+    **{query: f'{name}_noise_multiplier' for query, name in QUERIES.items()},
+    SELECTION: 'selection_noise_multiplier',
+}
 # What of a plan the guarantee rests on, other than noise that was calibrated: that is read from the file,
 # because another version may calibrate it differently in the last digits.
 _BINDING = (
@@ -23,9 +28,11 @@ _BINDING = (
     'accountant',
     'relation',
     'epsilon_budget',
-    'query_noise_multiplier',
-    'query_sampling_probability',
-    'query_count',
+    *(
+        f'{name}_{figure}'
+        for name in QUERIES.values()
+        for figure in ('noise_multiplier', 'sampling_probability', 'count')
+    ),
     'selection_sensitivity',
     'sampling_probability',
     'steps',
@@ -42,6 +49,9 @@ _NEW_FIELDS = {
     'images_per_group': None,
     'selection_noise_multiplier': None,
     'selection_sensitivity': None,
+    'moments_noise_multiplier': None,
+    'moments_sampling_probability': None,
+    'moments_count': 0,
 }
 
 
@@ -86,7 +96,10 @@ class Plan:
     def figures(self) -> dict[str, Any]:
         """Return the plan as plan.json holds it, with the ε of each part."""
         budget = self.budget
-        query, dp_sgd, selection = map(budget.of, (CENTRAL_QUERY, DP_SGD, SELECTION))
+        dp_sgd, selection = budget.of(DP_SGD), budget.of(SELECTION)
+        asked = {query: budget.of(query) for query in QUERIES}
+        # As earlier versions wrote it, where they knew all that is asked.
+        shown = {query: found for query, found in asked.items() if found or query == CENTRAL_QUERY}
         return {
             'private_images': self.private_images,
             'unit': self.unit.name,
@@ -96,14 +109,20 @@ class Plan:
             'accountant': budget.accountant,
             'relation': budget.relation,
             'epsilon_budget': budget.epsilon,
-            'epsilon_query': budget.spent(CENTRAL_QUERY),
+            **{f'epsilon_{QUERIES[query]}': budget.spent(query) for query in shown},
             'epsilon_finetune': budget.spent(DP_SGD),
             'epsilon_selection': budget.spent(SELECTION),
             'epsilon_total': budget.spent(),
             'spent_before': already_spent.rows(budget.before),
-            'query_noise_multiplier': query and query.mechanism.noise_multiplier,
-            'query_sampling_probability': query and query.mechanism.sampling_probability,
-            'query_count': budget.count(CENTRAL_QUERY),
+            **{
+                f'{QUERIES[query]}_{figure}': value
+                for query, found in shown.items()
+                for figure, value in (
+                    ('noise_multiplier', found and found.mechanism.noise_multiplier),
+                    ('sampling_probability', found and found.mechanism.sampling_probability),
+                    ('count', budget.count(query)),
+                )
+            },
             'selection_noise_multiplier': selection and selection.mechanism.noise_multiplier,
             'selection_sensitivity': selection and selection.mechanism.sensitivity,
             'noise_multiplier': dp_sgd.mechanism.noise_multiplier,
@@ -119,9 +138,8 @@ class Plan:
 
 def load(
     path: Path,
-    make: Callable[[float | None, float | None, Sequence[Releases] | None, float | None], Plan],
-    query_share: float | None = None,
-    selection_share: float | None = None,
+    make: Callable[[Mapping[str, float], Sequence[Releases] | None], Plan],
+    shares: Mapping[str, float | None],
 ) -> Plan:
     """Return the plan that a work directory follows, or the one that it would be given.
 
@@ -129,42 +147,33 @@ def load(
 
     Args:
         path: of plan.json.
-        make: (noise multiplier of DP-SGD, of the query; None: calibrate it, what was spent before; None: as
-            the config says, noise multiplier of the selection) → plan.
-        query_share: the share of ε that the queries alone may spend; None: no limit of their own.
-        selection_share: that the selection alone may spend, likewise.
+        make: (mechanism → noise multiplier that is decided already; others are calibrated, what was spent
+            before; None: as the config says) → plan.
+        shares: mechanism → the share of ε that it alone may spend; None: no limit of its own.
 
     Raises:
         ValueError: the file is damaged or lacks a field, or its plan is not one that this config can have:
             it takes other steps or batches, asks other queries, or does not stay within the budget.
     """
     if not path.exists():
-        return make(None, None, None, None)
+        return make({}, None)
     recorded = _read(path)
-    before = already_spent.from_rows(recorded['spent_before'])
-    plan = make(
-        recorded['noise_multiplier'],
-        recorded['query_noise_multiplier'],
-        before,
-        recorded['selection_noise_multiplier'],
-    )
-    figures, budget = plan.figures(), plan.budget.epsilon
-    of_share = lambda share: math.inf if share is None else share * budget
+    plan = make(noises(recorded), already_spent.from_rows(recorded['spent_before']))
+    figures, budget = _NEW_FIELDS | plan.figures(), plan.budget
     for name in _BINDING:
         if recorded[name] != figures[name]:
             raise ValueError(
                 f'{path} has {name} = {recorded[name]}; this config gives {figures[name]}. '
                 'Someone changed the plan: restore the file, or use another --workdir'
             )
+    limits = [
+        (NOISES[mechanism], budget.spent(mechanism), _of_share(mechanism), share * budget.epsilon)
+        for mechanism, share in shares.items()
+        if share is not None
+    ]
     for name, spent, limit, allowed in (
-        ('query_noise_multiplier', figures['epsilon_query'], "the query's share", of_share(query_share)),
-        (
-            'selection_noise_multiplier',
-            figures['epsilon_selection'],
-            "the selection's share",
-            of_share(selection_share),
-        ),
-        ('noise_multiplier', figures['epsilon_total'], 'the budget', budget),
+        *limits,
+        (NOISES[DP_SGD], budget.spent(), 'the budget', budget.epsilon),
     ):
         if spent > allowed:
             raise ValueError(
@@ -176,6 +185,19 @@ def load(
     return plan
 
 
+def noises(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return mechanism → noise multiplier, of those that the figures of a plan have."""
+    found = {mechanism: figures.get(name) for mechanism, name in NOISES.items()}
+    return {mechanism: sigma for mechanism, sigma in found.items() if sigma is not None}
+
+
+def _of_share(mechanism: str) -> str:
+    """Name the share of ε of a mechanism."""
+    name = QUERIES.get(mechanism, mechanism)
+    ending = "'" if name.endswith('s') else "'s"
+    return f'the {name}{ending} share'
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Read the figures in plan.json; a ValueError says which one is missing, or is no noise at all."""
     recorded = _NEW_FIELDS | files.read_json(path, 'Restore the file')
@@ -185,7 +207,7 @@ def _read(path: Path) -> dict[str, Any]:
                 raise ValueError(f'it has no {name}')
         sigma = recorded['noise_multiplier']
         checks.require('noise_multiplier', sigma, checks.is_positive(sigma), 'a finite number > 0')
-        for name in ('query_noise_multiplier', 'selection_noise_multiplier'):
+        for name in NOISES.values():
             sigma = recorded[name]
             is_good = sigma is None or checks.is_positive(sigma)
             checks.require(name, sigma, is_good, 'a finite number > 0, or null')

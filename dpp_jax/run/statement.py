@@ -14,15 +14,7 @@ from typing import Any
 import dpp_jax
 from dpp_jax import files
 from dpp_jax.privacy import accounting, groups
-from dpp_jax.privacy.budget import (
-    CENTRAL_QUERY,
-    DP_SGD,
-    SELECTION,
-    Budget,
-    Releases,
-    group,
-    total_event,
-)
+from dpp_jax.privacy.budget import DP_SGD, QUERIES, SELECTION, Budget, Releases, group, total_event
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import already_spent
 from dpp_jax.run import statement_text as words
@@ -144,7 +136,7 @@ def check_lost(
     keys: Keys,
     ledger: Ledger,
     budget: Budget,
-    done: dict[str, bool],
+    released: dict[str, bool],
     stated: dict[str, int],
 ) -> None:
     """Refuse to repeat a release of which nothing tells what it was.
@@ -154,14 +146,15 @@ def check_lost(
         keys: its keys.
         ledger: its ledger.
         budget: its plan's.
-        done: stage → whether what its mechanism released is there.
+        released: mechanism → whether its result is there.
         stated: mechanism → releases that the statement counts; read before the ledger, which may grow.
 
     Raises:
         ValueError: the statement counts releases that the ledger lacks; or it covers what a stage released,
             which is not there any more, and the keys of its mechanism do not tell what it was.
     """
-    for stage, name in (('central', CENTRAL_QUERY), ('finetune', DP_SGD), ('evaluate', SELECTION)):
+    stage_of = dict.fromkeys(QUERIES, 'central') | {DP_SGD: 'finetune', SELECTION: 'evaluate'}
+    for name, stage in stage_of.items():
         count = stated[name]
         if count > ledger.count(name):
             raise ValueError(
@@ -169,7 +162,7 @@ def check_lost(
                 f'{count} releases. Restore the ledger: ε cannot be computed without it'
             )
         is_stated = 0 < budget.count(name) == count
-        if not done[stage] and is_stated and not keys.may_repeat(name):
+        if not released[name] and is_stated and not keys.may_repeat(name):
             raise ValueError(
                 f'the output of --stage={stage} is missing in {workdir.release}, but the privacy statement '
                 'counts it as released. private/keys.json has no digest of it: a new one could differ, and '

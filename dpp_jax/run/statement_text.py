@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpp_jax.privacy import accounting, groups
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION
 
 TITLES = {
     CENTRAL_QUERY: 'central images (query)',
+    MOMENTS: 'class moments (query)',
     DP_SGD: 'fine-tuning (DP-SGD)',
     SELECTION: 'selection among classifiers',
 }

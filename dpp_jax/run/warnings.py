@@ -6,14 +6,18 @@ Every warning gives its figure and what would help. None refuses a run: a thresh
 import dataclasses
 import math
 
+from dpp_jax.data import class_moments
 from dpp_jax.privacy import accounting, calibration
 from dpp_jax.privacy import budget as budget_lib
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget, Releases
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, Budget, Releases
+from dpp_jax.privacy.queries import MomentsQuery
 
 # A central image with half of the gray range as noise shows nothing; the shipped configs have 0.02 to 0.24.
 _MOST_IMAGE_NOISE = 0.5
 # Noise of a DP-SGD step over the largest sum of clipped gradients: the paper's settings have 1 to 4.
 _MOST_STEP_NOISE = 10.0
+# An eigenvalue that stands out, over the largest variance of a class: digits have five or six above 0.05.
+_MOST_EDGE = 0.25
 _FEWEST_IMAGES_PER_CLASS = 100
 _QUERIES_OF_ALL = 2  # that are given as advice
 
@@ -37,6 +41,30 @@ class Question:
     is_scaled_by_group: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MomentsQuestion:
+    """What a warning about class moments needs to know.
+
+    Attributes:
+        query: what is asked.
+        images_per_class: a public number.
+    """
+
+    query: MomentsQuery
+    images_per_class: float
+
+    @property
+    def most(self) -> float:
+        """The largest variance that a class can have, of all frequencies together: B²."""
+        return self.query.clip_norm**2
+
+    def edge(self, releases: Releases) -> float:
+        """Compute the eigenvalue above which one stands out of the noise."""
+        sampled = releases.mechanism.sampling_probability * self.images_per_class
+        _, noise = self.query.noise(releases.mechanism.noise_multiplier, sampled)
+        return class_moments.edge(noise, self.query.dimensions)
+
+
 def find(
     budget: Budget,
     *,
@@ -45,6 +73,7 @@ def find(
     parameters: int,
     batch_size: float,
     question: Question,
+    moments: MomentsQuestion | None = None,
     smallest_class: int | None = None,
 ) -> list[str]:
     """Return one text for each thing that cannot work.
@@ -56,12 +85,14 @@ def find(
         parameters: d of the network.
         batch_size: B, expected images of a DP-SGD step.
         question: what the query asks.
+        moments: what the query for class moments asks; None: there is none.
         smallest_class: private images of the smallest class; None: not known.
     """
     found = [
         _class_size(images, classes, smallest_class),
         _central_images(budget, images / classes, question, smallest_class),
         _public_counts(budget, question),
+        _moments(budget, moments),
         _steps(budget, images, parameters, batch_size),
     ]
     return [text for text in found if text]
@@ -140,6 +171,23 @@ def _central_images(
     )
 
 
+def _moments(budget: Budget, question: MomentsQuestion | None) -> str | None:
+    releases = budget.of(MOMENTS)
+    if releases is None:
+        return None
+    share = question.edge(releases) / question.most
+    if share <= _MOST_EDGE:
+        return None
+    factor = share / _MOST_EDGE
+    return (
+        f'hardly an eigenvalue of the class moments can stand out of the noise: only those above {share:.2g} '
+        f'times the largest variance that a class can have, moments.clip_norm² = {question.most:.3g}. What '
+        f'helps, each alone: moments.noise_multiplier={_down(releases.mechanism.noise_multiplier / factor)}; '
+        f'moments.frequencies={max(1, math.floor(question.query.dimensions / factor**2))}; '
+        f'{math.ceil(factor * question.images_per_class):,} images per class'
+    )
+
+
 def _all_images(budget: Budget, per_class: float, question: Question) -> str | None:
     """Say what noise fewer queries of all images have, that spend as much alone; None if none is better."""
     asked = budget.of(CENTRAL_QUERY)
@@ -163,6 +211,11 @@ def _all_images(budget: Budget, per_class: float, question: Question) -> str | N
 def _up(sigma: float) -> str:
     """Write σ with two decimals, rounded up."""
     return f'{math.ceil(100 * sigma) / 100:g}'
+
+
+def _down(sigma: float) -> str:
+    """Write σ with two decimals, rounded down."""
+    return f'{math.floor(100 * sigma) / 100:g}'
 
 
 def _steps(budget: Budget, images: int, parameters: int, batch_size: float) -> str | None:

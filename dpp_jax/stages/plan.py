@@ -14,7 +14,8 @@ from dpp_jax import files
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, Budget
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION, Budget
+from dpp_jax.privacy.queries import MomentsQuery
 from dpp_jax.run import hours, statement, statement_text, step_time, warnings
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.plan import Plan
@@ -104,8 +105,7 @@ def text(config: ConfigDict, plan: Plan) -> str:
     number = '' if relation.size_is_public else 'counted as '
     titles = {
         CENTRAL_QUERY: f'central images ({config.query.kind} query)',
-        DP_SGD: 'fine-tuning (DP-SGD)',
-        SELECTION: statement_text.TITLES[SELECTION],
+        **{name: statement_text.TITLES[name] for name in (MOMENTS, DP_SGD, SELECTION)},
     }
     rows = [(f'spent before: {part.mechanism.name}', part) for part in budget.before]
     rows += [(titles[part.mechanism.name], part) for part in budget.releases]
@@ -137,9 +137,37 @@ def text(config: ConfigDict, plan: Plan) -> str:
         f' x {config.finetune.draws} draws, {plan.finetune_noised_images:,} noised images',
         f'generation     {config.generate.images:,} images, {config.generate.sampler.name} '
         f'with {config.generate.sampler.steps} steps',
+        *_moments(config, plan),
         *_selection(plan),
     ]
     return '\n'.join(lines)
+
+
+def _moments(config: ConfigDict, plan: Plan) -> list[str]:
+    """Say what the noise leaves of the class moments."""
+    releases, question = plan.budget.of(MOMENTS), _moments_question(config, plan)
+    if releases is None:
+        return []
+    return [
+        f'class moments  {question.query.dimensions} frequencies; eigenvalues above '
+        f'{question.edge(releases):.2g} stand out of the noise, where the variance of all is at most '
+        f'{question.most:.3g} (pixels in [0, 1])'
+    ]
+
+
+def _moments_question(config: ConfigDict, plan: Plan) -> warnings.MomentsQuestion | None:
+    """Return what a warning about class moments needs to know; None if nobody asks for them."""
+    if plan.budget.of(MOMENTS) is None:
+        return None
+    settings, classes = config.moments, config.data.classes
+    query = MomentsQuery(
+        classes=classes,
+        dimensions=settings.frequencies,
+        clip_norm=settings.clip_norm,
+        class_counts=settings.class_counts,
+        images_per_group=plan.unit.images_per_group,
+    )
+    return warnings.MomentsQuestion(query=query, images_per_class=plan.unit.used_images / classes)
 
 
 def _selection(plan: Plan) -> list[str]:
@@ -191,6 +219,7 @@ def warnings_of(config: ConfigDict, plan: Plan, smallest_class: int | None = Non
             and config.query.class_counts == 'public'
             and config.query.kind == 'mean',
         ),
+        moments=_moments_question(config, plan),
     )
 
 

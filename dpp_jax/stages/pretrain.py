@@ -1,12 +1,21 @@
-"""Stage `pretrain`: train on the central images. Post-processing: it costs no privacy."""
+"""Stage `pretrain`: train on what the queries released. Post-processing: it costs no privacy.
 
+Two phases, either of which may have no step: the central images, augmented; then images drawn from the class
+moments, as they are. Weights, average and Adam's state go on from one to the other. What a step sees depends
+on its number and the keys alone: a run that was killed goes on with the same images.
+"""
+
+from collections.abc import Callable
 import math
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 import optax
 
+from dpp_jax.data.class_moments import ClassMoments
+from dpp_jax.data.frequencies import Frequencies
 from dpp_jax.diffusion.model import Model
 from dpp_jax.run import artefacts, digests
 from dpp_jax.run.folder import WorkDir
@@ -22,6 +31,18 @@ _ADVICE = (
 )
 
 
+class Phase(NamedTuple):
+    """A part of pre-training.
+
+    Attributes:
+        steps: how many.
+        step: (state, number of the step in the phase) → (state, metrics).
+    """
+
+    steps: int
+    step: Callable
+
+
 def run(
     config: ConfigDict,
     workdir: WorkDir,
@@ -31,28 +52,64 @@ def run(
     augment: steps.Augmentation,
     sizes: Sizes,
     total_steps: int,
+    frequencies: Frequencies | None = None,
 ) -> None:
-    """Train from scratch; save weights and averaged weights in release/."""
+    """Train from scratch; save weights and averaged weights in release/.
+
+    Args:
+        config: the settings.
+        workdir: to read from and write to.
+        keys: of the run.
+        model: is trained.
+        augment: (key, image) → image, of the central images.
+        sizes: what is in work at once.
+        total_steps: of both phases.
+        frequencies: of the class moments; None: nobody asked for any.
+    """
     settings = config.pretrain
+    steps_of_moments = settings.moments_steps if frequencies is not None else 0
     saved = hosts.from_first(lambda: artefacts.central_arrays(artefacts.central_images(workdir))[:2])
     images, labels = saved
     own_keys = keys.of_part('pretrain')
-    batch_size = min(settings.batch_size, len(images))
-    capacity = math.ceil(batch_size / devices.count()) * devices.count()
     optimizer = optax.adam(settings.learning_rate)
-    device_step = steps.make_pretrain_step(
-        model.drawing(draws=settings.draws, label_dropout=settings.label_dropout),
-        model.errors,
-        optimizer,
-        augment=augment,
-        ema_decay=settings.ema_decay,
-        images_at_once=sizes.images,
+
+    def phase(count: int, batch_size: int, augment: steps.Augmentation, batch_of: Callable) -> Phase:
+        """Train on batches of `batch_size` rows, number → (images, labels, indices of the rows)."""
+        capacity = math.ceil(batch_size / devices.count()) * devices.count()
+        device_step = steps.make_pretrain_step(
+            model.drawing(draws=settings.draws, label_dropout=settings.label_dropout),
+            model.errors,
+            optimizer,
+            augment=augment,
+            ema_decay=settings.ema_decay,
+            images_at_once=sizes.images,
+        )
+
+        def step(state, number):
+            batch = devices.deal(steps.make_batch(*batch_of(number), capacity))
+            return device_step(state, batch, own_keys.random)
+
+        return Phase(count, step)
+
+    central_batch = min(settings.batch_size, len(images))
+    of_central = lambda number: (
+        images,
+        labels,
+        epoch_stream(len(images), central_batch, number, own_keys.order),
     )
+    phases = [phase(total_steps - steps_of_moments, central_batch, augment, of_central)]
+    if steps_of_moments:
+        moments = ClassMoments(*hosts.from_first(lambda: list(artefacts.moments(workdir))))
+        own_order = keys.of_part('pretrain/moments').order
+        of_moments = moments_stream(moments, frequencies, settings.batch_size, own_order)
+        phases.append(phase(steps_of_moments, settings.batch_size, lambda _, image: image, of_moments))
 
     def step(state, number):
-        indices = epoch_stream(len(images), batch_size, number, own_keys.order)
-        batch = devices.deal(steps.make_batch(images, labels, indices, capacity))
-        return device_step(state, batch, own_keys.random)
+        for part in phases[:-1]:
+            if number < part.steps:
+                return part.step(state, number)
+            number -= part.steps
+        return phases[-1].step(state, number)
 
     start = state_lib.create(model.init(own_keys.random), optimizer)
     with loop.outputs(workdir.checkpoints('pretrain'), workdir.metrics('pretrain')) as outputs:
@@ -73,6 +130,21 @@ def run(
 def _save(workdir: WorkDir, trained) -> None:
     digests.note(workdir, 'model/pretrain', jax.tree.leaves(trained))
     checkpoint.save_model(workdir.model('pretrain'), trained, scratch=workdir.private)
+
+
+def moments_stream(moments: ClassMoments, frequencies: Frequencies, batch_size: int, key: int) -> Callable:
+    """Make number of a batch → (images, labels, indices of all rows): an endless sequence of new images.
+
+    Every class comes equally often.
+    """
+    classes = len(moments.means)
+
+    def batch(number: int):
+        indices = np.arange(batch_size)
+        labels = ((number * batch_size + indices) % classes).astype(np.int32)
+        return moments.draw(frequencies, labels, key, number), labels, indices
+
+    return batch
 
 
 def epoch_stream(size: int, batch_size: int, batch: int, seed: int) -> np.ndarray:

@@ -25,6 +25,7 @@ SETTINGS = {
         for center, norm, counts in itertools.product((0.0, 0.3, 0.5), (None, 0.1, 2.5), ('public', 'noisy'))
     ],
     'mode': [{'bins': bins} for bins in (2, 3, 64)],
+    'moments': [{'clip_norm': 2.5, 'class_counts': counts} for counts in ('public', 'noisy')],
 }
 EVERY_SETTING = [
     pytest.param(kind, own, id='-'.join([kind, *(f'{name}={value}' for name, value in own.items())]))

@@ -18,7 +18,17 @@ import pytest
 
 from dpp_jax.privacy import groups, poisson
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
-from dpp_jax.privacy.queries import QUERIES, MeanQuery, ModeQuery, Query, Spread, make_query
+from dpp_jax.privacy.queries import (
+    CENTRAL_KINDS,
+    QUERIES,
+    MeanQuery,
+    ModeQuery,
+    MomentsQuery,
+    Query,
+    Spread,
+    make_query,
+    moments,
+)
 from dpp_jax.privacy.shares import Share
 from dpp_jax.training import devices
 
@@ -29,6 +39,8 @@ OTHER_FIELDS = (*SIZES, 'images_per_group')
 ROWS = 6  # of a padded sample
 # Numbers around which a setting may do something else; those that a query refuses are left out.
 POOL = (None, False, True, 0, 1, 2, 3, 16, 64, 0.1, 0.3, 0.5, 0.7, 2.5, 4.2, 30.0)
+# Instead of them, where a number only scales: a program of its own takes longer than others.
+FEW = {('MomentsQuery', 'clip_norm'): (0.1, 2.5, 30.0)}
 
 
 # --- Sensitivity, of every query
@@ -43,7 +55,7 @@ def values_of(query, name):
         query(**SIZES, **{name: 'no such name'})
     except ValueError as error:
         candidates += re.findall(r"'(\w+)'", str(error).partition('must be')[2])
-    for value in (*candidates, *POOL):
+    for value in (*candidates, *FEW.get((query.__name__, name), POOL)):
         try:
             query(**SIZES, **{name: value})
         except ValueError:
@@ -88,7 +100,7 @@ extremes = hnp.arrays(np.uint8, (ROWS, *SHAPE), elements=st.sampled_from([0, 255
 def test_one_image_changes_all_sums_together_by_the_sensitivity_at_most(kind, own):
     """Of random and of extreme images, with any labels, beside any others and any padding."""
     query = QUERIES[kind](**SIZES, **own)
-    bound = query.sensitivity
+    bound, sums = query.sensitivity, jax.jit(query.sums)
 
     @settings(max_examples=8, deadline=None, derandomize=True)
     @given(
@@ -100,8 +112,7 @@ def test_one_image_changes_all_sums_together_by_the_sensitivity_at_most(kind, ow
     def check(images, labels, count, place):
         less = images, labels, np.arange(ROWS) < count
         more = with_one_more(*less, min(place, count))
-        change = np.linalg.norm(flat(query.sums(*more)) - flat(query.sums(*less)))
-        assert change <= bound
+        assert np.linalg.norm(flat(sums(*more)) - flat(sums(*less))) <= bound
 
     check()
 
@@ -112,8 +123,10 @@ def test_an_image_more_than_the_public_number_changes_the_sums_by_the_sensitivit
     query = QUERIES[kind](**SIZES, **own)
     images, labels = np.full((4 * ROWS, *SHAPE), 255, np.uint8), np.zeros(4 * ROWS, np.int32)
 
+    program = jax.jit(query.sums, static_argnums=3)
+
     def sums(count, size):
-        return flat(query.sums(images[:size], labels[:size], np.arange(size) < count, ROWS))
+        return flat(program(images[:size], labels[:size], np.arange(size) < count, ROWS))
 
     changes = [
         np.linalg.norm(sums(count + 1, grown) - sums(count, size))
@@ -193,7 +206,10 @@ def test_sums_and_estimate_have_one_row_for_each_class(kind):
     for leaf in jax.tree.leaves(total):
         assert leaf.dtype == np.float32 and leaf.shape[0] == CLASSES
     estimate = query.estimate(total, 2.0)
-    assert estimate.dtype == np.float32 and estimate.shape == (CLASSES, *SHAPE)
+    for leaf in jax.tree.leaves(estimate):
+        assert leaf.dtype == np.float32 and leaf.shape[0] == CLASSES
+    if kind in CENTRAL_KINDS:
+        assert estimate.shape == (CLASSES, *SHAPE)
 
 
 # --- With a mechanism
@@ -230,7 +246,7 @@ def test_the_noisy_query_is_the_estimate_of_sums_with_noise_and_has_its_entry(ki
         lambda total: (total, None), noise_key, then=lambda noisy, *_: query.estimate(noisy, 6.0)
     )
     expected, expected_entry = plain(2, query.sums(images, labels, mask))
-    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(flat(result), flat(expected), rtol=1e-5, atol=1e-5)
     assert entry == expected_entry == mechanism.entry(2, 'k')
     assert entry.sensitivity == query.sensitivity
 
@@ -321,6 +337,60 @@ def test_clipping_scales_long_images_to_the_norm_and_leaves_short_ones():
     np.testing.assert_allclose(result[1], centered[1], atol=1e-6)
 
 
+# --- What moments are
+
+
+def make_moments(classes=CLASSES, dimensions=12, **settings):
+    """A query and vectors, of which none is clipped unless `settings` say so."""
+    rng = np.random.default_rng(5)
+    vectors = rng.standard_normal((90, dimensions)).astype(np.float32)
+    labels = np.where(np.arange(90) < 50, 0, 1 + np.arange(90) % 2).astype(np.int32)
+    query = MomentsQuery(classes=classes, dimensions=dimensions, **{'clip_norm': 10.0} | settings)
+    return query, vectors, labels
+
+
+@pytest.mark.parametrize('counts', ['public', 'noisy'])
+def test_moments_are_mean_and_second_moment_around_the_center(counts):
+    center = np.random.default_rng(6).standard_normal((CLASSES, 12)).astype(np.float32)
+    query, vectors, labels = make_moments(center=center, class_counts=counts)
+    mask = np.arange(90) < 80
+    means, seconds = query.estimate(query.sums(vectors, labels, mask), 80.0)
+    for label in range(CLASSES):
+        own = (vectors - center[label])[mask & (labels == label)]
+        size = len(own) if counts == 'noisy' else 80 / CLASSES
+        np.testing.assert_allclose(means[label], own.sum(0) / size, atol=1e-3)
+        np.testing.assert_allclose(seconds[label], own.T @ own / size, atol=2e-3)
+
+
+def test_noise_of_moments_is_symmetric_isotropic_and_as_large_as_the_query_says():
+    query, vectors, labels = make_moments(classes=40)
+    key = NoiseKey(identifier='k', keys=jax.random.split(jax.random.key(1), 4))
+    ask = query.noisy(make_mechanism(query, noise_multiplier=3.0), key, 90.0, 90)
+    means, seconds = ask(0, {'images': vectors, 'labels': labels}, np.zeros(90, bool))[0]
+    seconds = np.asarray(seconds)
+    np.testing.assert_array_equal(seconds, np.swapaxes(seconds, 1, 2))
+    of_mean, off_diagonal = query.noise(3.0, 90 / 40)
+    assert np.std(means) == pytest.approx(of_mean, rel=0.1)
+    assert np.std(seconds[:, *np.triu_indices(12, 1)]) == pytest.approx(off_diagonal, rel=0.05)
+    assert np.std(seconds[:, np.arange(12), np.arange(12)]) == pytest.approx(2**0.5 * off_diagonal, rel=0.1)
+
+
+def test_a_vector_that_is_not_finite_counts_as_the_center():
+    query, vectors, labels = make_moments(class_counts='noisy')
+    bad, good = vectors.copy(), vectors.copy()
+    bad[3, 2], bad[4], good[3:5] = np.nan, np.inf, 0
+    mask = np.ones(90, bool)
+    np.testing.assert_array_equal(flat(query.sums(bad, labels, mask)), flat(query.sums(good, labels, mask)))
+
+
+def test_moments_in_parts_are_those_of_all_rows_at_once(monkeypatch):
+    query, vectors, labels = make_moments(clip_norm=2.0)
+    mask = np.arange(90) % 7 > 0
+    expected = flat(query.sums(vectors, labels, mask))
+    monkeypatch.setattr(moments, '_PRODUCTS_AT_ONCE', 90 * 13)  # parts of 13 rows, the last one of 12
+    np.testing.assert_array_equal(flat(query.sums(vectors, labels, mask)), expected)
+
+
 # --- What is refused
 
 
@@ -339,6 +409,10 @@ def test_clipping_scales_long_images_to_the_norm_and_leaves_short_ones():
         (MeanQuery, 'clip_norm', 1e-7, r'a number in \[1e-6, 1e6\], or not set'),
         (MeanQuery, 'clip_norm', float('inf'), r'a number in \[1e-6, 1e6\], or not set'),
         (MeanQuery, 'class_counts', 'exact', "'public' or 'noisy'"),
+        (MomentsQuery, 'clip_norm', None, r'a number in \[1e-6, 1e6\]'),
+        (MomentsQuery, 'clip_norm', 0.0, r'a number in \[1e-6, 1e6\]'),
+        (MomentsQuery, 'class_counts', 'exact', "'public' or 'noisy'"),
+        (MomentsQuery, 'center', 0.5, r'finite float32 \(3, 20\), or not set'),
         (ModeQuery, 'bins', 1, r'a whole number in \[2, 256\]'),
         (ModeQuery, 'bins', 257, r'a whole number in \[2, 256\]'),
         (ModeQuery, 'bins', 2.0, r'a whole number in \[2, 256\]'),
@@ -416,15 +490,19 @@ def central_images(query, release, arrays, members, indices, processes, number, 
                 fetched = poisson.fetch(own_arrays, indices, **keywords)
             parts.append(devices.deal_own(fetched))
     result, _ = release(0, *jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts))
-    of_devices = np.asarray(result)
-    assert (of_devices == of_devices[0]).all()  # the same noise on each
-    return of_devices[0]
+    for leaf in jax.tree.leaves(result):
+        assert (leaf == leaf[0]).all()  # the same noise on each
+    return flat(jax.tree.map(lambda leaf: leaf[0], result))
 
 
 @pytest.mark.parametrize('m', [None, 3])
 @pytest.mark.parametrize(
     ('kind', 'own'),
-    [('mean', {'clip_norm': 1.5, 'class_counts': 'noisy', 'pixel_center': 0.5}), ('mode', {'bins': 2})],
+    [
+        ('mean', {'clip_norm': 1.5, 'class_counts': 'noisy', 'pixel_center': 0.5}),
+        ('mode', {'bins': 2}),
+        ('moments', {'clip_norm': 300.0, 'class_counts': 'noisy'}),
+    ],
 )
 def test_central_images_are_the_same_bits_on_any_devices_of_any_processes(kind, own, m):
     """Also of a sample with more rows than a sum has room for, and if one process has all rows."""

@@ -9,7 +9,7 @@ from scipy import stats
 from dpp_jax import build
 from dpp_jax.configs import camelyon_32, celeba_32, default, fmnist_28, mnist_28
 from dpp_jax.data.images import Images
-from dpp_jax.privacy.budget import CENTRAL_QUERY
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.run.folder import WorkDir
@@ -48,7 +48,7 @@ class NoModel:
 
 def planned(config):
     """The queries of a run's budget."""
-    return build.plan(config, NoModel(), noise_multiplier=1.0).budget.of(CENTRAL_QUERY)
+    return build.plan(config, NoModel(), noise={DP_SGD: 1.0}).budget.of(CENTRAL_QUERY)
 
 
 def private_set(n, seed=0, shape=(15, 15, 3)):

@@ -133,4 +133,4 @@ def test_a_budget_that_is_spent_already_is_refused(tiny_config, tmp_path):
 def test_a_plan_that_forgot_what_was_spent_before_is_refused(tiny_config, tmp_path):
     config = tiny_config(dp__already_spent=str(make_run(tmp_path).root))
     with pytest.raises(ValueError, match='plan.json has 0 releases that were spent before'):
-        build.plan(config, NoModel(), 1.0, None, ())
+        build.plan(config, NoModel(), {'dp_sgd': 1.0}, ())

@@ -7,12 +7,17 @@ import pytest
 
 from dpp_jax import build, settings
 from dpp_jax.privacy import calibration
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, Budget, Releases
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MECHANISMS, MOMENTS, SELECTION, Budget, Releases
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import plan as plan_lib
 
-_KEPT = ('noise_multiplier', 'query_noise_multiplier', 'selection_noise_multiplier')
-_SHARES = {'query__epsilon_share': 0.2, 'evaluate__selection': 'private_noisy'}
+_KEPT = tuple(plan_lib.NOISES.values())
+_MOMENTS = {'moments__enabled': True, 'moments__frequencies': 9}
+_SHARES = {
+    'query__epsilon_share': 0.2,
+    'moments__epsilon_share': 0.1,
+    'evaluate__selection': 'private_noisy',
+} | _MOMENTS
 _NEEDED = [name for name in plan_lib._BINDING if name not in plan_lib._NEW_FIELDS] + ['noise_multiplier']
 
 
@@ -30,18 +35,19 @@ def saved(tiny_config, tmp_path):
     def load(change, **changes):
         config, path = tiny_config(**changes), tmp_path / 'release' / 'plan.json'
         shares = {
-            'query_share': config.query.epsilon_share,
-            'selection_share': config.evaluate.selection_share,
+            CENTRAL_QUERY: config.query.epsilon_share,
+            MOMENTS: config.moments.epsilon_share,
+            SELECTION: config.evaluate.selection_share,
         }
 
-        def make(*noise):
-            return build.plan(config, NoModel(), *noise)
+        def make(noise, before):
+            return build.plan(config, NoModel(), noise, before)
 
-        made = plan_lib.load(path, make, **shares)
+        made = plan_lib.load(path, make, shares)
         plan_lib.save(path, made)
         assert json.loads(path.read_text()) == made.figures()
         path.write_text(json.dumps(change(made.figures())))
-        return made, plan_lib.load(path, make, **shares)
+        return made, plan_lib.load(path, make, shares)
 
     return load
 
@@ -58,6 +64,7 @@ def test_noise_that_another_version_calibrated_is_kept(saved, name):
     'name, factor, settings, text',
     [
         ('query_noise_multiplier', 0.99, {'query__epsilon_share': 0.2}, "within the query's share, 2"),
+        ('moments_noise_multiplier', 0.99, _SHARES, "within the moments' share, 1"),
         ('query_noise_multiplier', 1.01, {}, 'query_noise_multiplier = 4.04; this config gives 4.0'),
         ('noise_multiplier', 0.99, {'query__epsilon_share': 0.2}, 'within the budget, 10'),
         ('selection_noise_multiplier', 0.99, _SHARES, "within the selection's share, 0.2"),
@@ -83,7 +90,7 @@ def test_a_figure_that_the_guarantee_rests_on_is_that_of_the_config(saved, name)
         return {**figures, name: other.get(name) or value * 2}
 
     with pytest.raises(ValueError, match=f'plan.json has {name} = .*; this config gives'):
-        saved(change, evaluate__selection='private_noisy')
+        saved(change, evaluate__selection='private_noisy', **_MOMENTS)
 
 
 @pytest.mark.parametrize('name', _NEEDED)
@@ -100,7 +107,7 @@ def test_a_plan_without_a_figure_that_is_needed_is_refused_in_a_line(saved, name
 @pytest.mark.parametrize('value', [None, 'much', -1.0, 0.0, math.nan, math.inf, [1]], ids=repr)
 def test_noise_that_is_no_noise_is_refused_in_a_line(saved, name, value):
     """It would be calibrated anew, or refused without a word of the file."""
-    text = 'release/plan.json (is not a valid plan|has (query|selection)_noise_multiplier = )'
+    text = 'release/plan.json (is not a valid plan|has (query|moments|selection)_noise_multiplier = )'
     with pytest.raises(ValueError, match=text) as refused:
         saved(lambda figures: {**figures, name: value}, **_SHARES)
     assert '\n' not in str(refused.value) and name in str(refused.value)
@@ -128,7 +135,7 @@ def test_a_damaged_plan_is_named(tmp_path, text):
     path = tmp_path / 'plan.json'
     path.write_bytes(text.encode(errors='surrogateescape'))
     with pytest.raises(ValueError, match='plan.json cannot be read .*Restore'):
-        plan_lib.load(path, make=None)
+        plan_lib.load(path, make=None, shares={})
 
 
 def test_a_plan_is_fixed_once(tmp_path, tiny_config):
@@ -144,11 +151,9 @@ def test_a_share_of_the_query_is_calibrated_once(tiny_config, monkeypatch):
     made = build.plan(config, NoModel())
     monkeypatch.setattr(calibration, 'calibrate', None)
     settings.check(config)
-    figures = made.figures()
     noise = {part.mechanism.name: part.mechanism.noise_multiplier for part in made.budget.releases}
-    kept = dict(zip((DP_SGD, CENTRAL_QUERY, SELECTION), (figures[name] for name in _KEPT)))
-    assert noise == kept
-    assert build.plan(config, NoModel(), **{name: figures[name] for name in _KEPT}) == made
+    assert noise == plan_lib.noises(made.figures()) and set(noise) == set(MECHANISMS)
+    assert build.plan(config, NoModel(), noise) == made
 
 
 @pytest.mark.parametrize('images', [1, 7, 1437, 60_000, 162_770])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MECHANISMS, SELECTION, Budget, Releases
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MECHANISMS, MOMENTS, SELECTION, Budget, Releases
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import statement, statement_text
@@ -115,7 +115,8 @@ def check_lost(workdir, *others):
 
 
 @pytest.mark.parametrize(
-    'name, stage', [(CENTRAL_QUERY, 'central'), (DP_SGD, 'finetune'), (SELECTION, 'evaluate')]
+    'name, stage',
+    [(CENTRAL_QUERY, 'central'), (MOMENTS, 'central'), (DP_SGD, 'finetune'), (SELECTION, 'evaluate')],
 )
 def test_a_lost_release_is_repeated_only_if_the_keys_tell_what_it_was(tmp_path, name, stage):
     workdir = WorkDir(tmp_path)
@@ -125,7 +126,7 @@ def test_a_lost_release_is_repeated_only_if_the_keys_tell_what_it_was(tmp_path, 
     for number in range(3):
         ledger.append(part.mechanism.entry(number, identifier))
     budget = Budget(epsilon=50.0, delta=1e-5, accountant='rdp', releases=(part,))
-    lost, done = (dict.fromkeys(('central', 'finetune', 'evaluate'), is_there) for is_there in (False, True))
+    lost, done = (dict.fromkeys(MECHANISMS, is_there) for is_there in (False, True))
     check_lost(workdir, keys, ledger, budget, lost)  # nothing was stated
     statement.write(workdir, make(releases(2, name=name)))
     check_lost(workdir, keys, ledger, budget, lost)  # nor all of it made
@@ -142,6 +143,6 @@ def test_releases_that_the_statement_counts_and_the_ledger_lacks_are_not_made_ag
     workdir, part = WorkDir(tmp_path), releases(3)
     budget = Budget(epsilon=50.0, delta=1e-5, accountant='rdp', releases=(part,))
     statement.write(workdir, make(part))
-    lost = {'central': False, 'finetune': False, 'evaluate': False}
+    lost = dict.fromkeys(MECHANISMS, False)
     with pytest.raises(ValueError, match='0 entries of dp_sgd, but the privacy statement counts 3'):
         check_lost(workdir, Keys(workdir.keys, None), Ledger(workdir.ledger), budget, lost)

@@ -9,7 +9,7 @@ import pytest
 from dpp_jax import build
 from dpp_jax.data.images import Images
 from dpp_jax.privacy import poisson
-from dpp_jax.privacy.budget import CENTRAL_QUERY
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run.folder import WorkDir
@@ -49,7 +49,7 @@ def test_every_query_gets_the_plans_mechanism_and_the_samplers_batch(
     config = tiny_config(query__queries=3, query__sampling_probability=0.3, query__downsample=2)
     config.seed = None
     workdir, query = WorkDir(tmp_path), build.query(config)
-    releases = build.plan(config, tiny_model, noise_multiplier=5.0).budget.of(CENTRAL_QUERY)
+    releases = build.plan(config, tiny_model, noise={DP_SGD: 5.0}).budget.of(CENTRAL_QUERY)
     rng = np.random.default_rng(0)
     count = config.data.train_images
     private = Images(

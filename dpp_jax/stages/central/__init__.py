@@ -1,11 +1,11 @@
-"""Stage `central`: a few noisy central images of the private images (DP-FETA, section 4.1).
+"""Stage `central`: what is asked of the private images before any training, one query after the other.
 
-What is asked, its sensitivity and its noise stand in `privacy/queries.py` and `privacy/mechanism.py`. This
-stage samples, records the answers, and makes images of them by the method's deterministic chain.
+What is asked, its sensitivity and its noise stand in `privacy/queries` and `privacy/mechanism.py`. This
+stage samples and records the answers (`asking`). Here: a few noisy central images (DP-FETA, section 4.1), and
+images made of them by the method's deterministic chain. In `moments`: class moments around them.
 """
 
 from collections.abc import Callable, Sequence
-import functools
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -14,17 +14,16 @@ from scipy import ndimage
 from dpp_jax import files
 from dpp_jax.data import image_grid, resize
 from dpp_jax.data.images import Images
-from dpp_jax.privacy import groups, poisson
 from dpp_jax.privacy.budget import CENTRAL_QUERY, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.privacy.queries import Query, Spread
+from dpp_jax.privacy.queries import Query
 from dpp_jax.privacy.shares import WHOLE, Share
 from dpp_jax.run import artefacts, digests
-from dpp_jax.run import batches as batches_lib
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
-from dpp_jax.training import devices, hosts, progress, tensorboard
+from dpp_jax.stages.central import asking
+from dpp_jax.training import hosts, tensorboard
 
 
 def run(
@@ -56,35 +55,17 @@ def run(
         share: the units of this process.
         class_names: for the picture.
     """
-    settings, classes, mechanism = config.query, config.data.classes, releases.mechanism
-    own_keys = keys.of_mechanism(CENTRAL_QUERY, ledger)
-    batches = batches_lib.of_mechanism(private, unit, share, keys, own_keys, mechanism.sampling_probability)
-    sampler, arrays = batches.sampler, {'images': private.images, 'labels': private.labels}
-    rows = sampler.capacity(1)
-    capacity = sampler.capacity(len(devices.local()), share.count)
-    ask = query.noisy(
-        mechanism,
-        own_keys.noise,
-        mechanism.sampling_probability * unit.used_images,
-        rows,
-        spread=Spread(rows=capacity // len(devices.local()), axis=devices.AXIS),
-        compiled=lambda release: devices.parallel(release, in_axes=(0, 0, None, None)),
-        with_counts=True,
+    settings, classes = config.query, config.data.classes
+    answers = asking.answers(
+        keys,
+        ledger,
+        private,
+        query=query,
+        releases=releases,
+        unit=unit,
+        share=share,
+        prepare=lambda images: resize.nearest(images, settings.downsample),
     )
-    fetch = poisson.fetch
-    if batches.members is not None:
-        fetch = functools.partial(groups.fetch, members=batches.members, own=batches.own)
-    answers = []
-    with progress.bar(releases.count, 'central', 'query') as bar:
-        for number in range(releases.count):
-            batch, mask = fetch(
-                arrays, indices=sampler.indices(number), capacity=capacity, share=share, rows=rows
-            )
-            batch['images'] = resize.nearest(batch['images'], settings.downsample)
-            answer, entry = ask(number, *devices.deal_own((batch, mask)))
-            hosts.at_first(lambda entry=entry: ledger.append(entry))
-            answers.append(devices.first(answer))
-            bar.update()
     size = private.images.shape[1:3]
     noisy, counts = zip(*answers)
     released = {

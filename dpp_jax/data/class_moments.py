@@ -1,0 +1,75 @@
+"""Images drawn from class moments: a normal distribution of frequencies for each class."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dpp_jax.data.frequencies import Frequencies
+
+
+class ClassMoments(NamedTuple):
+    """Mean and covariance of the frequencies of each class.
+
+    Attributes:
+        means: (classes, k) float32.
+        factors: (classes, k, k) float32; the covariance is factor factorᵀ.
+    """
+
+    means: np.ndarray
+    factors: np.ndarray
+
+    def draw(self, frequencies: Frequencies, labels: np.ndarray, key: int, number: int) -> np.ndarray:
+        """Draw one image for each label, (n, H, W, C) uint8.
+
+        Args:
+            frequencies: that the moments are of.
+            labels: (n,).
+            key: 128 bits.
+            number: of the batch: with another one, the images are independent of these.
+        """
+        # Philox is counter-based: every batch has random numbers of its own.
+        generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))
+        normal = generator.standard_normal((len(labels), self.means.shape[1]), np.float32)
+        moved = np.matmul(self.factors[labels], normal[..., None])[..., 0]
+        return frequencies.images(self.means[labels] + moved)
+
+
+def fit(
+    centers: np.ndarray,
+    shifts: np.ndarray,
+    seconds: np.ndarray,
+    *,
+    mean_noise: np.ndarray,
+    second_noise: np.ndarray,
+) -> ClassMoments:
+    """Estimate class moments from noisy ones, by what is known of the noise.
+
+    The shift is shrunk towards 0 as James and Stein do. Of the covariance those eigenvalues are kept that
+    stand out of the noise's (`edge`), each less what noise adds to it: the limit of a matrix of low rank with
+    symmetric noise (Benaych-Georges & Nadakuditi 2011).
+
+    Args:
+        centers: (classes, k), around which moments were asked for.
+        shifts: (classes, k), noisy means minus centers.
+        seconds: (classes, k, k), noisy second moments around the centers, symmetric.
+        mean_noise: (classes,), standard deviation of noise in shifts.
+        second_noise: (classes,), τ, of noise off the diagonal of seconds; on it, √2 τ.
+    """
+    size = shifts.shape[1]
+    squares = np.maximum(np.sum(np.square(shifts), axis=1), np.finfo(np.float32).tiny)
+    kept = np.maximum(0, 1 - max(size - 2, 0) * np.square(mean_noise) / squares)
+    shifts = kept[:, None] * shifts
+    covariances = seconds - shifts[:, :, None] * shifts[:, None, :]
+    values, vectors = np.linalg.eigh(covariances.astype(np.float64))
+    edges = edge(second_noise, size)[:, None]
+    above = np.maximum(np.square(values) - np.square(edges), 0)
+    kept = np.where(values > edges, (values + np.sqrt(above)) / 2, 0)
+    return ClassMoments(
+        means=(centers + shifts).astype(np.float32),
+        factors=(vectors * np.sqrt(kept)[:, None, :]).astype(np.float32),
+    )
+
+
+def edge(second_noise: np.ndarray | float, size: int) -> np.ndarray | float:
+    """Return the largest eigenvalue that noise alone has, 2 τ √k: what stands out is above it."""
+    return 2 * second_noise * np.sqrt(size)

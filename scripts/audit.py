@@ -261,8 +261,10 @@ def moments_attack(name: str, fault: str | None = None, *, counts: str = 'public
         of_mean, of_second, of_count = query._weights
         # As they were before they were divided.
         scale = 1.0 if sizes is None else jnp.maximum(sizes[0], 1)
+        diagonal = jnp.diag(seconds[0]) @ jnp.square(direction)
+        others = direction @ seconds[0] @ direction - diagonal
         score = scale * of_mean**2 * (means[0] @ direction)
-        score += scale * of_second**2 * (direction @ seconds[0] @ direction)
+        score += scale * of_second**2 * (diagonal + code.off_diagonal**2 / 2 * others)
         return score if sizes is None else score + of_count**2 * sizes[0]
 
     def scores(runs, seed):

@@ -22,9 +22,10 @@ from dpp_jax.privacy import selection as selection_lib
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import already_spent, step_time
+from dpp_jax.run import already_spent, imported, step_time
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run import sizes as sizes_lib
+from dpp_jax.run.folder import flatten
 
 _SAMPLER_STEPS_OF_SNAPSHOTS = 18
 
@@ -106,6 +107,16 @@ def selection(config: ConfigDict) -> selection_lib.Selection | None:
     return selection_lib.Selection(candidates=candidates, units=unit(config).size)
 
 
+def imported_kind(config: ConfigDict) -> str:
+    """Return what the checkpoint is that a run imports, a name of `imported.KINDS`; '' if it imports none."""
+    return imported.kind(flatten(config.to_dict()))
+
+
+def has_query(config: ConfigDict) -> bool:
+    """Whether central images are asked for, here or where the imported checkpoint comes from."""
+    return imported.has_query(flatten(config.to_dict()))
+
+
 def plan(
     config: ConfigDict,
     run_model: Model,
@@ -119,16 +130,20 @@ def plan(
     Args:
         config: the settings; `query.epsilon_share`, if set, decides the query's noise.
         run_model: whose parameters are counted.
-        noise_multiplier: of fine-tuning, where it is decided already.
+        noise_multiplier: of fine-tuning, where it is decided already. That of an imported model is declared.
         query_noise_multiplier: of a query whose noise `query.epsilon_share` decides, likewise.
         spent_before: what the run was calibrated beside, likewise; None: what `dp.already_spent` names.
         selection_noise_multiplier: of the selection among classifiers, likewise.
 
     Raises:
         ValueError: the query, with what was spent before, exceeds the budget, or no noise keeps it within
-            its share, or what was spent before cannot be read.
+            its share, or what was spent before cannot be read; or what is declared of an imported model
+            exceeds the budget.
     """
     dp, finetune, pretrain, counted = config.dp, config.finetune, config.pretrain, unit(config)
+    is_finetuned = imported_kind(config) == imported.FINETUNED
+    if is_finetuned:
+        noise_multiplier = config.imported.noise_multiplier
     limits = {
         'epsilon': dp.epsilon,
         'delta': dp.delta,
@@ -151,7 +166,7 @@ def plan(
         )
     q, steps = budget_lib.schedule(counted.used_images, finetune.batch_size, finetune.epochs)
     asked = []
-    if pretrain.enabled:
+    if has_query(config):
         make_query = functools.partial(query_releases, config)
         sigma = config.query.noise_multiplier
         if config.query.epsilon_share is not None:
@@ -179,14 +194,17 @@ def plan(
             sensitivity=finetune.clip_norm,
             unit=counted.name,
         )
-        return Releases(mechanism=mechanism, count=steps)
+        return Releases(mechanism=mechanism, count=steps, declared=is_finetuned)
 
     budget = budget_lib.calibrate(
         asked, dp_sgd, noise_multiplier=noise_multiplier, before=spent_before, after=chosen, **limits
     )
-    central = budget.count(CENTRAL_QUERY) * config.data.classes
+    if is_finetuned:  # its noise was not calibrated
+        _check_within(budget)
+    central = 0 if imported_kind(config) else budget.count(CENTRAL_QUERY) * config.data.classes
     batch = min(pretrain.batch_size, max(central, 1))
     pretrain_steps = pretrain.epochs * math.ceil(central / batch)
+    finetune_steps = 0 if is_finetuned else steps
     return plan_lib.Plan(
         budget=budget,
         private_images=counted.images,
@@ -195,8 +213,19 @@ def plan(
         parameters=model_lib.size(run_model.shapes()),
         pretrain_steps=pretrain_steps,
         pretrain_noised_images=pretrain_steps * batch * pretrain.draws,
-        finetune_noised_images=round(steps * counted.places / round(1 / q) * finetune.draws),
+        finetune_noised_images=round(finetune_steps * counted.places / round(1 / q) * finetune.draws),
     )
+
+
+def _check_within(budget: budget_lib.Budget) -> None:
+    """Refuse a fine-tuning that, as declared, exceeds the budget with all else."""
+    sigma, spent = budget.of(DP_SGD).mechanism.noise_multiplier, budget.spent()
+    if spent > budget.epsilon:
+        raise ValueError(
+            f'config.imported.noise_multiplier is {sigma:g}: with it, what is declared of '
+            f'config.imported.path and all else spend ε = {accounting.format_epsilon(spent, 6)}. '
+            f'config.dp.epsilon is {accounting.format_exact(budget.epsilon)}; it must be at least that'
+        )
 
 
 def query_releases(config: ConfigDict, sigma: float) -> Releases:
@@ -208,7 +237,7 @@ def query_releases(config: ConfigDict, sigma: float) -> Releases:
         sensitivity=query(config).sensitivity,
         unit=config.dp.unit,
     )
-    return Releases(mechanism=mechanism, count=config.query.queries)
+    return Releases(mechanism=mechanism, count=config.query.queries, declared=bool(imported_kind(config)))
 
 
 def _selection_releases(config: ConfigDict, sigma: float) -> Releases:

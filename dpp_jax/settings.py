@@ -17,8 +17,10 @@ from dpp_jax import build
 from dpp_jax.data import augment, preparation, sources
 from dpp_jax.diffusion import denoiser, model, sampler
 from dpp_jax.evaluation import classifiers
+from dpp_jax.interop import pytorch
 from dpp_jax.privacy import accounting, groups, queries
-from dpp_jax.run import artefacts
+from dpp_jax.run import artefacts, imported
+from dpp_jax.run.folder import flatten
 
 
 def _registries() -> dict[str, Collection[str]]:
@@ -61,6 +63,9 @@ def check(config: ConfigDict, unset: Collection[str] = ()) -> None:
             continue
         if value is _MISSING or not rule.accepts(value):
             refuse(name, value, rule.words)
+    for name in unset:
+        if name in imported.declaring(flatten(config.to_dict())):
+            refuse(name, None, 'what config.imported.path was made with: it declares what was spent for it')
     known = lambda names: problems.keys().isdisjoint(names) and names.isdisjoint(unset)
     for relation in _RELATIONS:
         if known({relation.name, *relation.others}):
@@ -213,6 +218,15 @@ def _table() -> dict[str, _Rule]:
         'query.queries': _COUNT,
         'query.downsample': _COUNT,
         'query.post_process': _SWITCH,
+        # imported, export
+        'imported.path': _TEXT,
+        'imported.kind': _name_in(('', *imported.KINDS)),
+        'imported.noise_multiplier': _unset_or(_POSITIVE),
+        'imported.trust': _SWITCH,
+        'export.path': _Rule(
+            lambda path: isinstance(path, str) and (not path or path.endswith(pytorch.SUFFIXES)),
+            f"a path that ends in {' or '.join(pytorch.SUFFIXES)}, or ''",
+        ),
         # model
         'model.network': _name_in(known['network']),
         'model.width': _COUNT,
@@ -395,6 +409,41 @@ _RELATIONS = (
         lambda size: f'at most {max(1, size // 2)}, half of data.image_size',
     ),
     _Relation(
+        'query.epsilon_share',
+        ('imported.path', 'imported.kind', 'pretrain.enabled'),
+        lambda share, path, kind, has_query: (
+            not (share and path and has_query and kind in (imported.PRETRAINED, imported.FINETUNED))
+        ),
+        lambda *_: 'not set: query.noise_multiplier declares what imported.path was made with',
+    ),
+    _Relation(
+        'imported.kind',
+        ('imported.path',),
+        lambda kind, path: bool(kind) == bool(path),
+        lambda path: (
+            ' or '.join(f'{kind!r} ({meaning})' for kind, meaning in imported.MEANINGS.items())
+            + ': this declares what was spent for imported.path'
+            if path
+            else "'', because imported.path is ''"
+        ),
+    ),
+    _Relation(
+        'imported.kind',
+        ('pretrain.enabled',),
+        lambda kind, has_query: kind != imported.PRETRAINED or has_query,
+        lambda _: f'{imported.PUBLIC!r} or {imported.FINETUNED!r}, because pretrain.enabled is False',
+    ),
+    _Relation(
+        'imported.noise_multiplier',
+        ('imported.kind',),
+        lambda sigma, kind: (sigma is not None) == (kind == imported.FINETUNED),
+        lambda kind: (
+            'the noise multiplier (noise std / clip norm) of the DP-SGD that made imported.path'
+            if kind == imported.FINETUNED
+            else f'left out, because imported.kind is {kind!r}'
+        ),
+    ),
+    _Relation(
         'model.attention_resolutions',
         ('data.image_size', 'model.multipliers'),
         lambda chosen, *network: set(chosen) <= set(_sides(*network)),
@@ -437,13 +486,13 @@ _RELATIONS = (
     ),
     _Relation(
         'generate.class_counts',
-        ('pretrain.enabled', 'query.kind', 'query.class_counts'),
-        lambda counts, has_query, kind, counted: (
-            counts != 'query' or (has_query and kind == 'mean' and counted == 'noisy')
+        ('pretrain.enabled', 'query.kind', 'query.class_counts', 'imported.path'),
+        lambda counts, has_query, kind, counted, path: (
+            counts != 'query' or (has_query and kind == 'mean' and counted == 'noisy' and not path)
         ),
         lambda *_: (
             "'balanced' or 'shares': no query releases counts here (that takes pretrain.enabled = True, "
-            "query.kind = 'mean' and query.class_counts = 'noisy')"
+            "query.kind = 'mean', query.class_counts = 'noisy' and imported.path = '')"
         ),
     ),
     _Relation(

@@ -32,6 +32,7 @@ class Releases:
     Attributes:
         mechanism: adds the noise.
         count: how many releases, ≥ 1; they have the indices 0 .. count - 1.
+        declared: whether they were made elsewhere, and are known by the owner's word alone.
 
     Raises:
         ValueError: the count is out of range.
@@ -39,6 +40,7 @@ class Releases:
 
     mechanism: GaussianMechanism
     count: int
+    declared: bool = False
 
     def __post_init__(self):
         checks.require('count', self.count, checks.is_whole(self.count, 1), 'a whole number, at least 1')
@@ -50,6 +52,10 @@ class Releases:
         return accounting.subsampled_gaussian(
             mechanism.noise_multiplier, mechanism.sampling_probability, self.count
         )
+
+    def entry(self, index: int, identifier: str) -> Entry:
+        """Return what the ledger says of release number `index`; arguments as of the mechanism's `entry`."""
+        return dataclasses.replace(self.mechanism.entry(index, identifier), declared=self.declared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,7 @@ class Budget:
         for entry in ledger.entries:
             part = self.of(entry.mechanism)
             is_planned = part is not None and entry.index < part.count
-            planned = part.mechanism.entry(entry.index, entry.randomness) if is_planned else None
+            planned = part.entry(entry.index, entry.randomness) if is_planned else None
             if planned != entry:
                 raise ValueError(
                     f'{ledger.path} has the entry {entry}, which the plan does not have (planned: '
@@ -139,9 +145,10 @@ def total_event(releases: Iterable[Releases]) -> DpEvent:
 
 
 def group(entries: Iterable[Entry]) -> list[Releases]:
-    """Count equal ledger entries: one item for each mechanism, σ, q, Δ and unit, in order of appearance."""
+    """Count equal ledger entries: one item for each that differs beside index and keys, in their order."""
     counts = Counter(
-        (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity, e.unit) for e in entries
+        (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity, e.unit, e.declared)
+        for e in entries
     )
     return [
         Releases(
@@ -153,21 +160,26 @@ def group(entries: Iterable[Entry]) -> list[Releases]:
                 unit=unit,
             ),
             count=count,
+            declared=declared,
         )
-        for (name, sigma, q, sensitivity, unit), count in counts.items()
+        for (name, sigma, q, sensitivity, unit, declared), count in counts.items()
     ]
 
 
 def together(ledgers: Iterable[Ledger]) -> list[Entry]:
     """Return what several ledgers of the same private images name.
 
+    Two may begin with the same imported checkpoint: its declared releases were made once, and count once.
+
     Raises:
         ValueError: two of them name the same keys: one run, or a copy of it, which would be counted twice,
             or (continued) use the same noise twice.
     """
-    entries, seen = [], {}
+    declared, entries, seen = {}, [], {}
     for ledger in ledgers:
-        own = {(entry.mechanism, entry.randomness) for entry in ledger.entries}
+        declared |= dict.fromkeys(entry for entry in ledger.entries if entry.declared)
+        drawn = [entry for entry in ledger.entries if not entry.declared]
+        own = {(entry.mechanism, entry.randomness) for entry in drawn}
         for name, randomness in sorted(own):
             if (name, randomness) in seen:
                 raise ValueError(
@@ -175,8 +187,8 @@ def together(ledgers: Iterable[Ledger]) -> list[Entry]:
                     f'({randomness}): one is a copy of the other, or continues it. Name one of them'
                 )
         seen |= dict.fromkeys(own, ledger.path)
-        entries += ledger.entries
-    return entries
+        entries += drawn
+    return [*declared, *entries]
 
 
 def calibrate(

@@ -27,6 +27,7 @@ _BINDING = (
     'query_sampling_probability',
     'query_count',
     'selection_sensitivity',
+    'declared',
     'sampling_probability',
     'steps',
     'expected_batch_size',
@@ -42,6 +43,7 @@ _NEW_FIELDS = {
     'images_per_group': None,
     'selection_noise_multiplier': None,
     'selection_sensitivity': None,
+    'declared': [],
 }
 
 
@@ -54,9 +56,9 @@ class Plan:
         private_images: N, a public constant; the exact number of images where the relation has it public.
         groups, images_per_group: as of `groups.Unit`; None where the unit is one image.
         parameters: of the network.
-        pretrain_steps: steps of pre-training.
-        pretrain_noised_images: noised images of pre-training.
-        finetune_noised_images: expected noised images of fine-tuning.
+        pretrain_steps: steps of pre-training here, 0 if its model is imported.
+        pretrain_noised_images: noised images of pre-training, likewise.
+        finetune_noised_images: expected noised images of fine-tuning, likewise.
     """
 
     budget: Budget
@@ -101,6 +103,7 @@ class Plan:
             'epsilon_selection': budget.spent(SELECTION),
             'epsilon_total': budget.spent(),
             'spent_before': already_spent.rows(budget.before),
+            'declared': [part.mechanism.name for part in budget.releases if part.declared],
             'query_noise_multiplier': query and query.mechanism.noise_multiplier,
             'query_sampling_probability': query and query.mechanism.sampling_probability,
             'query_count': budget.count(CENTRAL_QUERY),

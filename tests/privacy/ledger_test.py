@@ -39,6 +39,8 @@ def lines(entries, previous=''):
         fields = dataclasses.asdict(entry)
         if entry.unit == 'image':
             del fields['unit']  # as earlier versions wrote it
+        if not entry.declared:
+            del fields['declared']  # likewise
         hashed = f'{previous}\n{json.dumps(fields, sort_keys=True)}'
         previous = hashlib.sha256(hashed.encode()).hexdigest()
         text += json.dumps({**fields, 'hash': previous}) + '\n'

@@ -25,7 +25,7 @@ from dpp_jax.data.images import Images
 from dpp_jax.gate import IMPORT, STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, SELECTION
 from dpp_jax.privacy.shares import Share
-from dpp_jax.run import artefacts, statement
+from dpp_jax.run import artefacts, imported, statement
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys, why_not_private
@@ -251,7 +251,7 @@ class Run:
                 self.workdir,
                 self.ledger,
                 self._write_statement,
-                weights=self._checkpoint(),
+                found=self._checkpoint(),
                 declared=[part for part in self.plan.budget.releases if part.declared],
             )
 
@@ -335,6 +335,8 @@ class Run:
 
     def export(self) -> None:
         steps = {'pretrain': self.plan.pretrain_steps, 'finetune': self.plan.budget.count(DP_SGD)}
+        if self.config.imported.path and self.done[IMPORT]:
+            steps[imported.KINDS[self.config.imported.kind]] = artefacts.imported_step(self.workdir)
         export_checkpoint.run(self.config, self.workdir, model=self.model, steps=steps)
 
     @property

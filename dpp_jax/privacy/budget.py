@@ -236,7 +236,8 @@ def calibrate(
                 raise _below_the_least(
                     event(calibration.MOST_NOISE), epsilon, error.least, **limits
                 ) from error
-            if not before and not after:
+            is_declared = any(part.declared for part in known)
+            if not before and not after and not is_declared:
                 raise
             beside = [
                 *(['what config.dp.already_spent names'] if before else []),
@@ -244,8 +245,9 @@ def calibrate(
             ]
             raise calibration.BudgetTooSmall(
                 f'config.dp.epsilon is {accounting.format_exact(epsilon)}; it must be above '
-                f'{accounting.format_epsilon(error.least)}, the ε of the query together with '
-                + ' and '.join(beside),
+                f'{accounting.format_epsilon(error.least)}, the ε of the query'
+                + (', as declared of config.imported.path,' if is_declared else '')
+                + (f' together with {" and ".join(beside)}' if beside else ' alone'),
                 error.least,
             ) from error
     return Budget(

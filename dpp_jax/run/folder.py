@@ -112,6 +112,7 @@ class WorkDir:
         self.parameters = self.release / 'parameters.txt'
         self.central_images = self.release / 'central_images.npz'
         self.digests = self.release / 'digests.json'
+        self.imported = self.release / 'imported.json'
         self.synthetic = self.release / 'synthetic'
         self.over_finetuning = self.release / 'over_finetuning.npz'
         self.card = self.release / 'README.md'

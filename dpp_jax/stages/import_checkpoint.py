@@ -7,7 +7,6 @@ What it spent of the budget, its owner declares by the settings (`run/imported.p
 """
 
 from collections.abc import Callable, Iterable
-import itertools
 from typing import Any
 
 import jax
@@ -19,15 +18,13 @@ from dpp_jax.diffusion.model import Model
 from dpp_jax.interop import pytorch
 from dpp_jax.privacy.budget import Releases
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import digests, imported
+from dpp_jax.run import artefacts, digests, imported
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.training import checkpoint
 
-PyTree = Any
 
-
-def read(config: ConfigDict, model: Model) -> dict[str, PyTree]:
-    """Return `params` and `ema_params` of the checkpoint; nothing is written.
+def read(config: ConfigDict, model: Model) -> dict[str, Any]:
+    """Return the checkpoint as `pytorch.read_checkpoint` does; nothing is written.
 
     Raises:
         FileNotFoundError, ValueError: it is not there, damaged, of another network or another kind of file,
@@ -40,10 +37,9 @@ def read(config: ConfigDict, model: Model) -> dict[str, PyTree]:
         found = pytorch.read_checkpoint(path, model, trust=config.imported.trust)
     except (ValueError, ImportError) as error:
         raise ValueError(f'config.imported.path: {error}') from error
-    weights = {name: found[name] for name in ('params', 'ema_params')}
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights)):
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
         raise ValueError(f'config.imported.path: {path} has weights that are not finite')
-    return weights
+    return found
 
 
 def run(
@@ -52,7 +48,7 @@ def run(
     ledger: Ledger,
     before_release: Callable[[], object],
     *,
-    weights: dict[str, PyTree],
+    found: dict[str, Any],
     declared: Iterable[Releases],
 ) -> None:
     """Record what is declared, and save the model in release/. For process 0.
@@ -62,15 +58,16 @@ def run(
         workdir: to write to.
         ledger: gets what is declared.
         before_release: called when the ledger holds that, and the model is not there yet.
-        weights: as `read` gives them.
+        found: what `read` returns.
         declared: what the budget says was released elsewhere.
 
     Raises:
         ValueError: another checkpoint was imported here, or begun to be.
     """
     training = imported.KINDS[config.imported.kind]
+    weights = {name: found[name] for name in ('params', 'ema_params')}  # in the form of all released models
     name, arrays = f'model/{training}', jax.tree.leaves(weights)
-    digest, before = files.digest(arrays), digests.noted(workdir, f'model/{training}')
+    digest, before = files.digest(arrays), digests.noted(workdir, name)
     if before not in (None, digest):
         raise ValueError(
             f'config.imported.path is {config.imported.path}, whose weights are not those that '
@@ -78,10 +75,10 @@ def run(
             'Restore that checkpoint, or use another --workdir'
         )
     digests.note(workdir, name, arrays)
-    entries = [
-        [part.entry(index, f'declared-{digest[:16]}') for index in range(part.count)] for part in declared
-    ]
+    identifier = f'declared-{digest[:16]}'
+    entries = [part.entry(index, identifier) for part in declared for index in range(part.count)]
+    artefacts.save_imported_step(workdir, found['step'])
     if entries:
-        ledger.extend(itertools.chain(*entries))
+        ledger.extend(entries)
         before_release()
     checkpoint.save_model(workdir.model(training), weights, scratch=workdir.private)

@@ -144,6 +144,13 @@ def test_the_last_of_several_values_stays_however_it_is_written(parse):
     assert config.query.post_process and config.pretrain.enabled
 
 
+def test_import_is_a_word_of_python_and_a_section_on_the_command_line(parse):
+    for flag, value in (('--config.import.path', 'a.pth'), ('--config.imported.path', 'b.pth')):
+        config = parse(*GOOD, f'{flag}={value}', '--config.import.trust', '--config.export.path', 'c.pth')
+        assert config.imported.path == value and config.imported.trust and config.export.path == 'c.pth'
+    assert 'did you mean config.imported.path' in line(parse, *GOOD, '--config.import.paht=a.pth')
+
+
 @pytest.mark.parametrize('value', ['', ' ', '-x', '~no_such_user/run'])
 def test_a_folder_that_nobody_meant_is_refused(parse, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -74,10 +74,10 @@ ASSUMPTIONS = (
 
 _VOUCH = 'This program did not see that, and cannot vouch for it'
 DECLARED = (
-    'Rows "declared" are the word of the owner of the private images: so the imported checkpoint was made. '
-    f'{_VOUCH}. One reason to doubt it: the PyTorch implementation divides the noisy sums of its query by '
-    'the number of images that were sampled, which its noise does not cover. Such a query is not private as '
-    'declared'
+    'Rows "declared" are the word of the owner of the private images, who says that an imported checkpoint '
+    f'was made so. {_VOUCH}. One reason to doubt it: the PyTorch implementation divides the noisy sums of '
+    'its query by the number of images that were sampled, which its noise does not cover. Such a query is '
+    'not private as declared'
 )
 DECLARED_PUBLIC = (
     'The owner of the private images declares that the imported checkpoint was trained without them. '

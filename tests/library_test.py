@@ -96,7 +96,7 @@ def test_a_program_runs_what_the_command_line_runs(finished_run, tmp_path, capsy
     shutil.copytree(workdir.root, tmp_path, dirs_exist_ok=True)
     dpp_jax.synthesize(config, tmp_path)
     assert 'Everything is done' in capsys.readouterr().out
-    with pytest.raises(ValueError, match="stage is 'everything'; it must be one of plan, central"):
+    with pytest.raises(ValueError, match="stage is 'everything'; it must be one of plan, import, central"):
         dpp_jax.synthesize(config, tmp_path, 'everything')
 
 

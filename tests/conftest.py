@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import io
 import logging
@@ -83,6 +84,37 @@ def tiny_config():
     return make_tiny_config
 
 
+@functools.cache
+def _quick_network():
+    """Add a network to those that a config can name; its name."""
+    import flax.linen as nn
+    import jax.numpy as jnp
+
+    from dpp_jax.diffusion import model, unet
+
+    class TwoConvolutions(unet.UNet):
+        """As little to trace and compile as a network can be that sees image, noise level and label."""
+
+        @nn.compact
+        def __call__(self, x, c_noise, label):
+            told = nn.Dense(3)(jnp.stack([c_noise, label / 10], axis=-1))[:, None, None]
+            return nn.Conv(self.image_channels, (3, 3))(jnp.tanh(nn.Conv(3, (3, 3))(x) + told))
+
+    model.NETWORKS['two_convolutions'] = TwoConvolutions
+    return 'two_convolutions'
+
+
+def make_quick_config(**changes):
+    """The tiny config where no network matters: most of a tiny run is the tracing of its U-Net."""
+    return make_tiny_config(model__network=_quick_network(), **changes)
+
+
+@pytest.fixture(scope='session')
+def quick_config():
+    """As `tiny_config`, with a network of two convolutions, which started processes do not know."""
+    return make_quick_config
+
+
 @pytest.fixture(scope='session')
 def finished_run(tmp_path_factory):
     """A whole tiny run with every kind of output: its config, its work directory, and all that it told.
@@ -136,6 +168,14 @@ def tiny_model():
     from dpp_jax import build
 
     return build.model(make_tiny_config())
+
+
+@pytest.fixture(scope='session')
+def quick_model():
+    """The quick config's model."""
+    from dpp_jax import build
+
+    return build.model(make_quick_config())
 
 
 @pytest.fixture(scope='session')

@@ -160,9 +160,7 @@ def test_processes_with_their_own_images_take_the_step_of_one(
 ):
     """Also with room for fewer rows than there are, and less than a microbatch."""
     capacity = microbatch * number
-    step = dp_step(
-        small[0], clip_norm=2.0, microbatch=microbatch, rows=rows, capacity=processes * capacity
-    )
+    step = dp_step(small[0], clip_norm=2.0, microbatch=microbatch, rows=rows, capacity=processes * capacity)
     update, metrics = take_in_shares(
         step,
         small[1],
@@ -461,8 +459,7 @@ def test_one_group_changes_the_sum_by_the_clip_norm_at_most_whatever_it_holds(sm
 def test_groups_of_one_image_take_the_step_of_images(small, digits):
     with devices.limited_to(1):
         updates = [
-            group_step(*small, digits, members, [3, 5, 9], 2)[0]
-            for members in (None, np.arange(60)[:, None])
+            group_step(*small, digits, members, [3, 5, 9], 2)[0] for members in (None, np.arange(60)[:, None])
         ]
     # Another program rounds otherwise.
     np.testing.assert_allclose(*updates, rtol=1e-6, atol=1e-6 * np.linalg.norm(updates[0]))

@@ -114,9 +114,9 @@ def test_settings_are_those_of_the_command_line():
 
 @pytest.mark.parametrize('number, after', [(signal.SIGINT, 'stopped after step')])
 def test_an_interrupted_run_raises_as_python_does_and_goes_on(
-    tiny_config, tmp_path, monkeypatch, number, after
+    quick_config, tmp_path, monkeypatch, number, after
 ):
-    config, taken = tiny_config(finetune__epochs=0.5), []
+    config, taken = quick_config(finetune__epochs=0.5), []
     original = devices.deal_own
 
     def deal(*arguments):

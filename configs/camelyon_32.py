@@ -34,4 +34,5 @@ def get_config(epsilon: str = '1') -> ConfigDict:
     )
     config.generate.separate_classifier_images = True
     config.generate.classifier_sampler = default.sampler('ddim', steps=50)
+    config.evaluate.learning_rate = 1e-4
     return config

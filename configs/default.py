@@ -169,8 +169,19 @@ def get_config(epsilon: str = '10') -> ConfigDict:
         False  # also release/synthetic/png/<class name>/<number>.png (torchvision's ImageFolder)
     )
     generate.tfds = False  # also release/synthetic/tfds, which tensorflow-datasets reads
+    # Also release/synthetic/dpimagebench/gen/gen.npz, which the evaluation of DPImageBench reads.
+    generate.dpimagebench = False
 
     config.evaluate = evaluate = ConfigDict()  # looks at real images: results stay in private/
+    # With --stage=evaluate: an .npz file of images from elsewhere, which are scored as the run's own are. x
+    # (N, C, H, W) and y (N,), as DPImageBench writes them, or images (N, H, W, C) and labels (N,); pixels are
+    # uint8, or in [0, 1]. That takes no model, spends nothing, and changes nothing of the run: scores and
+    # report lie in private/other_images/. '' = the run's own images.
+    evaluate.images = ''
+    # True: the evaluation of the paper's PyTorch code (docs/from_pytorch.md), so that scores can stand beside
+    # published ones. Its classifiers train on all synthetic images, nothing chooses among their epochs, and
+    # FID takes Inception's features. Other values of these settings than the paper's are then refused.
+    evaluate.as_paper = False
     evaluate.fid = True
     # Whose features FID and the metrics compare: inception (that of the public FID) | cnn (a small one,
     # trained on the private images: quick, but compares only within one data set and seed) | auto (inception,

@@ -132,6 +132,7 @@ def classifier_settings(config: ConfigDict) -> trainer.Settings:
         ema_decay=settings.ema_decay,
         held_out=settings.held_out,
         candidates=settings.candidates if settings.selection == classifiers.PRIVATE_NOISY else None,
+        is_even=not settings.as_paper,
     )
 
 

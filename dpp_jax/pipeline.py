@@ -10,10 +10,12 @@ A command that was killed is given again: it goes on where the folder says.
 Of several processes each runs all of this. Process 0 alone has the work directory; see `training/hosts.py`.
 """
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
 import time
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -24,10 +26,11 @@ from dpp_jax.data.images import Images
 from dpp_jax.gate import STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION
 from dpp_jax.privacy.shares import Share
-from dpp_jax.run import artefacts, statement
+from dpp_jax.run import artefacts, statement, statement_text
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys, why_not_private
+from dpp_jax.run.other_images import OtherImages
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.stages import central, clean, evaluate, finetune, generate, plan, pretrain, report
 from dpp_jax.stages.central import moments
@@ -49,6 +52,11 @@ def run(config: ConfigDict, root: str | Path, stage: str, private: str | Path | 
     Raises:
         ValueError, OSError: settings, data or work directory are not as they must be; nothing is spent.
     """
+    if config.evaluate.images and stage != 'evaluate':
+        raise ValueError(
+            f"config.evaluate.images is {config.evaluate.images!r}; it must be '', because --stage is "
+            f'{stage}: --stage=evaluate alone takes images of a file'
+        )
     told = {'--stage': stage} | flatten(config.to_dict()) | statement.code_version()
     hosts.agree('commands and versions', told)
     workdir = WorkDir(root, private=private)
@@ -67,6 +75,9 @@ def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
     config = derive.settled(config, workdir, settings.check)
     settings.check(config)
     devices.check()
+    if config.evaluate.images:
+        _score_file(config, workdir)
+        return
     all_settings = flatten(config.to_dict())
     model = build.model(config)
     images = artefacts.SyntheticImages(workdir, all_settings)
@@ -83,16 +94,37 @@ def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
             Run(config, workdir, model, images, found, changed).run(stages)
 
 
-class Run:
-    """The stages of one command and what they share; private images are read when first needed."""
+def _score_file(config: ConfigDict, workdir: WorkDir) -> None:
+    """Score the images of a file as the run's own would be, beside them: no plan, no ledger, no release.
 
-    def __init__(self, config, workdir, model, images, found: gate.Gate | None, changed: list[str]):
-        """`found` is what process 0 read; None in the others."""
-        self.changed = changed  # settings of pre-training, which begins again
-        self.config, self.workdir, self.model, self.images = config, workdir, model, images
-        self.plan, self.ledger, self.done, self.released = gate.tell(config, model, found)
+    Settings of the private images must be those of the folder, if it has any.
+    """
+    images, data = OtherImages(config.evaluate.images), config.data
+    needs_classes = config.evaluate.classifiers and data.classes > 1
+    shape = data.image_size, data.image_size, data.channels
+    wanted = {'image_shape': shape, 'classes': data.classes, 'least': 2 if needs_classes else 0}
+    name = hosts.from_first(lambda: images.read(**wanted))
+    with contextlib.ExitStack() as stack:
+        if hosts.is_first():
+            workdir.check(flatten(config.to_dict()))
+            stack.enter_context(workdir.opened())
+            workdir.check(flatten(config.to_dict()))  # again: another process may have worked here
+            stack.enter_context(progress.noted(workdir.progress))
+        real, beside = RealImages(config, workdir), workdir.beside(name)
+        real.check_images(has_evaluation=True)
+        hosts.at_first(lambda: files.make_folder(beside.evaluation.parent, mode=0o700))
+        evaluate.run(config, beside, real.keys, images=images, **real.for_scores)
+        class_names = build.class_names(config)
+        hosts.at_first(lambda: report.run_beside(config, beside, images=images, class_names=class_names))
+
+
+class RealImages:
+    """The private and the test images of a command, and the keys of its run; they are read when needed."""
+
+    def __init__(self, config: ConfigDict, workdir: WorkDir):
+        """`workdir`: whose images are not changed."""
+        self.config, self.workdir = config, workdir
         self.keys = Keys(workdir.keys, config.seed)
-        self._stage = config, workdir, self.keys  # what every stage is given first
 
     @functools.cached_property
     def train(self) -> Images:
@@ -143,6 +175,37 @@ class Run:
         cache = self.workdir.decoded if hosts.is_first() else None
         with progress.counting(f'decoding {split}', 'file') as count:
             return build.images(self.config, split, rows=rows, cache=cache, progress=count)
+
+    def check_images(self, has_evaluation: bool) -> None:
+        """Find what is wrong with them, before anything is computed; say what an evaluation leaves out."""
+        needs_test = has_evaluation and hosts.is_first()
+        build.check_headers(self.config, ('train', 'test') if needs_test else ('train',))
+        _ = self.train  # its checks
+        if needs_test:
+            for line in evaluate.left_out(self.config, len(self.test.images)):
+                print(line)
+
+    @property
+    def for_scores(self) -> dict[str, Any]:
+        """What an evaluation is given of them, with how classifiers are trained."""
+        return {
+            'share': self.train,
+            'private': lambda: self.whole_train,
+            'test': lambda: self.test,
+            'settings': build.classifier_settings(self.config),
+        }
+
+
+class Run(RealImages):
+    """The stages of one command and what they share."""
+
+    def __init__(self, config, workdir, model, images, found: gate.Gate | None, changed: list[str]):
+        """`found` is what process 0 read; None in the others."""
+        super().__init__(config, workdir)
+        self.changed = changed  # settings of pre-training, which begins again
+        self.model, self.images = model, images
+        self.plan, self.ledger, self.done, self.released = gate.tell(config, model, found)
+        self._stage = config, workdir, self.keys  # what every stage is given first
 
     def run(self, stages: tuple[str, ...]) -> None:
         """Run those of `stages` that are not done, and say what happens."""
@@ -197,33 +260,25 @@ class Run:
                 f'{self.workdir.root}. Run that stage first, or --stage=all'
             )
         if {'central', 'finetune', 'evaluate'} & set(todo):
-            needs_test = 'evaluate' in todo and hosts.is_first()
-            build.check_headers(self.config, ('train', 'test') if needs_test else ('train',))
-            _ = self.train  # its checks
-            if 'evaluate' in todo and hosts.is_first():
-                for line in evaluate.left_out(self.config, len(self.test.images)):
-                    print(line)
+            self.check_images(has_evaluation='evaluate' in todo)
 
     def central(self) -> None:
-        unit, budget = self.plan.unit, self.plan.budget
+        budget = self.plan.budget
+        shared = {
+            'unit': self.plan.unit,
+            'share': self.share,
+            'class_names': build.class_names(self.config),
+        }
         if not self.released[CENTRAL_QUERY]:
-            central.run(
-                *self._private_stage,
-                query=build.query(self.config),
-                releases=budget.of(CENTRAL_QUERY),
-                unit=unit,
-                share=self.share,
-                class_names=build.class_names(self.config),
-            )
+            query, releases = build.query(self.config), budget.of(CENTRAL_QUERY)
+            central.run(*self._private_stage, query=query, releases=releases, **shared)
         if budget.of(MOMENTS) and not self.released[MOMENTS]:
             moments.run(
                 *self._private_stage,
                 query=build.moments_query(self.config),
                 frequencies=build.frequencies(self.config),
                 releases=budget.of(MOMENTS),
-                unit=unit,
-                share=self.share,
-                class_names=build.class_names(self.config),
+                **shared,
             )
 
     def pretrain(self) -> None:
@@ -264,7 +319,6 @@ class Run:
         )
 
     def evaluate(self) -> None:
-        of_real_images = {'private': lambda: self.whole_train, 'test': lambda: self.test}
         releases, selection = self.plan.budget.of(SELECTION), None
         if releases is not None:
             selection = evaluate.PrivateSelection(
@@ -274,13 +328,14 @@ class Run:
                 ledger=self.ledger,
                 before_release=self._write_statement_and_pages,
             )
-        evaluate.run(
-            *self._stage,
-            images=self.images,
-            share=self.train,
-            **of_real_images,
-            settings=build.classifier_settings(self.config),
-            selection=selection,
+        evaluate.run(*self._stage, images=self.images, **self.for_scores, selection=selection)
+        hosts.at_first(self._say_scored)
+
+    def _say_scored(self) -> None:
+        scored = artefacts.Evaluation(self.workdir, flatten(self.config.to_dict())).scored
+        print(
+            f'Settings scored on real images in this folder so far: {len(scored)}. Not covered by ε: '
+            f'{statement_text.CHOICE}.'
         )
 
     def report(self) -> None:

@@ -262,7 +262,10 @@ def _table() -> dict[str, _Rule]:
         **_sampler('generate.classifier_sampler', known['sampler']),
         'generate.png_tree': _SWITCH,
         'generate.tfds': _SWITCH,
+        'generate.dpimagebench': _SWITCH,
         # evaluate
+        'evaluate.images': _TEXT,
+        'evaluate.as_paper': _SWITCH,
         'evaluate.fid': _SWITCH,
         'evaluate.features': _name_in(('auto', 'inception', 'cnn')),
         'evaluate.inception': _TEXT,
@@ -482,6 +485,36 @@ _RELATIONS = (
         ('evaluate.classifiers',),
         lambda selection, chosen: selection != classifiers.PRIVATE_NOISY or len(chosen) > 0,
         lambda _: f'{classifiers.SYNTHETIC!r}: evaluate.classifiers names none to select from',
+    ),
+    _Relation(
+        'evaluate.selection',
+        ('evaluate.images',),
+        lambda selection, images: not images or selection != classifiers.PRIVATE_NOISY,
+        lambda _: (
+            f'{classifiers.SYNTHETIC!r}, because evaluate.images names a file: ε would be spent on images '
+            'from elsewhere'
+        ),
+    ),
+    *(
+        _Relation(
+            f'evaluate.{name}',
+            ('evaluate.as_paper',),
+            lambda value, as_paper, accepts=accepts: not as_paper or accepts(value),
+            lambda _, words=words: f'{words}, because evaluate.as_paper is True',
+        )
+        for name, accepts, words in (
+            ('epochs', lambda epochs: epochs == 50, '50'),
+            ('batch_size', lambda size: size == 64, '64'),
+            ('learning_rate', lambda rate: rate in (3e-4, 1e-4), '3e-4, or 1e-4 as for Camelyon'),
+            ('ema_decay', lambda decay: decay == 0.9999, '0.9999'),
+            ('features', lambda name: name != 'cnn', "'inception' or 'auto'"),
+            (
+                'classifiers',
+                lambda chosen: set(chosen) <= set(classifiers.AS_PAPER),
+                f'a selection of {", ".join(map(repr, classifiers.AS_PAPER))}',
+            ),
+            ('selection', lambda name: name == classifiers.SYNTHETIC, f'{classifiers.SYNTHETIC!r}'),
+        )
     ),
     *(
         _Relation(

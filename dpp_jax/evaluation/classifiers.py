@@ -5,9 +5,11 @@ chooses one on held-out images *of its own training set*; who has another judge 
 at each candidate (`fit`). Nothing here takes a second set of images, so real test images cannot take part in
 the choice. A new classifier is one function, or one network in `networks` or `residual`, and one entry in
 `CLASSIFIERS`.
+
+`train_as_paper` trains the paper's three as its PyTorch code does: on all images, and nothing chooses.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, Protocol
@@ -18,6 +20,7 @@ import jax
 import numpy as np
 import sklearn.exceptions
 import sklearn.linear_model
+import sklearn.neural_network
 
 from dpp_jax.data.images import check_images, check_labels
 from dpp_jax.evaluation import held_out, networks, residual, trainer
@@ -29,6 +32,8 @@ SELECTIONS = (SYNTHETIC, PRIVATE_NOISY)
 # Inverse regularization strengths to choose from; of equals the last is kept, the most regularized.
 _LOGISTIC_C = (1.0, 0.1, 0.01, 0.001)
 _LOGISTIC_ITERATIONS = 300
+# The paper's: iterations at most, and passes of its MLP over the images, which stops when its loss does.
+_PAPER_ITERATIONS, _PAPER_PASSES = 50_000, 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +125,7 @@ def train_classifier(
     Raises:
         ValueError: an unknown name, or images or labels other than described.
     """
-    entry, rng = _entry(name), held_out.random_generator(key)
+    entry, rng = _entry(name, CLASSIFIERS), held_out.random_generator(key)
     chosen, held = held_out.split(images, labels, classes=classes, share=settings.held_out, rng=rng)
     best = None
 
@@ -158,13 +163,53 @@ def fit(
     Raises:
         ValueError: an unknown name, or images or labels other than described.
     """
-    entry = _entry(name)
+    _fit(
+        _entry(name, CLASSIFIERS), images, labels, classes=classes, key=key, settings=settings, judge=judge,
+        progress=progress,
+    )  # fmt: skip
+
+
+def train_as_paper(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    classes: int,
+    key: jax.Array,
+    settings: trainer.Settings,
+    progress: trainer.Progress | None = None,
+) -> Classifier:
+    """Train a classifier as the paper's PyTorch code does, on all images; it is what the training ends with.
+
+    Args:
+        name: one of `AS_PAPER`.
+        settings: how to train the CNN; the other two have their own.
+        others: as of `train_classifier`; one image of every class is enough.
+
+    Raises:
+        ValueError: an unknown name, or images or labels other than described.
+    """
+    last = None
+
+    def judge(candidate: Classifier) -> str:
+        nonlocal last
+        last = candidate
+        return ''
+
+    _fit(
+        _entry(name, AS_PAPER), images, labels, classes=classes, key=key, settings=settings, judge=judge,
+        progress=progress,
+    )  # fmt: skip
+    return last
+
+
+def _fit(
+    entry: Entry, images: np.ndarray, labels: np.ndarray, *, classes: int, key: jax.Array, **rest: Any
+) -> None:
+    """Check the images, and train on all of them."""
     images = check_images(images, name='training set')
     labels = check_labels(labels, count=len(images), classes=classes, name='training set').astype(np.int32)
-    rng = held_out.random_generator(key)
-    entry.fit(
-        images, labels, classes=classes, key=key, rng=rng, settings=settings, judge=judge, progress=progress
-    )
+    entry.fit(images, labels, classes=classes, key=key, rng=held_out.random_generator(key), **rest)
 
 
 def candidates(name: str, settings: trainer.Settings) -> int:
@@ -173,22 +218,22 @@ def candidates(name: str, settings: trainer.Settings) -> int:
     Raises:
         ValueError: an unknown name.
     """
-    return _entry(name).candidates(settings)
+    return _entry(name, CLASSIFIERS).candidates(settings)
 
 
 def trainings(name: str, seeds: int) -> int:
-    """Return how many of so many trainings by `fit` on the same images differ: one, if nothing is random.
+    """Return how many of so many trainings on all images differ: one, if nothing is random.
 
     Raises:
         ValueError: an unknown name.
     """
-    return seeds if _entry(name).is_random else 1
+    return seeds if _entry(name, CLASSIFIERS).is_random else 1
 
 
-def _entry(name: str) -> Entry:
-    if name not in CLASSIFIERS:
-        raise ValueError(f'classifier is {name!r}; it must be one of {", ".join(CLASSIFIERS)}')
-    return CLASSIFIERS[name]
+def _entry(name: str, known: Mapping[str, Entry]) -> Entry:
+    if name not in known:
+        raise ValueError(f'classifier is {name!r}; it must be one of {", ".join(known)}')
+    return known[name]
 
 
 def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
@@ -241,27 +286,64 @@ def _fit_logistic(
     settings: trainer.Settings,
     judge: Judge,
     progress: trainer.Progress | None,
+    strengths: Sequence[float] = _LOGISTIC_C,
+    iterations: int = _LOGISTIC_ITERATIONS,
 ) -> None:
     """Scikit-learn's logistic regression; its candidates are strengths of the regularization."""
     del classes, key, rng, settings  # nothing is random
+    if progress is not None:
+        progress(0, len(strengths), '')
+    for done, c in enumerate(strengths, start=1):
+        model = sklearn.linear_model.LogisticRegression(C=c, max_iter=iterations)
+        name = f'C = {c:g}'
+        found = judge(dataclasses.replace(_fit_sklearn(model, images, labels), name=name))
+        if progress is not None:
+            progress(done, len(strengths), ', '.join(filter(None, [name, found])))
+
+
+def _fit_paper_mlp(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    classes: int,
+    key: jax.Array,
+    rng: np.random.Generator,
+    settings: trainer.Settings,
+    judge: Judge,
+    progress: trainer.Progress | None,
+) -> None:
+    """The paper's MLP: scikit-learn's, which has 100 hidden units, no dropout, and an L2 penalty of 1e-4.
+
+    Adam with learning rate 1e-3 and batches of 200, until its loss has not become smaller for ten passes.
+    """
+    del classes, key, settings  # it has its own
+    if progress is not None:
+        progress(0, 1, '')
+    model = sklearn.neural_network.MLPClassifier(
+        hidden_layer_sizes=(100,),
+        alpha=1e-4,
+        learning_rate_init=1e-3,
+        max_iter=_PAPER_PASSES,
+        random_state=int(rng.integers(2**32)),
+    )
+    trained = _fit_sklearn(model, images, labels)
+    judge(dataclasses.replace(trained, name=f'epoch {model.n_iter_}'))
+    if progress is not None:
+        progress(1, 1, '')
+
+
+def _fit_sklearn(model: Any, images: np.ndarray, labels: np.ndarray) -> Classifier:
+    """Fit a classifier of scikit-learn to pixels in [-1, 1]."""
 
     def flat(batch):
         return trainer.to_float(batch).reshape(len(batch), -1)
 
-    pixels = flat(images)
-    if progress is not None:
-        progress(0, len(_LOGISTIC_C), '')
-    for done, c in enumerate(_LOGISTIC_C, start=1):
-        model = sklearn.linear_model.LogisticRegression(C=c, max_iter=_LOGISTIC_ITERATIONS)
-        with warnings.catch_warnings():
-            # A fit that stops early is one more candidate; the judge looks at it.
-            warnings.simplefilter('ignore', sklearn.exceptions.ConvergenceWarning)
-            model.fit(pixels, labels)
-        name = f'C = {c:g}'
-        predict = lambda batch, model=model: model.predict(flat(batch))
-        found = judge(Classifier(image_shape=images.shape[1:], name=name, function=predict))
-        if progress is not None:
-            progress(done, len(_LOGISTIC_C), ', '.join(filter(None, [name, found])))
+    with warnings.catch_warnings():
+        # A fit that stops early is one like others: it is judged by its answers.
+        warnings.simplefilter('ignore', sklearn.exceptions.ConvergenceWarning)
+        model.fit(flat(images), labels)
+    predict = lambda batch: model.predict(flat(batch))
+    return Classifier(image_shape=images.shape[1:], name=type(model).__name__, function=predict)
 
 
 def _of_network(title: str, network: Callable[[int], nn.Module]) -> Entry:
@@ -284,4 +366,16 @@ CLASSIFIERS = {
     'resnet18': _of_network('ResNet-18', residual.ResNet),
     'resnext29': _of_network('ResNeXt-29 (8x64d)', residual.ResNeXt),
     'wrn40_4': _of_network('WRN-40-4', residual.WideResNet),
+}
+
+# The paper's three, as its PyTorch code trains them.
+AS_PAPER = {
+    'logistic': Entry(
+        title=CLASSIFIERS['logistic'].title,
+        fit=functools.partial(_fit_logistic, strengths=(1.0,), iterations=_PAPER_ITERATIONS),
+        candidates=lambda settings: 1,
+        is_random=False,
+    ),
+    'mlp': Entry(title=CLASSIFIERS['mlp'].title, fit=_fit_paper_mlp, candidates=lambda settings: 1),
+    'cnn': _of_network(CLASSIFIERS['cnn'].title, functools.partial(networks.Cnn, as_pytorch=True)),
 }

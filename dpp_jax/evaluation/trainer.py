@@ -43,6 +43,8 @@ class Settings:
         held_out: share of each class to hold out, in (0, 1).
         candidates: so many epochs are judged at most, equally spaced, the last among them; whole, at least 1.
             None: every epoch is.
+        is_even: whether the steps of an epoch have equal numbers of images, up to one, and at most
+            `batch_size`; otherwise all but the last have `batch_size`, as PyTorch's.
     """
 
     epochs: int = 50
@@ -51,6 +53,7 @@ class Settings:
     ema_decay: float = 0.9999
     held_out: float = 0.1
     candidates: int | None = None
+    is_even: bool = True
 
     def __post_init__(self):
         """Raise ValueError if nothing could be trained."""
@@ -179,7 +182,7 @@ def fit(
     judged, found = set(settings.judged_epochs), ''
     note, done = f'epoch 1/{settings.epochs}', 0
     for epoch in range(1, settings.epochs + 1):
-        calls = _epoch_batches(len(images), settings.batch_size, rng)
+        calls = _epoch_batches(len(images), settings.batch_size, rng, settings.is_even)
         total = settings.epochs * sum(len(batches) for batches, _ in calls)
         if progress is not None and done == 0:
             progress(done, total, note)
@@ -316,19 +319,27 @@ def _train_steps(
 
 
 def _epoch_batches(
-    count: int, batch_size: int, rng: np.random.Generator
+    count: int, batch_size: int, rng: np.random.Generator, is_even: bool = True
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """One epoch in a new order: for each call of `_train_steps` its batches and their mask, all of one shape.
+    """One epoch in a new order: for each call of `_train_steps` its batches and their mask.
 
-    Every image comes once. They are spread evenly, so that no step is left with a handful of them.
+    Every image comes once. Where they are spread evenly, no step is left with a handful of them, and all
+    calls have one shape; otherwise the last call may have fewer steps.
     """
     batch_size = min(batch_size, count)
-    steps = -(-count // batch_size)
-    calls = -(-steps // _STEPS_PER_CALL)
-    steps = calls * -(-steps // calls)
+    steps, per_call = -(-count // batch_size), _STEPS_PER_CALL
+    order = rng.permutation(count)
+    if is_even:
+        number = -(-steps // per_call)
+        per_call = -(-steps // number)
+        steps = number * per_call
+        parts = np.array_split(order, steps)
+    else:
+        parts = np.split(order, range(batch_size, count, batch_size))
     rows = np.zeros((steps, batch_size), np.int32)
     mask = np.zeros(rows.shape, np.float32)
-    for step, part in enumerate(np.array_split(rng.permutation(count), steps)):
+    for step, part in enumerate(parts):
         rows[step, : part.size] = part
         mask[step, : part.size] = 1
-    return list(zip(np.split(rows, calls), np.split(mask, calls)))
+    calls = [slice(start, start + per_call) for start in range(0, steps, per_call)]
+    return [(rows[call], mask[call]) for call in calls]

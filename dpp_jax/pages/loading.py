@@ -44,6 +44,17 @@ images = tfds.builder_from_directory('{_place(images.tfds)}').as_data_source(spl
 """,
             )
         )
+    if files.is_whole(images.dpimagebench):
+        found.append(
+            (
+                'DPImageBench (its eval.py takes a copy of the folder as --exp_path)',
+                f"""
+import numpy as np
+data = np.load('{_place(images.dpimagebench)}/gen/gen.npz')
+images, labels = data['x'], data['y']  # float32 (n, channels, height, width) in [0, 1], int64 (n,)
+""",
+            )
+        )
     found.append(
         (
             'More images from the model (it costs no privacy)',

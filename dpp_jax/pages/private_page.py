@@ -10,6 +10,7 @@ from dpp_jax import files
 from dpp_jax.pages import charts, page, release_page, settings_text
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
+from dpp_jax.run.other_images import OtherImages
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name → (steps, values)
 _MOST_CLASSES = 25  # of a confusion matrix that is shown whole
@@ -59,13 +60,52 @@ def write(
         f'{settings["generate.images"]:,} synthetic images from {settings["data.train_images"]:,} private '
         'ones: the page for their owner.',
     )
+    public = 'What may be published is in `release/`, with a page of its own.'
+    _add_scores(made, workdir, images, class_names, contents, public)
+    _add_curves(made, contents.curves)
+    _add_seconds(made, workdir)
+    made.add('Privacy', *release_page.privacy_parts(privacy))
+    release_page.add_images(made, workdir, images, class_names)
+    release_page.add_settings(made, workdir, settings, images)
+    files.write_text(workdir.report_page, made.html(), mode=0o600)
+
+
+def write_beside(
+    workdir: WorkDir,
+    images: OtherImages,
+    class_names: Sequence[str],
+    contents: Contents,
+    *,
+    title: str,
+    about: str,
+) -> None:
+    """Write the page of images from elsewhere: their scores, and nothing of the run.
+
+    Args:
+        workdir: with the places of these images, see `WorkDir.beside`.
+        images: from elsewhere.
+        class_names: in the order of labels.
+        contents: `curves` are not shown.
+        title, about: at the head of the page.
+    """
+    made = page.Page(title, about)
+    _add_scores(made, workdir, images, class_names, contents)
+    files.write_text(workdir.report_page, made.html(), mode=0o600)
+
+
+def _add_scores(
+    made: page.Page,
+    workdir: WorkDir,
+    images: artefacts.SyntheticImages | OtherImages,
+    class_names: Sequence[str],
+    contents: Contents,
+    public: str = '',
+) -> None:
+    """Add what an evaluation found, and the images beside real ones; `public`: what may be published."""
+    warning = '**Do not publish this page.** Scores, curves and real images have no privacy guarantee.'
     made.add(
         'Scores',
-        page.paragraph(
-            '**Do not publish this page.** Scores, curves and real images have no privacy guarantee. What '
-            'may be published is in `release/`, with a page of its own.',
-            'warning',
-        ),
+        page.paragraph(f'{warning} {public}'.strip(), 'warning'),
         page.table((), contents.rows, texts=2),
         *([page.paragraph(contents.note, 'faint')] if contents.note else []),
     )
@@ -73,12 +113,6 @@ def write(
     _add_confusion(made, contents, class_names)
     _add_real(made, images, contents.real, class_names)
     _add_nearest(made, workdir, contents.results)
-    _add_curves(made, contents.curves)
-    _add_seconds(made, workdir)
-    made.add('Privacy', *release_page.privacy_parts(privacy))
-    release_page.add_images(made, workdir, images, class_names)
-    release_page.add_settings(made, workdir, settings, images)
-    files.write_text(workdir.report_page, made.html(), mode=0o600)
 
 
 def _add_classes(made: page.Page, contents: Contents, class_names: Sequence[str]) -> None:
@@ -146,7 +180,7 @@ def _confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> s
 
 def _add_real(
     made: page.Page,
-    images: artefacts.SyntheticImages,
+    images: artefacts.SyntheticImages | OtherImages,
     real: Mapping[str, np.ndarray] | None,
     class_names: Sequence[str],
 ) -> None:

@@ -15,6 +15,7 @@ from dpp_jax.data.class_moments import ClassMoments
 from dpp_jax.diffusion.model import Model
 from dpp_jax.run import digests
 from dpp_jax.run.folder import FREE_SETTINGS, WorkDir, differences
+from dpp_jax.run.other_images import OtherImages
 from dpp_jax.training import checkpoint
 
 PyTree = Any
@@ -63,11 +64,15 @@ _SCORES = {
     'accuracy_of_seeds?': {'*': [float]},
     'accuracy_of_class?': {'*': list},  # numbers, or null for a class without test images
     'confusion?': {'*': [[int]]},
+    'protocol?': str,
+    'accuracy_mean?': float,
     'selection?': str,
     'selected?': {'*': [str]},
 }
 # Settings of scores that earlier versions did not have, likewise.
-_NEW_OF_SCORES = {'evaluate.seeds': 1, 'evaluate.selection': 'synthetic'}
+_NEW_OF_SCORES = {'evaluate.seeds': 1, 'evaluate.selection': 'synthetic', 'evaluate.as_paper': False}
+# How an evaluation goes, by whether it is the paper's.
+PROTOCOLS = {False: 'as this program does by itself', True: 'as in the paper'}
 # Settings that change no result with `evaluate.selection` synthetic.
 _OF_NOISY = ('evaluate.selection_share', 'evaluate.candidates')
 
@@ -299,6 +304,7 @@ class SyntheticImages:
         paths: purpose → file: 'images' for FID and use, 'classifier_images' if they are separate.
         png_tree: folder of single PNG files, if asked for.
         tfds: folder that tensorflow-datasets reads, likewise.
+        dpimagebench: folder that the evaluation of DPImageBench reads, likewise.
         settings: those that make the images, by their full names.
     """
 
@@ -310,6 +316,7 @@ class SyntheticImages:
             names.append(_CLASSIFIER_IMAGES)
         self.paths = {name: self.folder / f'{name}.npz' for name in names}
         self.png_tree, self.tfds = self.folder / 'png', self.folder / 'tfds'
+        self.dpimagebench = self.folder / 'dpimagebench'
         self.settings = {name: value for name, value in settings.items() if name.startswith('generate.')}
         self._settings_file = self.folder / 'settings.json'
 
@@ -319,6 +326,15 @@ class SyntheticImages:
         return self.paths['images'].with_suffix('.png')
 
     @property
+    def exports(self) -> dict[str, Path]:
+        """The folders of the images in other forms, by the settings that ask for them."""
+        return {
+            'generate.png_tree': self.png_tree,
+            'generate.tfds': self.tfds,
+            'generate.dpimagebench': self.dpimagebench,
+        }
+
+    @property
     def for_classifiers(self) -> Path:
         """The file of the images that classifiers are trained on."""
         return self.paths.get(_CLASSIFIER_IMAGES, self.paths['images'])
@@ -326,8 +342,7 @@ class SyntheticImages:
     @property
     def is_complete(self) -> bool:
         """Whether all files are there and whole, and the folders in other forms that are asked for."""
-        asked = {'generate.png_tree': self.png_tree, 'generate.tfds': self.tfds}
-        has_folders = all(files.is_whole(path) for name, path in asked.items() if self.settings[name])
+        has_folders = all(files.is_whole(path) for name, path in self.exports.items() if self.settings[name])
         return has_folders and all(self.is_whole(path) for path in self.paths.values())
 
     def check(self) -> None:
@@ -400,18 +415,35 @@ class Evaluation:
             nothing is there yet.
     """
 
-    def __init__(self, workdir: WorkDir, settings: Mapping[str, Any]):
-        """`settings` are those of `config.generate` and `config.evaluate`, by their full names."""
+    def __init__(
+        self,
+        workdir: WorkDir,
+        settings: Mapping[str, Any],
+        images: SyntheticImages | OtherImages | None = None,
+    ):
+        """Read the scores that are there.
+
+        Args:
+            workdir: of the run.
+            settings: those of `config.generate` and `config.evaluate`, by their full names.
+            images: that are scored; None: those of the run.
+        """
         self._path, self._scored_path = workdir.evaluation, workdir.scored
         self._settings = settings
-        self._images = SyntheticImages(workdir, settings)
+        self._images = images or SyntheticImages(workdir, settings)
         self.results = self._load()
 
     @property
     def subject(self) -> dict[str, Any]:
         """What results are of: the images, and the settings that change a result."""
         # Which results there are.
-        which = ['evaluate.fid', 'evaluate.metrics', 'evaluate.classifiers', 'evaluate.real_images']
+        which = [
+            'evaluate.images',
+            'evaluate.fid',
+            'evaluate.metrics',
+            'evaluate.classifiers',
+            'evaluate.real_images',
+        ]
         which += [name for name, old in _NEW_OF_SCORES.items() if self._settings[name] == old]
         if 'evaluate.selection' in which:
             which += _OF_NOISY
@@ -451,6 +483,7 @@ class Evaluation:
         self.results = self.results or {
             '_note': 'Computed from private images without a privacy guarantee. Do not publish.',
             'of': self.subject,
+            'protocol': PROTOCOLS[self._settings['evaluate.as_paper']],
             'accuracy': {},
         }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import copy
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ FREE_SETTINGS = (
     'generate.batch_size',
     'generate.png_tree',
     'generate.tfds',
+    'generate.dpimagebench',
 )
 # Settings of what is made from the released model. They bind the images and the scores that they made
 # (`artefacts.check_images`, `artefacts.evaluation`), not the folder.
@@ -145,6 +147,16 @@ class WorkDir:
     def of_queries(self) -> dict[str, Path]:
         """Mechanism of a query → where its result is."""
         return {CENTRAL_QUERY: self.central_images, MOMENTS: self.moments}
+
+    def beside(self, name: str) -> 'WorkDir':
+        """Return the same folder with other places for scores and report: those of images from elsewhere.
+
+        What is computed of the private images, such as their features, is in the same place for all.
+        """
+        found, folder = copy.copy(self), self.private / 'other_images' / name
+        for place in ('evaluation', 'scored', 'nearest', 'report', 'report_text', 'report_page'):
+            setattr(found, place, folder / getattr(self, place).name)
+        return found
 
     @classmethod
     def to_read(cls, root: str | PathLike) -> 'WorkDir':

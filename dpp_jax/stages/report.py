@@ -11,8 +11,9 @@ from dpp_jax.evaluation.classifiers import CLASSIFIERS
 from dpp_jax.evaluation.fid import FEW_IMAGES
 from dpp_jax.pages import card, private_page, release_page
 from dpp_jax.privacy import accounting
-from dpp_jax.run import artefacts, statement, statement_text
+from dpp_jax.run import artefacts, other_images, statement, statement_text
 from dpp_jax.run.folder import WorkDir, flatten
+from dpp_jax.run.other_images import OtherImages
 from dpp_jax.training import tensorboard
 
 _MOST_CLASSES = 12  # of which a line tells
@@ -70,22 +71,60 @@ def run(
         rows.append(
             ('settings scored so far', f'{len(evaluation.scored)} (a choice by scores is not covered)')
         )
-    note = f'FID features: {results["fid_features"]}' if 'fid_features' in results else ''
+    note = _note(results)
     text = _text(config, workdir, images, rows, note)
     files.write_text(workdir.report_text, text, mode=0o600)
     shown = {'privacy': privacy, **_shown(images, evaluation)}
     files.write_json(workdir.report, shown, mode=0o600)
     card.write(workdir, images, class_names, privacy)
     release_page.write(workdir, images, class_names, privacy)
-    contents = private_page.Contents(
+    curves = {name: tensorboard.scalars(workdir.metrics(name)) for name in ('pretrain', 'finetune')}
+    contents = _contents(workdir, rows, note, results, curves)
+    private_page.write(workdir, images, class_names, privacy, contents)
+
+
+def run_beside(
+    config: ConfigDict, workdir: WorkDir, *, images: OtherImages, class_names: Sequence[str]
+) -> None:
+    """Write report.txt, .json and .html of images from elsewhere, and print the first.
+
+    Args:
+        config: the settings.
+        workdir: with the places of these images, see `WorkDir.beside`.
+        images: that were scored.
+        class_names: in the order of labels.
+    """
+    results = artefacts.Evaluation(workdir, flatten(config.to_dict()), images).results
+    rows, note = _score_rows(results, class_names), _note(results)
+    path, count = images.for_classifiers, len(images.load(images.for_classifiers)['labels'])
+    about = f'{count:,} {other_images.ABOUT}. They are compared with the private images of {config.name}'
+    lines = [f'{path}: {about}.', '', *_table(rows, note)]
+    lines += ['', f'  page (private)  {workdir.report_page}']
+    text = '\n'.join(lines) + '\n'
+    files.write_text(workdir.report_text, text, mode=0o600)
+    files.write_json(workdir.report, {'file': str(path), 'about': about, **results}, mode=0o600)
+    contents = _contents(workdir, rows, note, results, {})
+    private_page.write_beside(workdir, images, class_names, contents, title=str(path), about=f'{about}.')
+    print(f'\n{text}')
+
+
+def _contents(
+    workdir: WorkDir, rows: list, note: str, results: dict[str, Any], curves: private_page.Curves
+) -> private_page.Contents:
+    """Return what the page for the owner shows."""
+    return private_page.Contents(
         rows=rows,
         note=note,
         results=results,
         titles={kind: classifier.title for kind, classifier in CLASSIFIERS.items()},
-        curves={name: tensorboard.scalars(workdir.metrics(name)) for name in ('pretrain', 'finetune')},
+        curves=curves,
         real=_real_images(workdir),
     )
-    private_page.write(workdir, images, class_names, privacy, contents)
+
+
+def _note(results: dict[str, Any]) -> str:
+    """Return what stands below the table."""
+    return f'FID features: {results["fid_features"]}' if 'fid_features' in results else ''
 
 
 def _real_images(workdir: WorkDir) -> dict[str, Any] | None:
@@ -113,7 +152,7 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _score_rows(results: dict[str, Any], class_names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the lines of the table about quality: (what, figure)."""
-    rows = []
+    rows = [('evaluated', results['protocol'])] if 'protocol' in results else []
     if 'fid' in results:
         rows += _fid_rows(results)
     elif 'fid_left_out' in results:
@@ -122,6 +161,8 @@ def _score_rows(results: dict[str, Any], class_names: Sequence[str]) -> list[tup
     for kind, accuracy in results.get('accuracy', {}).items():
         title = CLASSIFIERS[kind].title if kind in CLASSIFIERS else kind
         rows.append((f'accuracy {title}', f'{100 * accuracy:.1f} %{_beside(results, kind)}'))
+    if 'accuracy_mean' in results:
+        rows.append(('  mean of the three', f'{100 * results["accuracy_mean"]:.1f} %'))
     if 'classifiers_left_out' in results:
         rows.append(('accuracy', f'left out: {results["classifiers_left_out"]}'))
     if 'selection' in results:
@@ -202,12 +243,22 @@ def _text(config: ConfigDict, workdir: WorkDir, images: artefacts.SyntheticImage
         ('page (private)', workdir.report_page),
         ('metrics (private)', workdir.metrics('finetune').parent),
     ]
-    width = max(len(name) for name, _ in rows) + 2
     lines = [f'{config.name}: {config.generate.images:,} synthetic images', '']
     if config.seed is not None:
         lines += [f'NOT PRIVATE: config.seed = {config.seed} makes the noise repeatable.', '']
-    lines += [f'  {name:<{width}}{value}' for name, value in rows]
-    lines += ['', f'  {note}'] if note else []
-    lines += ['  Scores come from real images and have no privacy guarantee. Do not publish them.', '']
-    lines += [f'  {name:<{width}}{path}' for name, path in found]
+    width = _width(rows)
+    lines += [*_table(rows, note), '', *(f'  {name:<{width}}{path}' for name, path in found)]
     return '\n'.join(lines) + '\n'
+
+
+def _width(rows: list[tuple[str, str]]) -> int:
+    return max(len(name) for name, _ in rows) + 2
+
+
+def _table(rows: list[tuple[str, str]], note: str) -> list[str]:
+    """Return the lines of the table, and those below it."""
+    return [
+        *(f'  {name:<{_width(rows)}}{value}' for name, value in rows),
+        *(['', f'  {note}'] if note else []),
+        '  Scores come from real images and have no privacy guarantee. Do not publish them.',
+    ]

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier
 
-from dpp_jax.evaluation import classifiers, held_out, residual, trainer
+from dpp_jax.evaluation import classifiers, held_out, networks, residual, trainer
 
 SMALL = ('logistic', 'mlp', 'cnn')
 FAST = (*SMALL, 'resnet')
@@ -185,6 +187,54 @@ def test_a_judge_sees_as_many_candidates_as_are_promised_and_they_learn_from_all
     assert seen[-1][1] > 0.4
     # One image of a class is enough: none is held out.
     classifiers.fit(name, images[:40], np.r_[9, np.arange(39) % 9], **arguments)
+
+
+def as_paper(name, images, labels, *, epochs=3):
+    settings = trainer.Settings(epochs=epochs, learning_rate=3e-3, is_even=False)
+    return classifiers.train_as_paper(
+        name, images, labels, classes=10, key=jax.random.key(0), settings=settings
+    )
+
+
+def test_as_in_the_paper_logistic_regression_and_mlp_are_those_of_scikit_learn_on_all_images(digits):
+    images, labels, test_images, test_labels = digits
+    images, labels = images[:150], labels[:150]
+    flat = lambda batch: batch.reshape(len(batch), -1) / np.float32(127.5) - 1
+    same = LogisticRegression(C=1.0, max_iter=50_000).fit(flat(images), labels)
+    found = as_paper('logistic', images, labels)
+    np.testing.assert_array_equal(found.predict(test_images), same.predict(flat(test_images)))
+    assert found.name == 'C = 1' and found.held_out_accuracy is None
+    mlp = as_paper('mlp', images, labels)
+    assert classifiers.accuracy(mlp, test_images, test_labels) > 0.8
+    assert int(re.fullmatch(r'epoch (\d+)', mlp.name)[1]) > 20  # until its loss stops
+
+
+def test_the_papers_mlp_has_the_settings_that_scikit_learn_has_by_itself(digits, monkeypatch):
+    seen = []
+    monkeypatch.setattr(MLPClassifier, 'fit', lambda self, *_: seen.append(self.get_params()))
+    with pytest.raises(AttributeError):  # it is not fitted
+        as_paper('mlp', *digits[:2])
+    usual = MLPClassifier(max_iter=1000).get_params()
+    assert {name for name in usual if seen[0][name] != usual[name]} == {'random_state'}
+
+
+def test_as_in_the_paper_the_cnn_is_what_its_last_epoch_leaves(digits):
+    images, labels, test_images, _ = digits
+    images, labels = images[:200], labels[:200]
+    found = as_paper('cnn', images, labels)
+    assert found.name == 'epoch 3 of 3' and found.held_out_accuracy is None
+    key, kept = jax.random.key(0), []
+    trainer.fit(
+        networks.Cnn(10, as_pytorch=True), images, labels, key=key, rng=held_out.random_generator(key),
+        settings=trainer.Settings(epochs=3, learning_rate=3e-3, is_even=False),
+        judge=lambda epoch, averages: kept.append(averages.params) or '',
+    )  # fmt: skip
+    logits, _ = trainer.apply(networks.Cnn(10, as_pytorch=True), kept[-1], test_images)
+    np.testing.assert_array_equal(found.predict(test_images), logits.argmax(axis=1))
+    # One image of a class is enough: none is held out. Others than the paper's three there are not.
+    as_paper('logistic', images[:40], np.r_[9, np.arange(39) % 9])
+    with pytest.raises(ValueError, match="'resnet18'; it must be one of logistic, mlp, cnn"):
+        as_paper('resnet18', images, labels)
 
 
 def test_a_confusion_matrix_has_a_row_for_each_class():

@@ -60,6 +60,29 @@ def test_cnn_takes_any_size(shape, last_pixels):
     assert logits.shape == (2, 5) and hidden.shape == (2, 128)
 
 
+def test_the_papers_cnn_begins_as_pytorch_begins():
+    """Kernels and biases are even in ±1/sqrt(inputs), as torch.nn's; ours have no bias and are √3 wider."""
+    torch = pytest.importorskip('torch')
+    images = jnp.zeros((1, 28, 28, 1))
+    theirs, ours = (
+        jax.jit(networks.Cnn(10, as_pytorch=as_pytorch).init)(jax.random.key(0), images)['params']
+        for as_pytorch in (True, False)
+    )
+    inputs = {'conv_1': 9, 'conv_2': 9 * 32, 'conv_3': 9 * 64, 'dense_1': 1152, 'dense_2': 128}
+    assert set(theirs) == set(inputs)
+    torch_layers = {'conv_2': torch.nn.Conv2d(32, 64, 3), 'dense_1': torch.nn.Linear(1152, 128)}
+    for name, number in inputs.items():
+        for values in theirs[name].values():
+            assert 0.8 < np.abs(values).max() * number**0.5 <= 1
+        spread = float(np.std(theirs[name]['kernel']))
+        assert float(np.std(ours[name]['kernel'])) == pytest.approx(3**0.5 * spread, rel=0.15)
+        assert not ours[name]['bias'].any()
+        if name in torch_layers:
+            layer = torch_layers[name]
+            assert spread == pytest.approx(layer.weight.std().item(), rel=0.03)
+            assert float(np.std(theirs[name]['bias'])) == pytest.approx(layer.bias.std().item(), rel=0.4)
+
+
 @pytest.mark.parametrize('network', [networks.Cnn(5), networks.Mlp(5)])
 def test_dropout_is_for_training_alone(network):
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)).astype(np.float32)

@@ -84,6 +84,17 @@ def test_an_epoch_has_every_image_once_in_calls_of_one_shape(count, batch_size):
     np.testing.assert_array_equal(calls[0][0], other[0][0])
 
 
+@pytest.mark.parametrize(('count', 'batch_size'), [(10, 3), (3, 10), (64, 64), (1000, 2), (4500, 7)])
+def test_as_in_pytorch_all_batches_of_an_epoch_but_the_last_are_full(count, batch_size):
+    calls = trainer._epoch_batches(count, batch_size, np.random.default_rng(0), is_even=False)
+    assert all(rows.shape == mask.shape and len(rows) <= 100 for rows, mask in calls)
+    sizes = np.concatenate([mask.sum(axis=1) for _, mask in calls])
+    assert len(sizes) == -(-count // batch_size)
+    assert (sizes[:-1] == batch_size).all() and 0 < sizes[-1] <= batch_size and sizes.sum() == count
+    used = np.concatenate([rows[mask == 1] for rows, mask in calls])
+    np.testing.assert_array_equal(np.sort(used), np.arange(count))
+
+
 def test_nothing_is_compiled_after_the_first_epoch(digits):
     images, labels = digits
     compiled = []

@@ -12,7 +12,8 @@ from dpp_jax import pipeline
 from dpp_jax.data.images import Images
 from dpp_jax.data.stored import StoredImages
 from dpp_jax.evaluation import inception_weights
-from dpp_jax.run.folder import WorkDir
+from dpp_jax.run import artefacts
+from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.stages import report
 from dpp_jax.stages.evaluate import common, distances
 
@@ -127,6 +128,7 @@ def test_features_of_other_private_images_or_another_network_are_not_taken(copie
         ({'inception': '/none.pth'}, "config.evaluate.inception is '/none.pth', which is no file"),
         ({'inception': 'x', 'features': 'cnn'}, "it must be '', because evaluate.features is 'cnn'"),
         ({'features': 'clip'}, "config.evaluate.features is 'clip'; it must be 'auto' or"),
+        ({'as_paper': True}, 'config.evaluate.epochs is 2; it must be 50, because evaluate.as_paper is True'),
         ({'metrics': ('fad',)}, "config.evaluate.metrics is ('fad',); it must be a selection of 'kid'"),
     ],
     ids=str,
@@ -181,6 +183,109 @@ def test_without_the_ceiling_no_classifier_sees_private_images(copied_run):
     pipeline.run(config, workdir.root, 'evaluate')
     assert not workdir.ceiling.exists()
     assert 'accuracy_of_real_images' not in json.loads(workdir.evaluation.read_text())
+
+
+def test_an_evaluation_as_in_the_paper_says_so_and_stands_apart_from_others(copied_run):
+    config, workdir = copied_run
+    before = json.loads(workdir.evaluation.read_text())
+    assert before['protocol'] == 'as this program does by itself'
+    config = config.copy_and_resolve_references()
+    config.evaluate.update(fid=False, real_images=False, classifiers=('logistic', 'mlp', 'cnn'), seeds=2)
+    config.evaluate.update(as_paper=True, features='auto', epochs=50, ema_decay=0.9999)
+    pipeline.run(config, workdir.root, 'evaluate')
+    results = json.loads(workdir.evaluation.read_text())
+    assert results['protocol'] == 'as in the paper' and results['of']['settings']['evaluate.as_paper']
+    assert results['selection'].startswith('nothing') and 'held_out_accuracy' not in results
+    assert {kind: len(found) for kind, found in results['accuracy_of_seeds'].items()} == {
+        'logistic': 1, 'mlp': 2, 'cnn': 2
+    }  # fmt: skip
+    assert results['selected']['cnn'] == ['epoch 50 of 50'] * 2
+    assert results['accuracy_mean'] == pytest.approx(np.mean(list(results['accuracy'].values())))
+    pipeline.run(config, workdir.root, 'report')
+    text, page = workdir.report_text.read_text(), workdir.report_page.read_text()
+    for word in ('as in the paper', 'mean of the three', f'{100 * results["accuracy_mean"]:.1f} %'):
+        assert word in text and word in page
+    # Without the setting, these scores are of another evaluation; with it, they are there.
+    assert artefacts.Evaluation(workdir, flatten(config.to_dict())).is_complete
+    config.evaluate.as_paper = False
+    assert artefacts.Evaluation(workdir, flatten(config.to_dict())).results == {}
+
+
+# ---- images from elsewhere ----------------------------------------------------------------------
+
+
+def contents(folder):
+    """All files of a folder, but those of images from elsewhere and what notes the progress."""
+    paths = [path for path in folder.rglob('*') if path.is_file() and 'other_images' not in path.parts]
+    return {path: path.read_bytes() for path in paths}
+
+
+def test_images_of_a_file_are_scored_as_the_runs_own_and_change_nothing_of_it(copied_run, tmp_path_factory):
+    """The run's own images, as DPImageBench has them: they get the scores that the run has."""
+    config, workdir = copied_run
+    data, path = np.load(workdir.synthetic / 'images.npz'), tmp_path_factory.mktemp('other') / 'gen.npz'
+    pixels = np.moveaxis(data['images'], 3, 1).astype(np.float32) / 255
+    np.savez(path, x=pixels, y=data['labels'].astype(np.int64))
+    config = config.copy_and_resolve_references()
+    config.evaluate.update(images=str(path), classifiers=('logistic',))
+    own, before = json.loads(workdir.evaluation.read_text()), contents(workdir.root)
+    pipeline.run(config, workdir.root, 'evaluate')
+    after = contents(workdir.root)
+    changed = {file.name for file in before if after[file] != before[file]}
+    assert changed <= {'keys.json'} and after.keys() == before.keys()
+    (folder,) = (workdir.private / 'other_images').iterdir()
+    assert folder.name.startswith('gen_') and folder.stat().st_mode & 0o777 == 0o700
+    results = json.loads((folder / 'evaluation.json').read_text())
+    assert results['fid'] == pytest.approx(own['fid']) and results['scores']['kid'] == own['scores']['kid']
+    assert results['memorization'] == own['memorization'] and (folder / 'nearest.png').exists()
+    assert 0 < results['accuracy']['logistic'] <= 1
+    for name in ('report.txt', 'report.html', 'report.json'):
+        text = (folder / name).read_text()
+        assert 'file from elsewhere' in text and 'claims no privacy' in text and 'ε' not in text
+        assert (folder / name).stat().st_mode & 0o777 == 0o600
+    # Other images have a place of their own; the same ones are not scored again.
+    np.savez(path, x=1 - pixels, y=data['labels'])
+    config.evaluate.fid = False
+    pipeline.run(config, workdir.root, 'evaluate')
+    assert len(list((workdir.private / 'other_images').iterdir())) == 2
+    assert json.loads((folder / 'evaluation.json').read_text()) == results
+
+
+def test_images_of_a_file_are_scored_without_a_run(tiny_config, tmp_path, capsys, gate):
+    rng, workdir = np.random.default_rng(0), WorkDir(tmp_path / 'new')
+    np.savez(
+        tmp_path / 'a b.npz', images=rng.integers(0, 256, (40, 8, 8, 1), np.uint8), labels=np.arange(40) % 10
+    )
+    changes = {'evaluate__images': str(tmp_path / 'a b.npz'), 'evaluate__fid': False}
+    config = tiny_config(**changes, evaluate__real_images=False)
+    config.evaluate.classifiers = ('logistic',)
+    pipeline.run(config, workdir.root, 'evaluate')
+    (folder,) = (workdir.private / 'other_images').iterdir()
+    assert folder.name.startswith('a_b_')
+    told = capsys.readouterr().out
+    assert str(folder / 'report.html') in told and 'claims no privacy' in told and 'ε' not in told
+    assert not contents(workdir.release) and not workdir.own_ledger.exists()
+    # A run can begin here.
+    config.evaluate.images = ''
+    assert not any(gate(config, workdir).done.values())
+
+
+@pytest.mark.parametrize('stage', ['all', 'plan', 'report', 'clean'])
+def test_images_of_a_file_are_for_one_stage(tiny_config, tmp_path, stage):
+    config = tiny_config(evaluate__images='gen.npz')
+    with pytest.raises(ValueError, match="evaluate.images is 'gen.npz'; it must be '', because --stage is"):
+        pipeline.run(config, tmp_path / 'run', stage)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_nothing_is_spent_on_images_of_a_file_and_bad_ones_are_named_before_all_else(tiny_config, tmp_path):
+    config = tiny_config(evaluate__images='none.npz')
+    with pytest.raises(ValueError, match='config.evaluate.images: none.npz is no file'):
+        pipeline.run(config, tmp_path / 'run', 'evaluate')
+    config.evaluate.selection = 'private_noisy'
+    with pytest.raises(ValueError, match='because evaluate.images names a file: ε would be spent'):
+        pipeline.run(config, tmp_path / 'run', 'evaluate')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_images_that_stay_in_files_are_read_for_networks_that_learn_from_them_if_they_fit(monkeypatch):

@@ -166,6 +166,35 @@ def test_tensorflow_datasets_reads_its_folder_without_tensorflow(tmp_path, label
     assert 'NOT PRIVATE: for this test' in str(found['about']) and 'What it is.' in str(found['about'])
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+def test_dpimagebench_reads_the_same_pixels_and_labels(tmp_path, labeled, channels):
+    """Its evaluation cuts off fractions for FID; each of the 256 values must survive that."""
+    images, labels = labeled
+    images = images[..., :channels].copy()
+    images.flat[:256] = np.arange(256)
+    exports.write_dpimagebench(tmp_path / 'bench', images, labels)
+    found = np.load(tmp_path / 'bench' / 'gen' / 'gen.npz')
+    x, y = found['x'], found['y']
+    assert x.dtype == np.float32 and x.shape == (35, channels, 6, 6) and 0 <= x.min() and x.max() <= 1
+    for read in ((x * 255).astype(np.uint8), np.rint(x * 255)):
+        np.testing.assert_array_equal(np.moveaxis(read, 1, 3), images)
+    assert y.dtype == np.int64
+    np.testing.assert_array_equal(y, labels)
+
+
+def test_a_run_writes_other_forms_of_its_images_when_they_are_asked_for(copied_run):
+    config, workdir = copied_run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config.generate, 'dpimagebench', True)
+        pipeline.run(config, workdir.root, 'generate')
+    data = files.read_npz(workdir.synthetic / 'images.npz', '')
+    found = files.read_npz(workdir.synthetic / 'dpimagebench' / 'gen' / 'gen.npz', '')
+    np.testing.assert_array_equal(np.rint(np.moveaxis(found['x'], 1, 3) * 255), data['images'])
+    np.testing.assert_array_equal(found['y'], data['labels'])
+    for page in (workdir.card, workdir.release_page):
+        assert 'release/synthetic/dpimagebench/gen/gen.npz' in page.read_text()
+
+
 def test_a_run_leaves_class_names_in_its_files(finished_run):
     config, workdir, _ = finished_run
     data = files.read_npz(workdir.synthetic / 'images.npz', '')

@@ -57,14 +57,14 @@ class Npz(Source):
 
     def shape(self, split: str) -> tuple[int, ...]:
         path, images, labels = self._find(split)
-        headers = _header(path, images, self.rows), _header(path, labels, self.rows)
+        headers = read_header(path, images, self.rows), read_header(path, labels, self.rows)
         shapes = [header.shape for header in headers]
         _check_images(path, images, labels, split, headers[0])
         return folder.image_shape(path, shapes[0], shapes[1], self.rows)
 
     def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         path, images, _ = self._find(split)
-        return _array(path, images, self.rows), self._labels(split, self.rows)
+        return read_array(path, images, self.rows), self._labels(split, self.rows)
 
     def identity(self, split: str) -> list[str]:
         path, *_ = self._find(split)
@@ -83,11 +83,11 @@ class Npz(Source):
                 f'config.data.groups is {name!r}; it must be an array of integers in {path}, which has '
                 f'{", ".join(found)}'
             )
-        return _array(path, name, Rows)
+        return read_array(path, name, Rows)
 
     def _labels(self, split: str, rows: Callable[[int], Rows]) -> np.ndarray:
         path, _, name = self._find(split)
-        labels = _array(path, name, rows)
+        labels = read_array(path, name, rows)
         if labels.ndim != 2:
             return labels
         if labels.shape[1] == 1:
@@ -163,7 +163,7 @@ def _check_images(path: Path, images: str, labels: str, split: str, header: _Hea
     )
 
 
-def _header(path: Path, name: str, rows: Callable[[int], Rows]) -> _Header:
+def read_header(path: Path, name: str, rows: Callable[[int], Rows]) -> _Header:
     """Read the header of one array, and check that the file can hold so much, and the memory the kept rows.
 
     Args:
@@ -195,9 +195,9 @@ def _header(path: Path, name: str, rows: Callable[[int], Rows]) -> _Header:
     return _Header(shape=shape, is_reversed=is_reversed, dtype=dtype, length=start)
 
 
-def _array(path: Path, name: str, rows: Callable[[int], Rows]) -> np.ndarray:
+def read_array(path: Path, name: str, rows: Callable[[int], Rows]) -> np.ndarray:
     """Return some rows of one array of a file without reading the others; `rows`: N → which."""
-    header = _header(path, name, rows)
+    header = read_header(path, name, rows)
     shape, dtype, kept = header.shape, header.dtype, rows(header.shape[0])
     with _opened(path, name) as (file, _):
         file.read(header.length)

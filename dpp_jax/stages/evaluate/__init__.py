@@ -14,6 +14,7 @@ from dpp_jax.run import artefacts
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
+from dpp_jax.run.other_images import OtherImages
 from dpp_jax.stages.evaluate import common, distances, utility
 from dpp_jax.stages.evaluate.utility import PrivateSelection as PrivateSelection
 from dpp_jax.training import hosts
@@ -40,7 +41,7 @@ def run(
     workdir: WorkDir,
     keys: Keys,
     *,
-    images: SyntheticImages,
+    images: SyntheticImages | OtherImages,
     share: Images,
     private: Callable[[], Images],
     test: Callable[[], Images],
@@ -56,14 +57,14 @@ def run(
         config: the settings.
         workdir: keeps the feature network.
         keys: of the run.
-        images: the synthetic images.
+        images: the synthetic images, or others.
         share: the private images that this process has.
         private: gives all private images; called in process 0 alone, and so is `test`.
         test: gives real images that no training saw.
         settings: how classifiers are trained.
         selection: how private images select among them; None: they do not.
     """
-    evaluation = Evaluation(workdir, flatten(config.to_dict())) if hosts.is_first() else None
+    evaluation = Evaluation(workdir, flatten(config.to_dict()), images) if hosts.is_first() else None
     hosts.at_first(lambda: evaluation.begin())
     own = share.images, share.labels
     read = functools.cache(lambda: common.in_memory(private, share))

@@ -33,6 +33,7 @@ from dpp_jax.run import fingerprint
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
+from dpp_jax.run.other_images import OtherImages
 from dpp_jax.stages.evaluate import common
 from dpp_jax.training import hosts, progress
 
@@ -78,7 +79,7 @@ def run(
     keys: Keys,
     *,
     evaluation: Evaluation | None,
-    images: SyntheticImages,
+    images: SyntheticImages | OtherImages,
     share: Images,
     private: Callable[[], common.InMemory],
     test: Callable[[], Images],
@@ -145,7 +146,7 @@ def check(config: ConfigDict) -> list[str]:
             f'config.evaluate.inception is {settings.inception!r}, which is no file; it must be the path of '
             f'pt_inception-2015-12-05-6726825d.pth ({inception_weights.URL})'
         )
-    if settings.fid and settings.features != 'cnn' and inception_weights.is_missing(settings.inception):
+    if settings.fid and _features(settings) != 'cnn' and inception_weights.is_missing(settings.inception):
         return [
             f'Evaluation will try to download the weights of Inception-v3, 91 MB: {inception_weights.URL}'
         ]
@@ -189,18 +190,26 @@ def _network_of(told: dict[str, Any]) -> Network:
     return features.FeatureNetwork.from_arrays(told['arrays'], source='process 0')
 
 
+def _features(settings: ConfigDict) -> str:
+    """Return whose features are asked for; those of the paper are Inception's."""
+    return 'inception' if settings.as_paper else settings.features
+
+
 def _inception(config: ConfigDict) -> inception.Inception | None:
     """Return Inception-v3 if the settings ask for it, or allow it and its weights can be had."""
-    settings = config.evaluate
-    if settings.features == 'cnn':
+    settings, asked = config.evaluate, _features(config.evaluate)
+    if asked == 'cnn':
         return None
     try:
         return inception_weights.load(settings.inception)
     except inception_weights.NotAvailable as error:
-        if settings.features == 'inception':
+        if asked == 'inception':
+            found, other = "features is 'inception'", "features to 'cnn'"
+            if settings.as_paper:
+                found, other = 'as_paper is True', 'fid to False'
             raise ValueError(
-                f"config.evaluate.features is 'inception', but {error}. Download it elsewhere, and name it "
-                "by config.evaluate.inception; or set config.evaluate.features to 'cnn'"
+                f'config.evaluate.{found}, but {error}. Download it elsewhere, and name it by '
+                f'config.evaluate.inception; or set config.evaluate.{other}'
             ) from error
         print(
             f'FID takes the features of a small CNN: {error}. To compare with other work, download the file '

@@ -2,6 +2,7 @@
 
 Which candidate of a training counts (an epoch, say), test images never decide:
 - selection `synthetic`: each training chooses by a held-out share of its own, synthetic images.
+- `as_paper`: nothing chooses. A training uses all synthetic images, and counts as it ends.
 - selection `private_noisy`: all trainings come first. Each candidate's sum over the private images
   (`privacy.selection`) and its results on the test images wait in private/candidates/. Then one noisy
   release of all sums, release/selection.json, chooses. After a kill, trainings that are there are not
@@ -23,10 +24,11 @@ from dpp_jax.privacy.budget import SELECTION
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.privacy.selection import Selection
-from dpp_jax.run import artefacts, statement_text
+from dpp_jax.run import artefacts
 from dpp_jax.run.artefacts import Evaluation, SyntheticImages
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import NOTE, Keys
+from dpp_jax.run.other_images import OtherImages
 from dpp_jax.stages.evaluate import common
 
 _AT_ONCE = 4096  # private images, which may stay in files
@@ -75,7 +77,7 @@ def run(
     keys: Keys,
     *,
     evaluation: Evaluation,
-    images: SyntheticImages,
+    images: SyntheticImages | OtherImages,
     private: Callable[[], common.InMemory],
     test: Callable[[], Images],
     settings: trainer.Settings,
@@ -107,6 +109,9 @@ def run(
         add_ceilings()
         for kind in chosen:
             _add_scores(train, evaluation, kind, test, config.evaluate.seeds)
+        if config.evaluate.as_paper and set(classifiers.AS_PAPER) <= set(chosen):
+            mean = np.mean([results['accuracy'][kind] for kind in classifiers.AS_PAPER])
+            common.save(evaluation, {'accuracy_mean': float(mean)})
     elif chosen:
         found = [
             _candidates(train, workdir, keys, evaluation, kind, seed, private, test, selection)
@@ -117,22 +122,25 @@ def run(
             _release(workdir, keys, images, found, selection)
         add_ceilings()  # after the release: networks trained on private images must not decide whether it is
         _add_selected(evaluation, found, artefacts.selection(workdir)['trainings'])
-    print(
-        f'Settings scored on real images in this folder so far: {len(evaluation.scored)}. Not covered by ε: '
-        f'{statement_text.CHOICE}.'
-    )
 
 
 class _Trainer:
     """Trains classifiers on the synthetic images, which are read when they are needed."""
 
-    def __init__(self, config: ConfigDict, keys: Keys, images: SyntheticImages, settings: trainer.Settings):
+    def __init__(
+        self,
+        config: ConfigDict,
+        keys: Keys,
+        images: SyntheticImages | OtherImages,
+        settings: trainer.Settings,
+    ):
         self.classes, self.is_one = config.data.classes, config.evaluate.seeds == 1
+        self.as_paper = config.evaluate.as_paper
         self._keys, self._images, self._settings = keys, images, settings
         self._data: dict[str, np.ndarray] = {}
 
     def __call__(self, function: Callable[..., Any], kind: str, seed: int, **more: Any) -> Any:
-        """Call `classifiers.train_classifier` or `classifiers.fit` for one training."""
+        """Call a function of `classifiers` for one training."""
         self._data = self._data or self._images.load(self._images.for_classifiers)
         # The first has the key of runs without a number of seeds.
         part = f'evaluate/{kind}' + (f'/{seed}' if seed else '')
@@ -157,15 +165,27 @@ def _add_scores(
     results = evaluation.results
     if kind in results['accuracy']:
         return
+    if train.as_paper:
+        seeds = classifiers.trainings(kind, seeds)
     for seed in range(len(results.get('accuracy_of_seeds', {}).get(kind, [])), seeds):
-        classifier = train(classifiers.train_classifier, kind, seed)
+        classifier = train(_function(train.as_paper), kind, seed)
         _add(results, kind, _confusion(classifier, test(), train.classes), classifier.name)
-        means = results.setdefault('held_out_accuracy', {})
-        means[kind] = (seed * means.get(kind, 0.0) + classifier.held_out_accuracy) / (seed + 1)
+        if classifier.held_out_accuracy is not None:
+            means = results.setdefault('held_out_accuracy', {})
+            means[kind] = (seed * means.get(kind, 0.0) + classifier.held_out_accuracy) / (seed + 1)
         evaluation.save()
     _summarize(results, kind)
-    results['selection'] = 'a held-out share of the synthetic images'
+    results['selection'] = (
+        'nothing: each is what its training ends with'
+        if train.as_paper
+        else 'a held-out share of the synthetic images'
+    )
     evaluation.save()
+
+
+def _function(as_paper: bool) -> Callable[..., classifiers.Classifier]:
+    """Return what trains a classifier that no private image selects."""
+    return classifiers.train_as_paper if as_paper else classifiers.train_classifier
 
 
 def _confusion(classifier: classifiers.Classifier, test: Images, classes: int) -> np.ndarray:
@@ -322,11 +342,13 @@ def _add_ceiling(
         return
     names = ('epochs', 'batch_size', 'learning_rate', 'ema_decay', 'held_out')
     of = {name: config.evaluate[name] for name in names}
+    if config.evaluate.as_paper:
+        of['as_paper'] = True
     known = _known_ceiling(workdir)
     accuracy = known['accuracy'] if known.get('of') == of else {}
     if kind not in accuracy:
         with common.steps_bar(f'real {kind}') as advance:
-            classifier = classifiers.train_classifier(
+            classifier = _function(config.evaluate.as_paper)(
                 kind,
                 train.images,
                 train.labels,

@@ -75,8 +75,8 @@ def run(
         if hosts.from_first(functools.partial(images.is_whole, path)):
             continue
         if name == 'images' and hosts.is_first():  # they may come from other keys than those in other forms
-            files.remove_folder(images.png_tree)
-            files.remove_folder(images.tfds)
+            for folder in images.exports.values():
+                files.remove_folder(folder)
         # With guidance the network takes each image twice.
         at_once = max(1, sizes.images // 2) if guidance[name].guidance else sizes.images
         unfinished = path.parent / f'.parts_{name}'
@@ -162,6 +162,8 @@ def _export(
             'was trained with differential privacy. What holds: privacy_statement.md of the run'
         )
         exports.write_tfds(images.tfds, *arrays, name=config.name, description=description)
+    if config.generate.dpimagebench and not files.is_whole(images.dpimagebench):
+        exports.write_dpimagebench(images.dpimagebench, *arrays[:2])
     write_pages(workdir, images, class_names, privacy)
 
 

@@ -1,4 +1,4 @@
-"""The synthetic images in forms that other libraries read: a tree of PNG files, and a set for TFDS."""
+"""The synthetic images in forms that other programs read: PNG files, a set for TFDS, DPImageBench's file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +103,23 @@ def write_tfds(
                 writer.add_examples({'train': examples})
                 bar.update(len(examples))
         writer.close_all()
+
+
+def write_dpimagebench(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write folder/gen/gen.npz: `x` float32 (n, C, H, W) in [0, 1], and `y` int64 (n,).
+
+    That is what the evaluation of DPImageBench reads. It multiplies pixels by 255 and cuts off the fraction,
+    which gives the same whole numbers again.
+
+    Args:
+        folder: appears when it is complete.
+        images: (n, H, W, C) uint8.
+        labels: (n,) integers.
+    """
+    with files.whole_folder(folder) as unfinished:
+        (unfinished / 'gen').mkdir()
+        pixels = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
+        files.write_npz(unfinished / 'gen' / 'gen.npz', x=pixels, y=labels.astype(np.int64))
 
 
 def _tfds_name(name: str) -> str:

@@ -143,11 +143,6 @@ class WorkDir:
         self.seconds = self.private / 'seconds.json'
         self.curve = self.root / 'plan.png'
 
-    @property
-    def of_queries(self) -> dict[str, Path]:
-        """Mechanism of a query → where its result is."""
-        return {CENTRAL_QUERY: self.central_images, MOMENTS: self.moments}
-
     def beside(self, name: str) -> 'WorkDir':
         """Return the same folder with other places for scores and report: those of images from elsewhere.
 
@@ -157,6 +152,11 @@ class WorkDir:
         for place in ('evaluation', 'scored', 'nearest', 'report', 'report_text', 'report_page'):
             setattr(found, place, folder / getattr(self, place).name)
         return found
+
+    @property
+    def of_queries(self) -> dict[str, Path]:
+        """Mechanism of a query → where its result is."""
+        return {CENTRAL_QUERY: self.central_images, MOMENTS: self.moments}
 
     @classmethod
     def to_read(cls, root: str | PathLike) -> 'WorkDir':

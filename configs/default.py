@@ -108,6 +108,21 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     moments.clip_norm = 2.5
     moments.class_counts = 'public'  # public | noisy, as of query
 
+    # --stage=import begins a run with a checkpoint of the PyTorch implementation (.pth or .safetensors), in
+    # place of the stages that it has behind it. On the command line also config.import.path, and so on.
+    config.imported = imported = ConfigDict()
+    imported.path = ''  # of the file; '' = none
+    # What it was trained on. This declares what it spent of the budget: public (nothing: it saw no private
+    # image) | pretrained (query.*, if that is what gave its central images) | finetuned (query.*, if
+    # pretrain.enabled; and imported.noise_multiplier with finetune.batch_size, epochs and clip_norm).
+    imported.kind = ''
+    imported.noise_multiplier = placeholder(float)  # finetuned: of its DP-SGD, noise std / clip norm, > 0
+    # Also read a file that holds more than tensors. It runs code when it is read: whose file is it?
+    imported.trust = False
+
+    config.export = export = ConfigDict()  # --stage=export writes the newest model for the PyTorch code
+    export.path = ''  # .pth or .safetensors; '' = release/model/finetune.pth (or pretrain.pth)
+
     config.model = model = ConfigDict()
     model.network = 'unet'  # unet (NCSN++)
     model.width = 32  # channels of the first level

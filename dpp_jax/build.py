@@ -23,9 +23,10 @@ from dpp_jax.privacy import selection as selection_lib
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, QUERIES, SELECTION, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import already_spent, step_time
+from dpp_jax.run import already_spent, imported, step_time
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run import sizes as sizes_lib
+from dpp_jax.run.folder import flatten
 
 _SAMPLER_STEPS_OF_SNAPSHOTS = 18
 
@@ -116,8 +117,8 @@ _MAKERS: dict[str, Callable[[ConfigDict], queries.Query]] = {
 
 
 def asked(config: ConfigDict) -> list[str]:
-    """Return the mechanisms of the queries that a run asks, in their order."""
-    if not config.pretrain.enabled:
+    """Return the mechanisms of the queries, in their order: those asked here, or declared of a checkpoint."""
+    if not has_query(config):
         return []
     return [name for name, section in QUERIES.items() if config[section].get('enabled', True)]
 
@@ -149,6 +150,16 @@ def selection(config: ConfigDict) -> selection_lib.Selection | None:
     return selection_lib.Selection(candidates=candidates, units=unit(config).size)
 
 
+def imported_kind(config: ConfigDict) -> str:
+    """Return what the checkpoint is that a run imports, a name of `imported.KINDS`; '' if it imports none."""
+    return imported.kind(flatten(config.to_dict()))
+
+
+def has_query(config: ConfigDict) -> bool:
+    """Whether central images are asked for, here or where the imported checkpoint comes from."""
+    return imported.has_query(flatten(config.to_dict()))
+
+
 def plan(
     config: ConfigDict,
     run_model: Model,
@@ -166,10 +177,14 @@ def plan(
 
     Raises:
         ValueError: the queries, with what was spent before, exceed the budget, or no noise keeps one within
-            its share, or what was spent before cannot be read.
+            its share, or what was spent before cannot be read; or what is declared of an imported model
+            exceeds the budget.
     """
     noise = noise or {}
     dp, finetune, pretrain, counted = config.dp, config.finetune, config.pretrain, unit(config)
+    is_finetuned = imported_kind(config) == imported.FINETUNED
+    if is_finetuned:
+        noise = {**noise, DP_SGD: config.imported.noise_multiplier}
     limits = {
         'epsilon': dp.epsilon,
         'delta': dp.delta,
@@ -221,16 +236,19 @@ def plan(
             sensitivity=finetune.clip_norm,
             unit=counted.name,
         )
-        return Releases(mechanism=mechanism, count=steps)
+        return Releases(mechanism=mechanism, count=steps, declared=is_finetuned)
 
     budget = budget_lib.calibrate(
         known, dp_sgd, noise_multiplier=noise.get(DP_SGD), before=spent_before, after=chosen, **limits
     )
-    central = budget.count(CENTRAL_QUERY) * config.data.classes
+    if is_finetuned:  # its noise was not calibrated
+        _check_within(budget)
+    central = 0 if imported_kind(config) else budget.count(CENTRAL_QUERY) * config.data.classes
     batch = min(pretrain.batch_size, max(central, 1))
     steps_of_moments = pretrain.moments_steps if budget.of(MOMENTS) else 0
     pretrain_steps = pretrain.epochs * math.ceil(central / batch)
     noised_images = (pretrain_steps * batch + steps_of_moments * pretrain.batch_size) * pretrain.draws
+    finetune_steps = 0 if is_finetuned else steps
     return plan_lib.Plan(
         budget=budget,
         private_images=counted.images,
@@ -239,8 +257,19 @@ def plan(
         parameters=model_lib.size(run_model.shapes()),
         pretrain_steps=pretrain_steps + steps_of_moments,
         pretrain_noised_images=noised_images,
-        finetune_noised_images=round(steps * counted.places / round(1 / q) * finetune.draws),
+        finetune_noised_images=round(finetune_steps * counted.places / round(1 / q) * finetune.draws),
     )
+
+
+def _check_within(budget: budget_lib.Budget) -> None:
+    """Refuse a fine-tuning that, as declared, exceeds the budget with all else."""
+    sigma, spent = budget.of(DP_SGD).mechanism.noise_multiplier, budget.spent()
+    if spent > budget.epsilon:
+        raise ValueError(
+            f'config.imported.noise_multiplier is {sigma:g}: with it, what is declared of '
+            f'config.imported.path and all else spend ε = {accounting.format_epsilon(spent, 6)}. '
+            f'config.dp.epsilon is {accounting.format_exact(budget.epsilon)}; it must be at least that'
+        )
 
 
 def query_releases(config: ConfigDict, name: str, sigma: float) -> Releases:
@@ -253,7 +282,8 @@ def query_releases(config: ConfigDict, name: str, sigma: float) -> Releases:
         sensitivity=_MAKERS[name](config).sensitivity,
         unit=config.dp.unit,
     )
-    return Releases(mechanism=mechanism, count=settings.get('queries', 1))
+    is_declared = bool(imported_kind(config))
+    return Releases(mechanism=mechanism, count=settings.get('queries', 1), declared=is_declared)
 
 
 def _selection_releases(config: ConfigDict, sigma: float) -> Releases:

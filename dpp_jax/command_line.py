@@ -35,13 +35,16 @@ PRIVATE = flags.DEFINE_string(
 )
 # What `pipeline.run` takes; the others read folders, and need no config.
 PIPELINE_STAGES = (
-    'plan', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'clean',
+    'plan', 'import', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report', 'all', 'export',
+    'clean',
 )  # fmt: skip
 STAGE = flags.DEFINE_enum(
     'stage',
     'all',
     [*PIPELINE_STAGES, 'status', 'compose'],
-    'What to run: one stage; all: those that are not done; plan: spends nothing; clean: deletes private/; '
+    'What to run: one stage; all: those that are not done; plan: spends nothing; import: begins with a '
+    'checkpoint of the PyTorch implementation (--config.import.path); export: writes the model for that '
+    '(--config.export.path); clean: deletes private/; '
     'status: prints how far the run in --workdir is; compose: prints what the folders of --with spent '
     'together.',
 )
@@ -63,6 +66,8 @@ HOST_TIMEOUT = flags.DEFINE_float(
 
 _SHIPPED = Path(configs.__path__[0])
 _HELP = re.compile(r'--?(help|helpshort|helpfull|helpxml|\?)')
+# `import` is a word of Python, so the section has another name there.
+_IMPORT = re.compile(r'^(--?(?:no)?config\.)import\.')
 _SETTING = re.compile(r'--?(?:no)?config\.([^=]+)')
 # How XLA's own errors begin, also those of a connection to another process that is gone.
 _OF_XLA = re.compile('(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ')
@@ -256,7 +261,7 @@ def _last_of_each(arguments: list[str], known: Mapping[str, Any]) -> list[str]:
     """
     others, settings, left = [], {}, list(arguments)
     while left:
-        argument = left.pop(0)
+        argument = _IMPORT.sub(r'\1imported.', left.pop(0))
         setting = _SETTING.match(argument)
         if not setting:
             others.append(argument)

@@ -10,7 +10,7 @@ from dpp_jax import build, files
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.budget import DP_SGD, MECHANISMS, QUERIES, SELECTION
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import already_spent, artefacts, statement
+from dpp_jax.run import already_spent, artefacts, imported, statement
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys
@@ -18,6 +18,21 @@ from dpp_jax.stages import report
 from dpp_jax.training import checkpoint, hosts
 
 STAGES = ('central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report')
+IMPORT = 'import'
+
+
+def stages_of(kind: str) -> tuple[str, ...]:
+    """Return the stages of a run in order.
+
+    Args:
+        kind: of the checkpoint that it imports, which takes the place of the first stages; '' if none.
+    """
+    return (IMPORT, *STAGES[len(_replaced(kind)) :]) if kind else STAGES
+
+
+def _replaced(kind: str) -> tuple[str, ...]:
+    """Return the stages that an imported checkpoint of this kind takes the place of."""
+    return STAGES[: STAGES.index(imported.KINDS[kind]) + 1]
 
 
 def check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, stage: str) -> list[str]:
@@ -27,7 +42,8 @@ def check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, st
         The settings of pre-training that changed and may, see `WorkDir.check`.
     """
     workdir.check_private()
-    changed = workdir.check(flatten(config.to_dict()), lambda: not has_finetuned(workdir))
+    may_pretrain_again = lambda: not build.imported_kind(config) and not has_finetuned(workdir)
+    changed = workdir.check(flatten(config.to_dict()), may_pretrain_again)
     if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
         images.check()
     return changed
@@ -39,6 +55,11 @@ def has_finetuned(workdir: WorkDir) -> bool:
         workdir.checkpoints('finetune')
     )
     return bool(is_there) or Ledger(workdir.ledger, read_only=True).count(DP_SGD) > 0
+
+
+def has_imported(config: ConfigDict, workdir: WorkDir) -> bool:
+    """Whether the checkpoint that the run imports is there already; not whether it is whole."""
+    return files.is_whole(workdir.model(imported.KINDS[config.imported.kind]))
 
 
 class Gate(NamedTuple):
@@ -72,6 +93,7 @@ def read(
         workdir,
         images,
         evaluation,
+        kind=build.imported_kind(config),
         queries=[query for query in QUERIES if run_plan.budget.of(query)],
         has_selected=has_selected,
         changed=changed,
@@ -98,6 +120,7 @@ def find_done(
     images: artefacts.SyntheticImages,
     evaluation: artefacts.Evaluation,
     *,
+    kind: str,
     queries: Collection[str],
     has_selected: bool,
     changed: Sequence[str] = (),
@@ -108,11 +131,12 @@ def find_done(
         workdir: to look into.
         images: synthetic ones.
         evaluation: of them.
+        kind: of the checkpoint that the run imports; '' if none.
         queries: which of them the run asks.
         has_selected: whether no selection by private images is still to be released.
         changed: settings of pre-training that changed: it is to be done again.
     """
-    return {
+    done = {
         'central': all(workdir.of_queries[query].exists() for query in queries),
         'pretrain': not queries or (files.is_whole(workdir.model('pretrain')) and not changed),
         'finetune': files.is_whole(workdir.model('finetune')),
@@ -120,6 +144,10 @@ def find_done(
         'evaluate': evaluation.is_complete and has_selected,
         'report': report.is_done(workdir, images, evaluation),
     }
+    if kind:
+        is_there = files.is_whole(workdir.model(imported.KINDS[kind]))
+        done |= dict.fromkeys((IMPORT, *_replaced(kind)), is_there)
+    return done
 
 
 def tell(config: ConfigDict, model: Model, found: Gate | None) -> Gate:

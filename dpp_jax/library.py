@@ -61,8 +61,9 @@ def synthesize(
     Args:
         config: the settings, see `config`.
         workdir: folder of the run; it is made if it is not there.
-        stage: 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report'; 'all': those that are not
-            done; 'plan': spends nothing; 'clean': deletes private/.
+        stage: 'import', 'central', 'pretrain', 'finetune', 'generate', 'evaluate', 'report'; 'all': those
+            that are not done; 'plan': spends nothing; 'export': writes the model for the PyTorch
+            implementation; 'clean': deletes private/.
         private: folder for private/, if not in `workdir`.
 
     Raises:

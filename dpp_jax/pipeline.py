@@ -10,6 +10,7 @@ A command that was killed is given again: it goes on where the folder says.
 Of several processes each runs all of this. Process 0 alone has the work directory; see `training/hosts.py`.
 """
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
@@ -23,21 +24,32 @@ from ml_collections import ConfigDict
 from dpp_jax import build, derive, files, gate, planning, settings
 from dpp_jax.data import sources
 from dpp_jax.data.images import Images
-from dpp_jax.gate import STAGES
+from dpp_jax.gate import IMPORT, STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION
 from dpp_jax.privacy.shares import Share
-from dpp_jax.run import artefacts, statement, statement_text
+from dpp_jax.run import artefacts, imported, statement, statement_text
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.keys import Keys, why_not_private
 from dpp_jax.run.other_images import OtherImages
 from dpp_jax.run.sizes import Sizes
-from dpp_jax.stages import central, clean, evaluate, finetune, generate, plan, pretrain, report
+from dpp_jax.stages import (
+    central,
+    clean,
+    evaluate,
+    export_checkpoint,
+    finetune,
+    generate,
+    import_checkpoint,
+    plan,
+    pretrain,
+    report,
+)
 from dpp_jax.stages.central import moments
 from dpp_jax.training import devices, hosts, preemption, progress
 
 # What the others make stays in private/, but for a selection by private images.
-_RELEASING = ('central', 'pretrain', 'finetune', 'generate')
+_RELEASING = (IMPORT, 'central', 'pretrain', 'finetune', 'generate')
 
 
 def run(config: ConfigDict, root: str | Path, stage: str, private: str | Path | None = None) -> None:
@@ -46,7 +58,7 @@ def run(config: ConfigDict, root: str | Path, stage: str, private: str | Path | 
     Args:
         config: a resolved config, see configs/default.py.
         root: the work directory.
-        stage: one of STAGES, 'plan', 'all' or 'clean'.
+        stage: one of STAGES, 'import', 'plan', 'all', 'export' or 'clean'.
         private: where private/ is, if not in the work directory.
 
     Raises:
@@ -81,17 +93,34 @@ def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
     all_settings = flatten(config.to_dict())
     model = build.model(config)
     images = artefacts.SyntheticImages(workdir, all_settings)
-    stages = STAGES if stage == 'all' else (stage,)
+    in_order = gate.stages_of(build.imported_kind(config))
+    stages = in_order if stage == 'all' else (stage,)
+    _check_stage(stage, in_order)
     if not hosts.is_first():
         Run(config, workdir, model, images, None, []).run(stages)
         return
     gate.check_folder(config, workdir, images, stage)
+    checkpoint = functools.cache(lambda: import_checkpoint.read(config, model))
+    if IMPORT in stages and not gate.has_imported(config, workdir):
+        checkpoint()  # its refusals, before anything is made
     with workdir.opened():
         # Again: another process may have worked here.
         changed = gate.check_folder(config, workdir, images, stage)
         found = gate.read(config, workdir, model, images, changed=changed)
         with progress.noted(workdir.progress):
-            Run(config, workdir, model, images, found, changed).run(stages)
+            Run(config, workdir, model, images, found, changed, checkpoint).run(stages)
+
+
+def _check_stage(stage: str, in_order: tuple[str, ...]) -> None:
+    """Refuse a stage that this run does not have."""
+    if stage in in_order or stage not in (IMPORT, *STAGES):
+        return
+    if stage == IMPORT:
+        raise ValueError("config.imported.path is ''; it must name a checkpoint for --stage=import")
+    raise ValueError(
+        f'--stage={stage} is no stage of this run: config.imported.path takes its place. The stages are '
+        f'{", ".join(in_order)}. Without it, use another --workdir'
+    )
 
 
 def _score_file(config: ConfigDict, workdir: WorkDir) -> None:
@@ -199,18 +228,29 @@ class RealImages:
 class Run(RealImages):
     """The stages of one command and what they share."""
 
-    def __init__(self, config, workdir, model, images, found: gate.Gate | None, changed: list[str]):
-        """`found` is what process 0 read; None in the others."""
+    def __init__(
+        self,
+        config,
+        workdir,
+        model,
+        images,
+        found: gate.Gate | None,
+        changed: list[str],
+        checkpoint: Callable[[], dict] | None = None,
+    ):
+        """`found` and `checkpoint` (what is imported) are of process 0; None in the others."""
         super().__init__(config, workdir)
         self.changed = changed  # settings of pre-training, which begins again
+        self._checkpoint = checkpoint
+        self._stages = gate.stages_of(build.imported_kind(config))
         self.model, self.images = model, images
         self.plan, self.ledger, self.done, self.released = gate.tell(config, model, found)
         self._stage = config, workdir, self.keys  # what every stage is given first
 
     def run(self, stages: tuple[str, ...]) -> None:
         """Run those of `stages` that are not done, and say what happens."""
-        if stages == ('clean',):
-            hosts.at_first(self.clean)
+        if stages in (('clean',), ('export',)):
+            hosts.at_first(getattr(self, stages[0]))
             return
         todo = [stage for stage in stages if not self.done[stage]]
         if todo:
@@ -231,7 +271,7 @@ class Run(RealImages):
             start = time.monotonic()
             if stage in _RELEASING or (stage == 'evaluate' and self.plan.budget.of(SELECTION)):
                 hosts.at_first(lambda stage=stage: statement.record_code(self.workdir, stage))
-            getattr(self, stage)()
+            self.import_() if stage == IMPORT else getattr(self, stage)()
             seconds = time.monotonic() - start
             hosts.at_first(lambda found=(stage, seconds): artefacts.add_seconds(self.workdir, *found))
             print(f'{stage}: done in {seconds:.1f} s', flush=True)
@@ -251,7 +291,8 @@ class Run(RealImages):
 
     def _check(self, todo: list[str]) -> None:
         """Find everything that can be wrong, before any privacy is spent or anything is written."""
-        missing = [stage for stage in STAGES[: STAGES.index(todo[0])] if not self.done[stage]]
+        earlier = self._stages[: self._stages.index(todo[0])]
+        missing = [stage for stage in earlier if not self.done[stage]]
         # The report shows what is there; evaluation is not a condition.
         missing = [stage for stage in missing if (todo[0], stage) != ('report', 'evaluate')]
         if missing:
@@ -261,6 +302,19 @@ class Run(RealImages):
             )
         if {'central', 'finetune', 'evaluate'} & set(todo):
             self.check_images(has_evaluation='evaluate' in todo)
+
+    def import_(self) -> None:
+        def take():
+            import_checkpoint.run(
+                self.config,
+                self.workdir,
+                self.ledger,
+                self._write_statement,
+                found=self._checkpoint(),
+                declared=[part for part in self.plan.budget.releases if part.declared],
+            )
+
+        hosts.at_first(take)
 
     def central(self) -> None:
         budget = self.plan.budget
@@ -352,6 +406,12 @@ class Run(RealImages):
     def clean(self) -> None:
         clean.run(self.workdir, self.model, is_finished=self.done['finetune'], last=self._write_statement)
 
+    def export(self) -> None:
+        steps = {'pretrain': self.plan.pretrain_steps, 'finetune': self.plan.budget.count(DP_SGD)}
+        if self.config.imported.path and self.done[IMPORT]:
+            steps[imported.KINDS[self.config.imported.kind]] = artefacts.imported_step(self.workdir)
+        export_checkpoint.run(self.config, self.workdir, model=self.model, steps=steps)
+
     @property
     def _private_stage(self) -> tuple:
         """What a stage with a mechanism on the private images is given first."""
@@ -359,7 +419,9 @@ class Run(RealImages):
 
     def _write_statement(self) -> dict:
         """Before what it covers: whatever is in release/, its statement is there too."""
-        written = statement.of_ledger(self.workdir, self.ledger, self.plan.budget, self.config.data.derived)
+        budget, derived = self.plan.budget, self.config.data.derived
+        kind = build.imported_kind(self.config)
+        written = statement.of_ledger(self.workdir, self.ledger, budget, derived, kind)
         statement.write(self.workdir, written)
         return written
 

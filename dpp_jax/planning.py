@@ -18,7 +18,7 @@ from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir, flatten
-from dpp_jax.stages import evaluate, plan
+from dpp_jax.stages import evaluate, import_checkpoint, plan
 from dpp_jax.training import devices, hosts
 
 _CLASSES_SHOWN = 6  # the smallest, where there are many
@@ -50,6 +50,8 @@ def run(config: ConfigDict, root: str | Path, private: str | Path | None = None)
         )
         if found is not None:
             _try(problems, lambda: _plan(config, workdir, model, found, info))
+        if config.imported.path and not gate.has_imported(config, workdir):
+            _try(problems, lambda: import_checkpoint.read(config, model))
     if problems:
         raise ValueError('\n'.join(problems))
 
@@ -93,13 +95,14 @@ def _plan(
 ) -> None:
     """Print the plan; a ValueError says why these devices cannot follow it."""
     sizes = build.sizes(config, model)
-    if not found.done['finetune']:
+    todo = [name for name in gate.stages_of(build.imported_kind(config)) if not found.done[name]]
+    if 'finetune' in todo:
         sizes.check_devices()
     plan.run(
         config,
         workdir,
         plan=found.plan,
-        todo=[name for name in gate.STAGES if not found.done[name]],
+        todo=todo,
         model=model,
         sizes=sizes,
         made=len(found.ledger.entries),

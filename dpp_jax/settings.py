@@ -17,8 +17,10 @@ from dpp_jax import build
 from dpp_jax.data import augment, preparation, sources
 from dpp_jax.diffusion import denoiser, model, sampler
 from dpp_jax.evaluation import classifiers
+from dpp_jax.interop import pytorch
 from dpp_jax.privacy import accounting, groups, queries
-from dpp_jax.run import artefacts
+from dpp_jax.run import artefacts, imported
+from dpp_jax.run.folder import flatten
 
 
 def _registries() -> dict[str, Collection[str]]:
@@ -61,6 +63,9 @@ def check(config: ConfigDict, unset: Collection[str] = ()) -> None:
             continue
         if value is _MISSING or not rule.accepts(value):
             refuse(name, value, rule.words)
+    for name in unset:
+        if name in imported.declaring(flatten(config.to_dict())):
+            refuse(name, None, 'what config.imported.path was made with: it declares what was spent for it')
     known = lambda names: problems.keys().isdisjoint(names) and names.isdisjoint(unset)
     for relation in _RELATIONS:
         if known({relation.name, *relation.others}):
@@ -223,6 +228,15 @@ def _table() -> dict[str, _Rule]:
         'moments.average_down': _COUNT,
         # Their products, a matrix for each class, are in memory.
         'moments.frequencies': _whole(lambda k: 1 <= k <= 1024, 'a whole number in [1, 1024]'),
+        # imported, export
+        'imported.path': _TEXT,
+        'imported.kind': _name_in(('', *imported.KINDS)),
+        'imported.noise_multiplier': _unset_or(_POSITIVE),
+        'imported.trust': _SWITCH,
+        'export.path': _Rule(
+            lambda path: isinstance(path, str) and (not path or path.endswith(pytorch.SUFFIXES)),
+            f"a path that ends in {' or '.join(pytorch.SUFFIXES)}, or ''",
+        ),
         # model
         'model.network': _name_in(known['network']),
         'model.width': _COUNT,
@@ -417,6 +431,12 @@ _RELATIONS = (
         lambda _: 'False, because pretrain.enabled is False: nothing would use the answer',
     ),
     _Relation(
+        'moments.enabled',
+        ('imported.path',),
+        lambda asked, path: not (asked and path),
+        lambda _: 'False, because imported.path has a model that was trained without class moments',
+    ),
+    _Relation(
         'pretrain.moments_steps',
         ('moments.enabled',),
         lambda steps, asked: asked or steps == 0,
@@ -427,6 +447,41 @@ _RELATIONS = (
         ('pretrain.moments_steps',),
         lambda epochs, steps: epochs > 0 or steps > 0,
         lambda _: 'at least 1, because pretrain.moments_steps is 0',
+    ),
+    _Relation(
+        'query.epsilon_share',
+        ('imported.path', 'imported.kind', 'pretrain.enabled'),
+        lambda share, path, kind, has_query: (
+            not (share and path and has_query and kind in (imported.PRETRAINED, imported.FINETUNED))
+        ),
+        lambda *_: 'not set: query.noise_multiplier declares what imported.path was made with',
+    ),
+    _Relation(
+        'imported.kind',
+        ('imported.path',),
+        lambda kind, path: bool(kind) == bool(path),
+        lambda path: (
+            ' or '.join(f'{kind!r} ({meaning})' for kind, meaning in imported.MEANINGS.items())
+            + ': this declares what was spent for imported.path'
+            if path
+            else "'', because imported.path is ''"
+        ),
+    ),
+    _Relation(
+        'imported.kind',
+        ('pretrain.enabled',),
+        lambda kind, has_query: kind != imported.PRETRAINED or has_query,
+        lambda _: f'{imported.PUBLIC!r} or {imported.FINETUNED!r}, because pretrain.enabled is False',
+    ),
+    _Relation(
+        'imported.noise_multiplier',
+        ('imported.kind',),
+        lambda sigma, kind: (sigma is not None) == (kind == imported.FINETUNED),
+        lambda kind: (
+            'the noise multiplier (noise std / clip norm) of the DP-SGD that made imported.path'
+            if kind == imported.FINETUNED
+            else f'left out, because imported.kind is {kind!r}'
+        ),
     ),
     _Relation(
         'model.attention_resolutions',
@@ -471,13 +526,13 @@ _RELATIONS = (
     ),
     _Relation(
         'generate.class_counts',
-        ('pretrain.enabled', 'query.kind', 'query.class_counts'),
-        lambda counts, has_query, kind, counted: (
-            counts != 'query' or (has_query and kind == 'mean' and counted == 'noisy')
+        ('pretrain.enabled', 'query.kind', 'query.class_counts', 'imported.path'),
+        lambda counts, has_query, kind, counted, path: (
+            counts != 'query' or (has_query and kind == 'mean' and counted == 'noisy' and not path)
         ),
         lambda *_: (
             "'balanced' or 'shares': no query releases counts here (that takes pretrain.enabled = True, "
-            "query.kind = 'mean' and query.class_counts = 'noisy')"
+            "query.kind = 'mean', query.class_counts = 'noisy' and imported.path = '')"
         ),
     ),
     _Relation(

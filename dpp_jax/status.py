@@ -13,7 +13,7 @@ from dpp_jax.configs import default
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.budget import DP_SGD, QUERIES, SELECTION, group, total_event
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import artefacts, elsewhere, hours
+from dpp_jax.run import artefacts, elsewhere, hours, imported
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.training import checkpoint, progress
 
@@ -21,7 +21,7 @@ _OLD = 60.0  # seconds after which a note is that of a process that is gone
 # What is read of plan.json.
 _PLAN = {
     'delta': float, 'accountant': str, 'relation?': str, 'epsilon_budget': float, 'epsilon_total': float,
-    'query_count': int, 'moments_count?': int, 'steps': int, 'pretrain_steps': int,
+    'query_count': int, 'moments_count?': int, 'steps': int, 'pretrain_steps': int, 'declared?': [str],
 }  # fmt: skip
 
 
@@ -37,7 +37,8 @@ def read(root: str | Path, private: str | Path | None = None) -> dict[str, Any]:
         {'state': 'done', 'begun' or 'to do', and where it counts 'step', 'of'}; `now`: what is in progress,
         as `progress.NOTE_FORM` (None: nothing is known); `next`: the first stage that is not done, or None;
         `epsilon_spent` by the ledger, `epsilon_planned`, `epsilon_budget`, `delta`, `accountant`;
-        `releases`: mechanism → [made, planned].
+        `releases`: mechanism → [made, planned]; `declared`: mechanisms that ran elsewhere, as the owner of an
+        imported checkpoint says.
 
     Raises:
         FileNotFoundError, ValueError: it is no work directory, or a file of it is damaged.
@@ -53,13 +54,16 @@ def read(root: str | Path, private: str | Path | None = None) -> dict[str, Any]:
     evaluation = artefacts.Evaluation(workdir, settings)
     plan = files.read_json(workdir.plan, 'Restore the file', _PLAN) if workdir.plan.exists() else None
     selects = plan is not None and plan.get('selection_noise_multiplier') is not None
+    kind = imported.kind(settings)
     done = gate.find_done(
         workdir,
         images,
         evaluation,
+        kind=kind,
         queries=[query for query in QUERIES if _is_asked(settings, query)],
         has_selected=not selects or workdir.selection.exists(),
     )
+    done = {stage: done[stage] for stage in gate.stages_of(kind)}
     return {
         'workdir': str(root),
         'name': settings['name'],
@@ -125,6 +129,7 @@ def _spent(workdir: WorkDir, plan: dict[str, Any]) -> dict[str, Any]:
         'epsilon_budget': plan['epsilon_budget'],
         'delta': plan['delta'],
         'accountant': plan['accountant'],
+        'declared': plan.get('declared', []),
         'releases': {name: [ledger.count(name), count] for name, count in planned.items()},
     }
 
@@ -155,7 +160,11 @@ def text(found: dict[str, Any]) -> str:
         )
     if 'epsilon_spent' in found:
         show, exact = accounting.format_epsilon, accounting.format_exact
-        made = ', '.join(f'{name} {made:,} of {of:,}' for name, (made, of) in found['releases'].items() if of)
+        made = ', '.join(
+            f'{name} {made:,} of {of:,}{" (declared)" if name in found["declared"] else ""}'
+            for name, (made, of) in found['releases'].items()
+            if of
+        )
         lines += [
             f'spent          ε = {show(found["epsilon_spent"])} of {exact(found["epsilon_budget"])} at '
             f'δ = {exact(found["delta"])}',

@@ -10,4 +10,5 @@ elif ! python -c 'import dpp_jax, hypothesis, jax_privacy, opacus, pytest, torch
     "Run: pip install -c constraints.txt -e '.[test]', or deactivate it: then one is made." >&2
   exit 1
 fi
-exec python -m pytest --numprocesses=auto --dist=loadfile "$@"
+# tests/conftest.py puts the files in order: xdist would begin with those of many tests, not of long ones.
+exec python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder "$@"

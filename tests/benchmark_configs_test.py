@@ -43,14 +43,16 @@ def stand_in(folder, side, classes):
 
 # cifar10_32 has the shape of eurosat_32, and the sampler of cifar100_32.
 @pytest.mark.parametrize('name', [name for name in SHAPES if name != 'cifar10_32'])
-def test_a_stand_in_of_each_shape_runs_one_step_of_every_stage(name, tmp_path):
+def test_a_stand_in_of_each_shape_runs_one_step_of_every_stage(name, quick_config, tmp_path):
     config, (side, classes, *_) = config_of(name, '1000'), SHAPES[name]
     source, images = stand_in(tmp_path, side, classes)
     config.seed = 1
     config.dp.delta = 1e-4
     config.data.update(source=source, train_images=images)
     config.query.queries = 1
-    config.model.update(width=4, blocks=1, multipliers=(1,), attention_resolutions=())
+    config.model.update(
+        network=quick_config().model.network, width=4, blocks=1, multipliers=(1,), attention_resolutions=()
+    )
     config.pretrain.update(epochs=1, batch_size=classes)
     if name != 'eurosat_32':  # once is enough of what takes long to compile
         config.pretrain.augmentation = 'none'

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
     'model.width': 8,
     'model.multipliers': '(1,)',
-    'model.attention_resolutions': '(8,)',
+    'model.attention_resolutions': '()',
     'pretrain.augmentation': 'none',
     'finetune.draws': 2,
     'finetune.batch_size': 8,

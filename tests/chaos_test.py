@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from dpp_jax import pipeline
 from dpp_jax.training import checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'scripts' / 'chaos.py'
@@ -28,6 +29,7 @@ def chaos():
 def settings(chaos):
     """Little of what is not killed here."""
     return chaos.SETTINGS | {
+        'model.attention_resolutions': '()',
         'pretrain.enabled': False,
         'generate.images': 60,
         'evaluate.fid': False,
@@ -75,16 +77,14 @@ def test_the_comparison_sees_a_difference(chaos, left_alone):
     assert chaos.differences(end, changed) == sorted([name, 'ledger.jsonl'])
 
 
-def test_the_comparison_sees_that_keys_were_drawn_again(chaos, settings, left_alone, tmp_path):
-    """Those of the images: without the others the program does not go on."""
-    root = tmp_path / 'run'
-    shutil.copytree(left_alone, root)
-    keys = json.loads((root / 'private' / 'keys.json').read_text())
-    del keys['generate/images']
-    (root / 'private' / 'keys.json').write_text(json.dumps(keys))
-    (root / 'release' / 'synthetic' / 'images.npz').unlink()
-    chaos.run_to_the_end(root, settings, ENVIRONMENT)
-    found = chaos.differences(chaos.final_state(root), chaos.final_state(left_alone))
+def test_the_comparison_sees_other_keys(chaos, finished_run, copied_run):
+    """Those of the images: with others of a mechanism the program does not go on."""
+    config, workdir = copied_run
+    keys = json.loads(workdir.keys.read_text())
+    workdir.keys.write_text(json.dumps(keys | {'generate/images': keys['pretrain']}))
+    (workdir.synthetic / 'images.npz').unlink()
+    pipeline.run(config, workdir.root, 'generate')
+    found = chaos.differences(chaos.final_state(workdir.root), chaos.final_state(finished_run[1].root))
     assert {'images.npz/images', 'keys.json'} <= set(found)
 
 

@@ -99,6 +99,7 @@ GOOD = ('--config=digits_8:10', '--workdir=run')
         ((*GOOD, '--config.fintune.epochs', '3'), 'did you mean config.finetune.epochs?'),
         ((*GOOD, '--config.draws=3'), 'did you mean config.finetune.draws or config.pretrain.draws?'),
         ((*GOOD, '--config.finetune.draws=many'), "--config.finetune.draws=many: invalid literal for int"),
+        ((*GOOD, '--config.import.paht=a.pth'), 'did you mean config.imported.path'),
         ((*GOOD, '--config.finetune=3'), 'config.finetune is a group; change a setting of it'),
         ((*GOOD, '--noconfig.query.post_process=1'), 'does not take an argument'),
         ((*GOOD, '--config.finetune.epochs'), 'config.finetune.epochs has no value; write --config.fine'),
@@ -142,6 +143,14 @@ def test_the_last_of_several_values_stays_however_it_is_written(parse):
     )  # fmt: skip
     assert config.model.multipliers == (1, 2) and config.finetune.epochs == 5
     assert config.query.post_process and config.pretrain.enabled
+
+
+@pytest.mark.parametrize('section', ['import', 'imported'])
+def test_import_is_a_word_of_python_and_a_section_on_the_command_line(parse, section):
+    flags_of_it = (f'--config.{section}.path', 'theirs.pth', f'--config.{section}.trust')
+    config = parse(*GOOD, *flags_of_it, '--config.export.path=ours.pth')
+    assert config.imported.path == 'theirs.pth' and config.imported.trust
+    assert config.export.path == 'ours.pth'
 
 
 @pytest.mark.parametrize('value', ['', ' ', '-x', '~no_such_user/run'])

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import io
 import logging
@@ -29,6 +30,36 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # set by the process that sta
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import pytest  # noqa: E402
+
+# Of the files, those that take longest. The first makes the finished run that many need; the second does not.
+_LONG = (
+    'hosts_run_test.py',
+    'chaos_test.py',
+    'pipeline_test.py',
+    'pytorch_test.py',
+    'benchmark_test.py',
+    'compare_test.py',
+    'bounds_test.py',
+    'accounting_test.py',
+    'steps_test.py',
+    'main_test.py',
+    'groups_test.py',
+    'inception_test.py',
+    'classifiers_test.py',
+    'neighbors_test.py',
+    'stored_run_test.py',
+    'selection_test.py',
+    'released_test.py',
+    'derive_test.py',
+    'generate_test.py',
+    'evaluate_test.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Let long files begin first: no worker waits at the end for another's last file."""
+    rank = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def pytest_unconfigure(config):
@@ -81,6 +112,37 @@ def make_tiny_config(**changes):
 def tiny_config():
     """A function that returns a fresh tiny config; settings change by `finetune__epochs=2`."""
     return make_tiny_config
+
+
+@functools.cache
+def _quick_network():
+    """Add a network to those that a config can name; its name."""
+    import flax.linen as nn
+    import jax.numpy as jnp
+
+    from dpp_jax.diffusion import model, unet
+
+    class TwoConvolutions(unet.UNet):
+        """As little to trace and compile as a network can be that sees image, noise level and label."""
+
+        @nn.compact
+        def __call__(self, x, c_noise, label):
+            told = nn.Dense(3)(jnp.stack([c_noise, label / 10], axis=-1))[:, None, None]
+            return nn.Conv(self.image_channels, (3, 3))(jnp.tanh(nn.Conv(3, (3, 3))(x) + told))
+
+    model.NETWORKS['two_convolutions'] = TwoConvolutions
+    return 'two_convolutions'
+
+
+def make_quick_config(**changes):
+    """The tiny config where no network matters: most of a tiny run is the tracing of its U-Net."""
+    return make_tiny_config(model__network=_quick_network(), **changes)
+
+
+@pytest.fixture(scope='session')
+def quick_config():
+    """As `tiny_config`, with a network of two convolutions, which started processes do not know."""
+    return make_quick_config
 
 
 @pytest.fixture(scope='session')
@@ -136,6 +198,14 @@ def tiny_model():
     from dpp_jax import build
 
     return build.model(make_tiny_config())
+
+
+@pytest.fixture(scope='session')
+def quick_model():
+    """The quick config's model."""
+    from dpp_jax import build
+
+    return build.model(make_quick_config())
 
 
 @pytest.fixture(scope='session')

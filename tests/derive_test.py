@@ -220,6 +220,7 @@ def small_config(source=None, **changes):
     """A whole run of seconds; what is not given here is derived."""
     config = unset_config(
         dp__epsilon=100.0,
+        model__network='two_convolutions',
         model__width=8,
         model__multipliers=(1,),
         model__attention_resolutions=(8,),
@@ -238,8 +239,9 @@ def small_config(source=None, **changes):
 
 
 @pytest.fixture(scope='module')
-def begun(tmp_path_factory):
+def begun(quick_model, tmp_path_factory):
     """A run of a config with unset settings: where its images are, and its work directory."""
+    del quick_model  # its network is known now
     root = tmp_path_factory.mktemp('derived')
     source = save(root / 'data')
     pipeline.run(small_config(source), root / 'run', 'all')

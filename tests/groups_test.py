@@ -28,7 +28,7 @@ def make_images():
     return {'images': images, 'labels': np.arange(COUNT) % 10, 'person': person}
 
 
-def make_config(make_tiny_config, folder, private, **changes):
+def make_config(make_quick_config, folder, private, **changes):
     """A config whose unit is a group, on these images; the same path in every config of `folder`."""
     own, link = folder / f'data_{len(list(folder.glob("data_*")))}', folder / 'data'
     own.mkdir()
@@ -36,7 +36,7 @@ def make_config(make_tiny_config, folder, private, **changes):
     np.savez(own / 'test.npz', **make_images())
     link.unlink(missing_ok=True)
     link.symlink_to(own)
-    config = make_tiny_config(
+    config = make_quick_config(
         data__source=f'npz:{link}', data__groups='person', data__train_images=COUNT, dp__unit='group'
     )
     config.data.train_groups, config.dp.images_per_group = GROUPS, MOST
@@ -48,9 +48,9 @@ def make_config(make_tiny_config, folder, private, **changes):
 
 
 @pytest.fixture
-def grouped(tiny_config, tmp_path):
+def grouped(quick_config, tmp_path):
     """A function (private images, settings) → config whose unit is a group, on these images."""
-    return functools.partial(make_config, tiny_config, tmp_path)
+    return functools.partial(make_config, quick_config, tmp_path)
 
 
 @pytest.fixture(scope='module')
@@ -59,9 +59,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def one(tiny_config, folder):
+def one(quick_config, folder):
     """A whole run."""
-    return run(make_config(tiny_config, folder, make_images()), folder / 'one')
+    return run(make_config(quick_config, folder, make_images()), folder / 'one')
 
 
 def run(config, root):
@@ -90,9 +90,9 @@ def with_another_group():
 
 @pytest.mark.parametrize('neighbor', [without_a_group, with_another_group], ids=lambda f: f.__name__)
 def test_neighbors_by_a_group_release_the_same_files_and_differ_only_by_what_noise_went_into(
-    one, tiny_config, folder, neighbor, released
+    one, quick_config, folder, neighbor, released
 ):
-    other = run(make_config(tiny_config, folder, neighbor()), folder / neighbor.__name__)
+    other = run(make_config(quick_config, folder, neighbor()), folder / neighbor.__name__)
     (files, without_noise), (other_files, other_without_noise) = released(one), released(other)
     assert files.keys() == other_files.keys()
     assert without_noise == other_without_noise
@@ -109,15 +109,15 @@ def test_a_run_says_everywhere_that_its_unit_is_a_group(one):
     assert 'Unit of privacy: one group' in one.report_page.read_text(encoding='utf-8')
 
 
-def test_surplus_images_of_a_group_change_no_bit_of_what_is_released(one, tiny_config, folder, released):
+def test_surplus_images_of_a_group_change_no_bit_of_what_is_released(one, quick_config, folder, released):
     private = make_images()
-    config = make_config(tiny_config, folder, private)
+    config = make_config(quick_config, folder, private)
     kept = Keys(one.keys, config.seed).members(private['person'], MOST)
     surplus = np.setdiff1d(np.arange(COUNT), kept)
     assert len(surplus) == COUNT - GROUPS * MOST
     private['images'][surplus] = 255 - private['images'][surplus]
     private['labels'][surplus] = 9 - private['labels'][surplus]
-    other = run(make_config(tiny_config, folder, private), folder / 'surplus')
+    other = run(make_config(quick_config, folder, private), folder / 'surplus')
     assert released(one) == released(other)
     shapes = build.model(config).shapes()
     for training in ('pretrain', 'finetune'):

@@ -96,7 +96,7 @@ def test_a_program_runs_what_the_command_line_runs(finished_run, tmp_path, capsy
     shutil.copytree(workdir.root, tmp_path, dirs_exist_ok=True)
     dpp_jax.synthesize(config, tmp_path)
     assert 'Everything is done' in capsys.readouterr().out
-    with pytest.raises(ValueError, match="stage is 'everything'; it must be one of plan, central"):
+    with pytest.raises(ValueError, match="stage is 'everything'; it must be one of plan, import, central"):
         dpp_jax.synthesize(config, tmp_path, 'everything')
 
 
@@ -114,9 +114,9 @@ def test_settings_are_those_of_the_command_line():
 
 @pytest.mark.parametrize('number, after', [(signal.SIGINT, 'stopped after step')])
 def test_an_interrupted_run_raises_as_python_does_and_goes_on(
-    tiny_config, tmp_path, monkeypatch, number, after
+    quick_config, tmp_path, monkeypatch, number, after
 ):
-    config, taken = tiny_config(finetune__epochs=0.5), []
+    config, taken = quick_config(finetune__epochs=0.5), []
     original = devices.deal_own
 
     def deal(*arguments):

@@ -40,8 +40,15 @@ def start(program, workdir, *settings):
     )
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-@pytest.mark.parametrize('module', ['ml_collections', 'jax', 'orbax.checkpoint'])
+@pytest.mark.parametrize(
+    'module, number, code',
+    [
+        ('ml_collections', signal.SIGTERM, 0),
+        ('jax', signal.SIGTERM, 0),
+        ('jax', signal.SIGINT, 130),
+        ('orbax.checkpoint', signal.SIGINT, 130),
+    ],
+)
 def test_a_stop_request_during_imports_is_answered_in_a_line(tmp_path, module, number, code):
     process = start(['-c', STOP_AT_IMPORT, module, str(int(number))], tmp_path / 'run')
     output, _ = process.communicate(timeout=60)

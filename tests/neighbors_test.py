@@ -65,13 +65,13 @@ def replace_one(monkeypatch):
 
 @pytest.mark.parametrize('neighbor', [zero_out, add_remove, replace_one], ids=lambda f: f.__name__)
 def test_neighbors_release_the_same_files_and_differ_only_by_what_noise_went_into(
-    tiny_config, tmp_path, monkeypatch, neighbor, released
+    quick_config, tmp_path, monkeypatch, neighbor, released
 ):
     relation = neighbor.__name__
     accountant = 'pld' if relation == 'replace_one' else 'rdp'
 
     def config():
-        return tiny_config(dp__relation=relation, dp__accountant=accountant)
+        return quick_config(dp__relation=relation, dp__accountant=accountant)
 
     one = run(config(), tmp_path / 'one', make_images())
     other = run(config(), tmp_path / 'other', neighbor(monkeypatch))
@@ -87,16 +87,18 @@ def test_neighbors_release_the_same_files_and_differ_only_by_what_noise_went_int
     assert relation in composition.text(str(one.root))
 
 
-def test_another_number_of_images_is_refused_where_it_is_public(tiny_config, tmp_path):
+def test_another_number_of_images_is_refused_where_it_is_public(quick_config, tmp_path):
     for relation, accountant in (('zero_out', 'rdp'), ('replace_one', 'pld')):
-        config = tiny_config(dp__relation=relation, dp__accountant=accountant)
+        config = quick_config(dp__relation=relation, dp__accountant=accountant)
         with pytest.raises(ValueError, match='config.data.train_images is 60; it must be 59'):
             run(config, tmp_path / relation, add_remove(None))
         assert not WorkDir(tmp_path / relation).ledger.exists()
 
 
 @pytest.mark.parametrize('left', [0, 1])
-def test_whether_a_class_has_images_decides_neither_what_is_released_nor_whether(tiny_config, tmp_path, left):
+def test_whether_a_class_has_images_decides_neither_what_is_released_nor_whether(
+    quick_config, tmp_path, left
+):
     """Of class 3, one set has two images, with which FID can be computed, and its neighbor one; or one and 0.
 
     Removing the image stands for giving it to nobody: the number of images is another, and not public.
@@ -107,7 +109,7 @@ def test_whether_a_class_has_images_decides_neither_what_is_released_nor_whether
     def with_images_of_class_3(count):
         return {name: np.delete(array, numbers[count:], axis=0) for name, array in private.items()}
 
-    config = tiny_config(dp__relation='add_remove', evaluate__feature_epochs=1)
+    config = quick_config(dp__relation='add_remove', evaluate__feature_epochs=1)
     runs = [
         run(config, tmp_path / str(count), with_images_of_class_3(count), fid=True)
         for count in (left, left + 1)

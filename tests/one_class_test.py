@@ -8,13 +8,13 @@ from dpp_jax.run.folder import WorkDir
 
 
 @pytest.fixture(scope='module')
-def run_of_one_class(tiny_config, tmp_path_factory):
+def run_of_one_class(quick_config, tmp_path_factory):
     root = tmp_path_factory.mktemp('one_class')
     rng = np.random.default_rng(0)
     for split in ('train', 'test'):
         images = rng.integers(0, 256, (60, 8, 8, 1), np.uint8)
         np.savez(root / f'{split}.npz', images=images, labels=np.zeros(60, np.int64))
-    config = tiny_config(
+    config = quick_config(
         data__source=f'npz:{root}',
         data__train_images=60,
         data__classes=1,

@@ -347,9 +347,9 @@ def test_statement_says_what_was_spent_and_that_a_seeded_run_is_not_private(run)
 # --- Pre-training again with other settings
 
 
-def test_pretraining_may_change_until_dp_sgd_begins(tiny_config, tmp_path, capsys, gate):
+def test_pretraining_may_change_until_dp_sgd_begins(quick_config, tmp_path, capsys, gate):
     """Post-processing: the same central images, nothing of the old one in the new one, nothing spent."""
-    first, second = tiny_config(), tiny_config(pretrain__epochs=6, pretrain__learning_rate=0.5)
+    first, second = quick_config(), quick_config(pretrain__epochs=6, pretrain__learning_rate=0.5)
     for stage in ('central', 'pretrain'):
         pipeline.run(first, tmp_path, stage)
     workdir = WorkDir(tmp_path)
@@ -370,7 +370,7 @@ def test_pretraining_may_change_until_dp_sgd_begins(tiny_config, tmp_path, capsy
     assert plan['pretrain_steps'] == checkpoint.latest_training(workdir.checkpoints('pretrain'))[0] == steps
     assert json.loads(workdir.config.read_text())['pretrain.epochs'] == 6
     with pytest.raises(ValueError, match='belongs to another config'):
-        pipeline.run(tiny_config(pretrain__enabled=False), tmp_path, 'all')
+        pipeline.run(quick_config(pretrain__enabled=False), tmp_path, 'all')
     pipeline.run(second, tmp_path, 'finetune')
     assert gate(second, workdir).done['finetune']
 
@@ -393,22 +393,22 @@ def test_where_dp_sgd_began_pretraining_is_fixed(run, tmp_path):
     refused()
 
 
-def test_a_pretraining_that_diverges_says_that_the_same_folder_goes_on(tiny_config, tmp_path, monkeypatch):
-    pipeline.run(tiny_config(), tmp_path, 'central')
+def test_a_pretraining_that_diverges_says_that_the_same_folder_goes_on(quick_config, tmp_path, monkeypatch):
+    pipeline.run(quick_config(), tmp_path, 'central')
     monkeypatch.setattr(np, 'isfinite', lambda leaf: np.zeros(1, bool))
     with pytest.raises(loop.Diverged, match='give the same command, with the same --workdir') as told:
-        pipeline.run(tiny_config(pretrain__epochs=1), tmp_path, 'pretrain')
+        pipeline.run(quick_config(pretrain__epochs=1), tmp_path, 'pretrain')
     assert 'config.pretrain.learning_rate' in str(told.value) and 'another --workdir' not in str(told.value)
 
 
-def test_other_private_images_are_refused_when_a_run_goes_on(tiny_config, tmp_path):
+def test_other_private_images_are_refused_when_a_run_goes_on(quick_config, tmp_path):
     rng = np.random.default_rng(0)
     images = {'images': rng.integers(0, 256, (60, 8, 8, 1), np.uint8), 'labels': np.arange(60) % 10}
     folder = tmp_path / 'data'
     folder.mkdir()
     for split in ('train', 'test'):
         np.savez(folder / f'{split}.npz', **images)
-    config = tiny_config(data__source=f'npz:{folder}', data__train_images=60)
+    config = quick_config(data__source=f'npz:{folder}', data__train_images=60)
     config.finetune.batch_size = 20
     pipeline.run(config, tmp_path / 'run', 'central')
     spent = ledger_of(WorkDir(tmp_path / 'run'))

@@ -34,10 +34,14 @@ def contents(folder):
 
 
 def test_a_run_in_stores_releases_the_same_however_often_it_breaks(
-    finished_run, bucket, tmp_path, monkeypatch
+    quick_config, bucket, tmp_path, monkeypatch
 ):
     """What is released goes to a folder without POSIX; private/, with the ledger, to a bucket by epath."""
-    config, reference, _ = finished_run
+    config = quick_config(finetune__snapshots=2, generate__separate_classifier_images=True)
+    config.generate.png_tree = True
+    reference = WorkDir(tmp_path / 'disk')
+    for stage in STAGES:
+        pipeline.run(config, reference.root, stage)
     breaks = [  # in the middle of the queries, of a training, of a model, of images
         lambda where, data: where.endswith('ledger.jsonl') and data.count(b'\n') == 2,
         lambda where, data: where.endswith('private/ledger.jsonl') and data.count(b'\n') == 15,

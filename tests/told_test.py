@@ -208,8 +208,8 @@ def test_every_file_of_a_seeded_run_says_that_it_is_not_private(finished_run, tm
     assert silent(WorkDir(tmp_path)) == (set(), {tmp_path / 'plan.png'})
 
 
-def test_no_file_of_a_private_run_says_that_it_is_not(tiny_config, tmp_path, capsys):
-    config = tiny_config(evaluate__fid=False, generate__png_tree=True)
+def test_no_file_of_a_private_run_says_that_it_is_not(quick_config, tmp_path, capsys):
+    config = quick_config(evaluate__fid=False, generate__png_tree=True)
     config.seed = None
     pipeline.run(config, tmp_path, 'all')
     some, found = silent(WorkDir(tmp_path))

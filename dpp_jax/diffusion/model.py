@@ -10,6 +10,7 @@ How it goes:
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -43,13 +44,11 @@ class Model:
 
     def init(self, key: jax.Array) -> PyTree:
         """Return fresh parameters (float32)."""
-        image = jnp.zeros((1,) + self.image_shape)
-        label = jnp.zeros((1,), jnp.int32)
-        return jax.jit(self.network.init)(key, image, jnp.zeros((1,)), label)['params']
+        return _init(self.network, self.image_shape, key)
 
     def shapes(self) -> PyTree:
         """Return the parameters' shapes and dtypes without making them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: leaf, _shapes(self.network, self.image_shape))  # the caller's own tree
 
     def denoiser(self, params: PyTree) -> Denoise:
         """Return D(x (n, H, W, C), sigma (n,), label (n,)) with these parameters."""
@@ -103,6 +102,17 @@ class Model:
             return mean_error(params, image, jax.tree.map(cut, draw(label, key)))
 
         return of_share
+
+
+def _init(network: nn.Module, image_shape: tuple[int, int, int], key: jax.Array) -> PyTree:
+    image, label = jnp.zeros((1,) + image_shape), jnp.zeros((1,), jnp.int32)
+    return jax.jit(network.init)(key, image, jnp.zeros((1,)), label)['params']
+
+
+@functools.lru_cache
+def _shapes(network: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
+    """A run asks some thirty times, and each time the whole network would be traced."""
+    return jax.eval_shape(functools.partial(_init, network, image_shape), jax.random.key(0))
 
 
 def size(params: PyTree) -> int:

@@ -19,6 +19,7 @@ from dpp_jax.diffusion.model import Model
 
 PyTree = Any
 _PREFIX = 'model.all_modules.'
+SUFFIXES = ('.pth', '.safetensors')  # of files that are written
 _AVERAGE = 'ema.'  # before the names of averaged weights, in .safetensors
 
 
@@ -149,7 +150,7 @@ def _read_pth(path: Path, trust: bool) -> tuple[_Arrays, list[np.ndarray] | None
         if not trust and 'GLOBAL' in str(error):
             raise ValueError(
                 f'{path} holds more than tensors and plain containers, and would run code when it is read. '
-                'If you know who made it, allow that with trust'
+                'If you know who made it, allow that: trust=True'
             ) from error
         raise ValueError(_other_file(path, error)) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError) as error:
@@ -163,8 +164,15 @@ def _read_pth(path: Path, trust: bool) -> tuple[_Arrays, list[np.ndarray] | None
     missing = [key for key in ('model', 'ema', 'step') if key not in saved]
     if missing:
         raise ValueError(f'{path} has no entry {missing[0]!r}; it has {sorted(map(str, saved))[:10]}')
-    averages = [tensor.detach().numpy() for tensor in saved['ema']['shadow_params']]
-    return _numpy(saved['model'], path), averages, int(saved['step'])
+    weights, ema, step = (saved[key] for key in ('model', 'ema', 'step'))
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{path}: 'model' is a {type(weights).__name__}; it must hold weights by name")
+    if not isinstance(ema, Mapping) or not isinstance(ema.get('shadow_params'), list | tuple):
+        raise ValueError(f"{path}: 'ema' has no list 'shadow_params' of averaged weights")
+    if not hasattr(step, '__index__'):
+        raise ValueError(f"{path}: 'step' is {step!r}; it must be a whole number")
+    averages = _numpy({f'shadow_params[{n}]': each for n, each in enumerate(ema['shadow_params'])}, path)
+    return _numpy(weights, path), list(averages.values()), int(step)
 
 
 def _numpy(tensors: Mapping[str, Any], path: Path) -> _Arrays:
@@ -205,6 +213,7 @@ def write_checkpoint(
     model: Model,
     ema_decay: float = 0.999,
     learning_rate: float = 3e-4,
+    note: str | None = None,
 ) -> None:
     """Write a .pth file that the PyTorch implementation loads, with a fresh Adam; or a .safetensors file.
 
@@ -215,6 +224,7 @@ def write_checkpoint(
         step: how many updates they have had.
         model: with a `diffusion.unet.UNet`.
         ema_decay, learning_rate: for the PyTorch implementation to go on with.
+        note: that the file carries: an entry `note`, which the PyTorch implementation passes over.
 
     Raises:
         ImportError: torch, or safetensors, is not installed.
@@ -224,32 +234,32 @@ def write_checkpoint(
     weights, averages = (params_to_pytorch(tree, model) for tree in (params, ema_params))
     if path.suffix == '.safetensors':
         named = weights | {f'{_AVERAGE}{name}': array for name, array in averages.items()}
-        _safetensors().numpy.save_file(named, path, metadata={'format': 'pt', 'step': str(step)})
+        metadata = {'format': 'pt', 'step': str(step)} | ({'note': note} if note else {})
+        _safetensors().numpy.save_file(named, path, metadata=metadata)
     elif path.suffix == '.pth':
-        _write_pth(path, weights, averages, step=step, ema_decay=ema_decay, learning_rate=learning_rate)
+        saved = _for_pytorch(weights, averages, step=step, ema_decay=ema_decay, learning_rate=learning_rate)
+        _torch().save(saved | ({'note': note} if note else {}), path)
     else:
-        raise ValueError(f'the checkpoint to write is {path}; its suffix must be .pth or .safetensors')
+        raise ValueError(f'the checkpoint to write is {path}; its suffix must be {" or ".join(SUFFIXES)}')
 
 
-def _write_pth(
-    path: Path, weights: _Arrays, averages: _Arrays, *, step: int, ema_decay: float, learning_rate: float
-) -> None:
+def _for_pytorch(
+    weights: _Arrays, averages: _Arrays, *, step: int, ema_decay: float, learning_rate: float
+) -> dict[str, Any]:
+    """Return what the PyTorch implementation saves."""
     torch = _torch()
     tensors = {name: torch.tensor(array) for name, array in weights.items()}
     adam = torch.optim.Adam([t.clone().requires_grad_() for t in tensors.values()], lr=learning_rate)
-    torch.save(
-        {
-            'model': collections.OrderedDict((f'module.{name}', t) for name, t in tensors.items()),
-            'ema': {
-                'decay': ema_decay,
-                'num_updates': step,
-                'shadow_params': [torch.tensor(array) for array in averages.values()],
-            },
-            'optimizer': adam.state_dict(),
-            'step': step,
+    return {
+        'model': collections.OrderedDict((f'module.{name}', t) for name, t in tensors.items()),
+        'ema': {
+            'decay': ema_decay,
+            'num_updates': step,
+            'shadow_params': [torch.tensor(array) for array in averages.values()],
         },
-        path,
-    )
+        'optimizer': adam.state_dict(),
+        'step': step,
+    }
 
 
 def _modules(model: Model) -> Iterator[tuple[str, str]]:

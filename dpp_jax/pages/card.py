@@ -22,10 +22,13 @@ def in_short(name: str, count: int, privacy: dict[str, Any]) -> str:
     """
     epsilon, delta = accounting.format_epsilon(privacy['epsilon']), accounting.format_exact(privacy['delta'])
     holds = '' if privacy['private'] else 'NOT PRIVATE: the keys of this run come from a seed. '
+    condition = (
+        ', if what the owner of the imported checkpoint declares is true' if privacy['declared'] else ''
+    )
     return (
         f'{holds}{count:,} synthetic images ({name}), drawn from a diffusion model that was trained under '
-        f'(ε = {epsilon}, δ = {delta})-differential privacy. Unit of privacy: {privacy["unit_of_privacy"]}; '
-        f'{privacy["neighboring_relation"]}.'
+        f'(ε = {epsilon}, δ = {delta})-differential privacy{condition}. '
+        f'Unit of privacy: {privacy["unit_of_privacy"]}; {privacy["neighboring_relation"]}.'
     )
 
 

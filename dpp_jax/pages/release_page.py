@@ -70,6 +70,7 @@ def privacy_parts(privacy: dict[str, Any]) -> list[str]:
         page.bullets(words.facts(privacy)),
         page.table(words.MECHANISM_COLUMNS, words.mechanism_cells(privacy)),
         *before,
+        *([page.paragraph(f'{privacy["declared"]}.')] if privacy['declared'] else []),
         *(page.folded(title, page.bullets(f'{text}.' for text in privacy[name])) for title, name in lists),
         page.folded('Code that ran', page.bullets(words.code_lines(privacy))),
     ]
@@ -90,6 +91,9 @@ def add_images(
         ),
         images_by_class(made, pixels, labels, class_names, columns_of(len(class_names), pixels.shape[2])),
     )
+    origin = settings_text.of_import(settings_text.of_run(workdir, images))
+    if origin:
+        made.add('Imported model', page.paragraph(f'{origin[0]} The checkpoint holds no central images.'))
     if workdir.central_images.exists():
         _add_central(made, artefacts.central_images(workdir), class_names)
     if workdir.over_finetuning.exists():

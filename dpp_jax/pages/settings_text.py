@@ -5,7 +5,7 @@ from typing import Any
 from dpp_jax import files
 from dpp_jax.configs import default
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS
-from dpp_jax.run import artefacts
+from dpp_jax.run import artefacts, imported
 from dpp_jax.run.folder import WorkDir, flatten
 
 # How many images a class has, and why: by `generate.class_counts`.
@@ -50,6 +50,17 @@ def show(value: Any) -> str:
     return str(value) if value != '' else "''"
 
 
+def of_import(settings: dict[str, Any]) -> list[str]:
+    """Say, in a list of one sentence or none, where an imported model comes from."""
+    kind = imported.kind(settings)
+    if not kind:
+        return []
+    return [
+        'The model was imported from a checkpoint of the PyTorch implementation. It was '
+        f'{imported.MEANINGS[kind]}, as its owner declares.'
+    ]
+
+
 def how_made(settings: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
     """Say in a few lines how the images came to be.
 
@@ -57,8 +68,8 @@ def how_made(settings: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
         settings: by their full names, as in release/config.json.
         privacy: the statement, see `run.statement`.
     """
-    rows = {row['mechanism']: row for row in privacy['mechanisms']}
-    lines = []
+    rows = {row['mechanism']: row for row in privacy['mechanisms'] if not row.get('declared')}
+    lines = of_import(settings)
     if CENTRAL_QUERY in rows:
         row = rows[CENTRAL_QUERY]
         lines += [

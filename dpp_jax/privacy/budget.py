@@ -35,6 +35,7 @@ class Releases:
     Attributes:
         mechanism: adds the noise.
         count: how many releases, ≥ 1; they have the indices 0 .. count - 1.
+        declared: whether they were made elsewhere, and are known by the owner's word alone.
 
     Raises:
         ValueError: the count is out of range.
@@ -42,6 +43,7 @@ class Releases:
 
     mechanism: GaussianMechanism
     count: int
+    declared: bool = False
 
     def __post_init__(self):
         checks.require('count', self.count, checks.is_whole(self.count, 1), 'a whole number, at least 1')
@@ -53,6 +55,10 @@ class Releases:
         return accounting.subsampled_gaussian(
             mechanism.noise_multiplier, mechanism.sampling_probability, self.count
         )
+
+    def entry(self, index: int, identifier: str) -> Entry:
+        """Return what the ledger says of release number `index`; arguments as of the mechanism's `entry`."""
+        return dataclasses.replace(self.mechanism.entry(index, identifier), declared=self.declared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +121,7 @@ class Budget:
         for entry in ledger.entries:
             part = self.of(entry.mechanism)
             is_planned = part is not None and entry.index < part.count
-            planned = part.mechanism.entry(entry.index, entry.randomness) if is_planned else None
+            planned = part.entry(entry.index, entry.randomness) if is_planned else None
             if planned != entry:
                 raise ValueError(
                     f'{ledger.path} has the entry {entry}, which the plan does not have (planned: '
@@ -142,9 +148,10 @@ def total_event(releases: Iterable[Releases]) -> DpEvent:
 
 
 def group(entries: Iterable[Entry]) -> list[Releases]:
-    """Count equal ledger entries: one item for each mechanism, σ, q, Δ and unit, in order of appearance."""
+    """Count equal ledger entries: one item for each that differs beside index and keys, in their order."""
     counts = Counter(
-        (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity, e.unit) for e in entries
+        (e.mechanism, e.noise_multiplier, e.sampling_probability, e.sensitivity, e.unit, e.declared)
+        for e in entries
     )
     return [
         Releases(
@@ -156,21 +163,26 @@ def group(entries: Iterable[Entry]) -> list[Releases]:
                 unit=unit,
             ),
             count=count,
+            declared=declared,
         )
-        for (name, sigma, q, sensitivity, unit), count in counts.items()
+        for (name, sigma, q, sensitivity, unit, declared), count in counts.items()
     ]
 
 
 def together(ledgers: Iterable[Ledger]) -> list[Entry]:
     """Return what several ledgers of the same private images name.
 
+    Two may begin with the same imported checkpoint: its declared releases were made once, and count once.
+
     Raises:
         ValueError: two of them name the same keys: one run, or a copy of it, which would be counted twice,
             or (continued) use the same noise twice.
     """
-    entries, seen = [], {}
+    declared, entries, seen = {}, [], {}
     for ledger in ledgers:
-        own = {(entry.mechanism, entry.randomness) for entry in ledger.entries}
+        declared |= dict.fromkeys(entry for entry in ledger.entries if entry.declared)
+        drawn = [entry for entry in ledger.entries if not entry.declared]
+        own = {(entry.mechanism, entry.randomness) for entry in drawn}
         for name, randomness in sorted(own):
             if (name, randomness) in seen:
                 raise ValueError(
@@ -178,8 +190,8 @@ def together(ledgers: Iterable[Ledger]) -> list[Entry]:
                     f'({randomness}): one is a copy of the other, or continues it. Name one of them'
                 )
         seen |= dict.fromkeys(own, ledger.path)
-        entries += ledger.entries
-    return entries
+        entries += drawn
+    return [*declared, *entries]
 
 
 def calibrate(
@@ -227,7 +239,8 @@ def calibrate(
                 raise _below_the_least(
                     event(calibration.MOST_NOISE), epsilon, error.least, **limits
                 ) from error
-            if not before and not after:
+            is_declared = any(part.declared for part in known)
+            if not before and not after and not is_declared:
                 raise
             beside = [
                 *(['what config.dp.already_spent names'] if before else []),
@@ -235,8 +248,9 @@ def calibrate(
             ]
             raise calibration.BudgetTooSmall(
                 f'config.dp.epsilon is {accounting.format_exact(epsilon)}; it must be above '
-                f'{accounting.format_epsilon(error.least)}, the ε of the query together with '
-                + ' and '.join(beside),
+                f'{accounting.format_epsilon(error.least)}, the ε of the query'
+                + (', as declared of config.imported.path,' if is_declared else '')
+                + (f' together with {" and ".join(beside)}' if beside else ' alone'),
                 error.least,
             ) from error
     return Budget(

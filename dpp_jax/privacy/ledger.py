@@ -13,12 +13,16 @@ its entry is already here. A caller may reuse `randomness` only under that
 condition: the same noise on two different sums would cancel in their difference. Another
 `randomness` is another release and is counted.
 
+A release may be declared: it was made elsewhere, before the run, and the owner of the private images says
+what it was. Its `randomness` names what came of it. It counts like any other.
+
 Every line carries the SHA-256 hash of itself and of all lines before it. So a line that was edited,
 removed from the middle or put in by hand is found when the file is read. Lines missing at the end are
 found by who knows how many there must be: a checkpoint after n steps needs n entries. The hashes find
 accidents and clumsiness; a forger can compute them too.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import hashlib
 import json
@@ -35,6 +39,7 @@ _KINDS = {
     str: (str, 'a text, not empty'),
     int: (numbers.Integral, 'a whole number'),
     float: (numbers.Real, 'a number'),
+    bool: (bool, 'True or False'),
 }
 
 
@@ -52,6 +57,8 @@ class Entry:
         randomness: public, random name of the secret keys of sampling and noise.
         unit: 'image' or 'group': whose contribution Δ bounds, and of what the sample consists. Lines
             without it are of images.
+        declared: whether nobody here saw it run, and the owner's word is all there is. Lines without it are
+            of what this program ran.
     """
 
     mechanism: str
@@ -61,13 +68,15 @@ class Entry:
     sensitivity: float
     randomness: str
     unit: str = groups.IMAGE
+    declared: bool = False
 
     def __post_init__(self):
         """Check every field, and make numbers plain ones, so that equal entries are equal lines."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             kind, allowed = _KINDS[field.type]
-            if not isinstance(value, kind) or isinstance(value, bool) or value == '':
+            is_kind = isinstance(value, kind) and isinstance(value, bool) == (field.type is bool)
+            if not is_kind or value == '':
                 raise ValueError(f'{field.name} is {value!r}; it must be {allowed}')
             object.__setattr__(self, field.name, field.type(value))
         if self.index < 0:
@@ -127,15 +136,26 @@ class Ledger:
             OSError: the line could not be written (it is not recorded then, and the release must
                 not be used), or the file was changed by somebody else.
         """
+        return self.extend([entry]) == 1
+
+    def extend(self, entries: Iterable[Entry]) -> int:
+        """Record several releases, all different, as `append` does one; a crash may leave only the first.
+
+        Returns:
+            how many of them were not there.
+        """
         if self._read_only:
             raise ValueError(f'{self.path} is open for reading only')
-        if not self._is_new(entry):
-            return False
-        digest = _hash(self._hash, entry)
-        line = json.dumps({**_fields(entry), 'hash': digest}, ensure_ascii=False)
-        self._log.append(line.encode() + b'\n')
-        self._entries[entry.key], self._hash = entry, digest
-        return True
+        new = [entry for entry in entries if self._is_new(entry)]
+        lines, digest = [], self._hash
+        for entry in new:
+            digest = _hash(digest, entry)
+            lines.append(json.dumps({**_fields(entry), 'hash': digest}, ensure_ascii=False) + '\n')
+        if new:
+            self._log.append(''.join(lines).encode())
+        self._entries |= {entry.key: entry for entry in new}
+        self._hash = digest
+        return len(new)
 
     @property
     def entries(self) -> list[Entry]:
@@ -199,10 +219,12 @@ def _hash(previous: str, entry: Entry) -> str:
 
 
 def _fields(entry: Entry) -> dict:
-    """Name what a line says of an entry; of images, it is the line of earlier versions."""
+    """Name what a line says of an entry; of images that this program used, as earlier versions did."""
     fields = dataclasses.asdict(entry)
     if entry.unit == groups.IMAGE:
         del fields['unit']
+    if not entry.declared:
+        del fields['declared']
     return fields
 
 

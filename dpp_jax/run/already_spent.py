@@ -20,6 +20,7 @@ ROW = {
     'sampling_probability': float,
     'count': int,
     'sensitivity': float,
+    'declared?': bool,
 }
 
 
@@ -94,6 +95,7 @@ def rows(releases_before: tuple[Releases, ...]) -> list[dict[str, Any]]:
             'count': part.count,
             'sensitivity': part.mechanism.sensitivity,
             'unit': part.mechanism.unit,
+            'declared': part.declared,
         }
         for part in releases_before
     ]
@@ -115,6 +117,7 @@ def from_rows(written: list[dict[str, Any]]) -> list[Releases]:
                 unit=row.get('unit', groups.IMAGE),
             ),
             count=row['count'],
+            declared=row.get('declared', False),
         )
         for row in written
     ]

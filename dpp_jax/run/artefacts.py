@@ -157,6 +157,17 @@ def _unchecked_weights(workdir: WorkDir, training: str, shapes: PyTree) -> dict[
     return checkpoint.load_model(workdir.model(training), {'params': shapes, 'ema_params': shapes})
 
 
+def save_imported_step(workdir: WorkDir, step: int) -> None:
+    """Note how many updates the imported model had had."""
+    files.write_json(workdir.imported, {'step': step})
+
+
+def imported_step(workdir: WorkDir) -> int:
+    """Return how many updates the imported model had had."""
+    advice = 'Restore the file. Or write {"step": 0} there: only --stage=export reads it'
+    return files.read_json(workdir.imported, advice, {'step': int})['step']
+
+
 def check_inputs(workdir: WorkDir, shapes: PyTree, stages: Collection[str]) -> None:
     """Check what is there and will be read by these stages, before any of them runs.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dpp_jax import files
 from dpp_jax.privacy import accounting, budget
+from dpp_jax.privacy.budget import Releases
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.run import fingerprint, statement
 from dpp_jax.run.already_spent import paths
@@ -52,7 +53,7 @@ def text(workdirs: str) -> str:
             f'{"" if not plan["spent_before"] else ", beside earlier runs (counted here only if named)"}'
         )
     lines += ['', f'  together: {_figures(parts, delta)}', '']
-    lines += _remarks(folders, plans)
+    lines += _remarks(folders, plans, parts)
     if any(is_seeded(entry.randomness) for entry in entries):
         lines.append('NOT PRIVATE: the keys of a run come from config.seed. No ε covers what it released.')
     return '\n'.join(lines)
@@ -95,7 +96,9 @@ def _figures(parts: tuple, delta: float) -> str:
     )
 
 
-def _remarks(folders: Sequence[WorkDir], plans: Sequence[dict[str, Any]]) -> list[str]:
+def _remarks(
+    folders: Sequence[WorkDir], plans: Sequence[dict[str, Any]], parts: Sequence[Releases]
+) -> list[str]:
     """Say what was chosen, and what the user must know."""
     remarks = []
     deltas = sorted({plan['delta'] for plan in plans})
@@ -111,6 +114,11 @@ def _remarks(folders: Sequence[WorkDir], plans: Sequence[dict[str, Any]]) -> lis
         )
     if accounting.REPLACE_ONE in relations and len(relations) > 1:
         remarks.append('The runs were planned for different relations: read the ε of the one that you need.')
+    if any(part.declared for part in parts):
+        remarks.append(
+            'Some releases are declared: the owner of an imported checkpoint says that they were made. A '
+            'checkpoint that several of these runs import counts once.'
+        )
     seen = []
     for folder in folders:
         if folder.fingerprints.is_file():

@@ -3,7 +3,7 @@
 Whoever gets only release/ can check it, too. What mechanisms released is also noted beside their keys.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 import re
 from typing import Any
 
@@ -38,6 +38,11 @@ def note(workdir: WorkDir, name: str, arrays: Iterable[np.ndarray]) -> None:
     files.write_json(workdir.digests, known | {name: files.digest(arrays)})
 
 
+def noted(workdir: WorkDir, name: str) -> str | None:
+    """Return the digest that `name` in release/ must have, if one is noted."""
+    return (_read(workdir) or {}).get(name)
+
+
 def check(workdir: WorkDir, name: str, arrays: Iterable[np.ndarray]) -> None:
     """Check that these arrays, read from `name` in release/, are those that this run released.
 
@@ -46,13 +51,13 @@ def check(workdir: WorkDir, name: str, arrays: Iterable[np.ndarray]) -> None:
     Raises:
         ValueError: they are others, or nobody noted what they must be.
     """
-    path, found, noted = workdir.release / name, files.digest(arrays), _read(workdir)
-    if noted is not None and name not in noted:
+    path, found, known = workdir.release / name, files.digest(arrays), _read(workdir)
+    if known is not None and name not in known:
         raise ValueError(
             f'{path} was not made by this run: {workdir.digests} has no SHA-256 of it. Move it away. Or, if '
             f'it was made without the private images, add this line to that file: "{name}": "{found}"'
         )
-    places = {workdir.digests: (noted or {}).get(name)}
+    places = {workdir.digests: (known or {}).get(name)}
     if _MECHANISMS[name]:
         places[workdir.keys] = Keys(workdir.keys, None).released(_MECHANISMS[name])
     for place, expected in places.items():
@@ -60,7 +65,7 @@ def check(workdir: WorkDir, name: str, arrays: Iterable[np.ndarray]) -> None:
             raise ValueError(
                 f'{path} is not what this run released: its SHA-256 is {found[:12]}…; {place} has '
                 f'{expected[:12]}…. Restore it. Or move it away, if private/ is whole, and run '
-                f'--stage={_STAGES[name]}: it makes the same again'
+                f'--stage={_maker(name, statement.codes(workdir))}: it makes the same again'
             )
 
 
@@ -75,12 +80,17 @@ def begin(workdir: WorkDir, released: dict[str, Iterable[np.ndarray]]) -> None:
     """
     if not workdir.digests.exists():
         ran, keys = statement.codes(workdir), Keys(workdir.keys, None)
-        noted = {}
+        known = {}
         for name, arrays in released.items():
             beside_keys = _MECHANISMS[name] and keys.released(_MECHANISMS[name])
-            if beside_keys or _STAGES[name] in ran:
-                noted[name] = beside_keys or files.digest(arrays)
-        files.write_json(workdir.digests, noted)
+            if beside_keys or _maker(name, ran) in ran:
+                known[name] = beside_keys or files.digest(arrays)
+        files.write_json(workdir.digests, known)
+
+
+def _maker(name: str, ran: Collection[str]) -> str:
+    """Return the stage that makes `name`, by those that ran here: a model may be imported."""
+    return 'import' if 'import' in ran and _STAGES[name] not in ran else _STAGES[name]
 
 
 def _read(workdir: WorkDir) -> dict[str, Any] | None:

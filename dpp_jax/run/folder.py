@@ -29,6 +29,8 @@ FREE_SETTINGS = (
     'generate.png_tree',
     'generate.tfds',
     'generate.dpimagebench',
+    'imported.trust',
+    'export.',
 )
 # Settings of what is made from the released model. They bind the images and the scores that they made
 # (`artefacts.check_images`, `artefacts.evaluation`), not the folder.
@@ -70,6 +72,9 @@ _NEW_SETTINGS = {
     'data.image_key': 'image',
     'data.label_key': 'label',
     'data.derived': [],
+    'imported.path': '',
+    'imported.kind': '',
+    'imported.noise_multiplier': None,
     _SELECTION: 'synthetic',
     'moments.enabled': False,
     'moments.noise_multiplier': 10.0,
@@ -89,6 +94,8 @@ _PATHS: dict[str, Callable[[str], str]] = {
     'data.labels': lambda labels: labels if labels in LABELS else _PATH,
     'dp.already_spent': lambda _: _PATH,
     'evaluate.inception': lambda _: _PATH,
+    'imported.path': lambda _: _PATH,
+    'export.path': lambda _: _PATH,
 }
 RELEASE_NOTE = (
     'The (ε, δ) in privacy_statement.md covers every file in this folder. It is computed from '
@@ -118,6 +125,7 @@ class WorkDir:
         self.central_images = self.release / 'central_images.npz'
         self.moments = self.release / 'moments.npz'
         self.digests = self.release / 'digests.json'
+        self.imported = self.release / 'imported.json'
         self.synthetic = self.release / 'synthetic'
         self.over_finetuning = self.release / 'over_finetuning.npz'
         self.card = self.release / 'README.md'
@@ -190,6 +198,10 @@ class WorkDir:
     def model(self, training: str) -> Path:
         """Folder of the model that 'pretrain' or 'finetune' releases."""
         return self.release / 'model' / training
+
+    def exported(self, training: str) -> Path:
+        """File of the same model for the PyTorch implementation, if no other is asked for."""
+        return self.release / 'model' / f'{training}.pth'
 
     def checkpoints(self, training: str) -> Path:
         """Folder of the checkpoints of a training in progress."""
@@ -328,6 +340,7 @@ class WorkDir:
         for folder, name in zip(old, ('model', 'resume', 'metrics')):
             if folder.exists():
                 files.move_folder(folder, aside / name)
+        self.exported('pretrain').unlink(missing_ok=True)
         # Last: if this is interrupted, the next command does the rest.
         files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
         files.write_json(self.config, without_paths(settings))

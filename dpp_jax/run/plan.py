@@ -34,6 +34,7 @@ _BINDING = (
         for figure in ('noise_multiplier', 'sampling_probability', 'count')
     ),
     'selection_sensitivity',
+    'declared',
     'sampling_probability',
     'steps',
     'expected_batch_size',
@@ -52,6 +53,7 @@ _NEW_FIELDS = {
     'moments_noise_multiplier': None,
     'moments_sampling_probability': None,
     'moments_count': 0,
+    'declared': [],
 }
 
 
@@ -64,9 +66,9 @@ class Plan:
         private_images: N, a public constant; the exact number of images where the relation has it public.
         groups, images_per_group: as of `groups.Unit`; None where the unit is one image.
         parameters: of the network.
-        pretrain_steps: steps of pre-training.
-        pretrain_noised_images: noised images of pre-training.
-        finetune_noised_images: expected noised images of fine-tuning.
+        pretrain_steps: steps of pre-training here, 0 if its model is imported.
+        pretrain_noised_images: noised images of pre-training, likewise.
+        finetune_noised_images: expected noised images of fine-tuning, likewise.
     """
 
     budget: Budget
@@ -114,6 +116,7 @@ class Plan:
             'epsilon_selection': budget.spent(SELECTION),
             'epsilon_total': budget.spent(),
             'spent_before': already_spent.rows(budget.before),
+            'declared': [part.mechanism.name for part in budget.releases if part.declared],
             **{
                 f'{QUERIES[query]}_{figure}': value
                 for query, found in shown.items()

@@ -16,7 +16,7 @@ from dpp_jax import files
 from dpp_jax.privacy import accounting, groups
 from dpp_jax.privacy.budget import DP_SGD, QUERIES, SELECTION, Budget, Releases, group, total_event
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import already_spent
+from dpp_jax.run import already_spent, imported
 from dpp_jax.run import statement_text as words
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys, is_seeded
@@ -32,6 +32,7 @@ def make(
     relation: str = accounting.ZERO_OUT,
     before: Sequence[Releases] = (),
     derived: Sequence[str] = (),
+    kind: str = '',
     code_of_stages: dict[str, list] | None = None,
 ) -> dict[str, Any]:
     """Make the statement, in JSON's types.
@@ -45,6 +46,7 @@ def make(
         relation: a name in `accounting.RELATIONS`: of which neighbors the run's own ε is.
         before: what earlier runs released from the same private images; the ε of this run includes it.
         derived: settings that were read from the private images.
+        kind: of the checkpoint that the run imports, a name of `imported.KINDS`; '' if none.
         code_of_stages: stage → versions of the code that ran it, see `record_code`.
     """
     epsilon = _epsilons([*before, *releases], delta, accountant, relation)
@@ -65,12 +67,20 @@ def make(
         'epsilon_of_replace_one': by_pld((*before, *releases), delta, accounting.REPLACE_ONE),
         'mechanisms': _rows(releases, delta, accountant, relation),
         'spent_before': _rows(before, delta, accountant, relation),
+        'declared': _declared((*before, *releases), kind),
         'covered': list(words.COVERED),
         'not_covered': [*words.NOT_COVERED, words.NOT_COVERED_OF[unit]],
-        'assumptions': [public, *words.declared(derived), *words.ASSUMPTIONS],
+        'assumptions': [public, *words.read_from_images(derived), *words.ASSUMPTIONS],
         'code': code_version(),
         'code_of_stages': code_of_stages or {},
     }
+
+
+def _declared(releases: Sequence[Releases], kind: str) -> str | None:
+    """Say what rests on the word of the owner of the private images; None if nothing does."""
+    if any(part.declared for part in releases):
+        return words.DECLARED
+    return words.DECLARED_PUBLIC if kind == imported.PUBLIC else None
 
 
 def _unit(releases: Sequence[Releases]) -> str:
@@ -91,9 +101,9 @@ def _rows(releases: Sequence[Releases], delta: float, accountant: str, relation:
 
 
 def of_ledger(
-    workdir: WorkDir, ledger: Ledger, budget: Budget, derived: Sequence[str] = ()
+    workdir: WorkDir, ledger: Ledger, budget: Budget, derived: Sequence[str] = (), kind: str = ''
 ) -> dict[str, Any]:
-    """Make the statement of what a work directory's ledger names; `derived` as of `make`."""
+    """Make the statement of what a work directory's ledger names; `derived` and `kind` as of `make`."""
     return make(
         group(ledger.entries),
         is_private=not any(is_seeded(entry.randomness) for entry in ledger.entries),
@@ -103,6 +113,7 @@ def of_ledger(
         relation=budget.relation,
         before=budget.before,
         derived=derived,
+        kind=kind,
         code_of_stages=codes(workdir),
     )
 

@@ -1,6 +1,6 @@
 """The words of the privacy statement: what is claimed, covered and assumed, and the page for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpp_jax.privacy import accounting, groups
@@ -73,7 +73,26 @@ ASSUMPTIONS = (
 )
 
 
-def declared(names: Sequence[str]) -> list[str]:
+_VOUCH = 'This program did not see that, and cannot vouch for it'
+DECLARED = (
+    'Rows "declared" are the word of the owner of the private images, who says that an imported checkpoint '
+    f'was made so. {_VOUCH}. One reason to doubt it: the PyTorch implementation divides the noisy sums of '
+    'its query by the number of images that were sampled, which its noise does not cover. Such a query is '
+    'not private as declared'
+)
+DECLARED_PUBLIC = (
+    'The owner of the private images declares that the imported checkpoint was trained without them. '
+    f'{_VOUCH}'
+)
+
+
+def title(row: Mapping[str, Any]) -> str:
+    """Return what a row of the statement is about."""
+    name = TITLES.get(row['mechanism'], row['mechanism'])
+    return f'declared: {name}' if row.get('declared') else name
+
+
+def read_from_images(names: Sequence[str]) -> list[str]:
     """Say, in a list of one sentence or none, which settings were read from the private images."""
     if not names:
         return []
@@ -114,12 +133,14 @@ def markdown(statement: dict[str, Any], draft: str = '') -> str:
             'Every ε above this table includes them.',
             '',
         ]
-    for title, name in (
+    if statement['declared']:
+        lines += [f'{statement["declared"]}.', '']
+    for heading, name in (
         ('Covered', 'covered'),
         ('Not covered', 'not_covered'),
         ('Assumptions', 'assumptions'),
     ):
-        lines += [f'## {title}', '', *(f'- {text}.' for text in statement[name]), '']
+        lines += [f'## {heading}', '', *(f'- {text}.' for text in statement[name]), '']
     source = 'the plan' if draft else '`ledger.jsonl`'
     lines += ['## Code', '', f'Computed from {source} by {_versions(statement["code"])}.', '']
     lines += [f'- {line}' for line in code_lines(statement)]
@@ -141,8 +162,9 @@ def code_lines(statement: dict[str, Any]) -> list[str]:
 def claim(statement: dict[str, Any]) -> str:
     """Say, in a sentence, what the statement claims."""
     show, exact = accounting.format_epsilon, accounting.format_exact
+    condition = 'If what is declared below is true, everything' if statement['declared'] else 'Everything'
     return (
-        f'Everything in `release/` is **(ε = {show(statement["epsilon"])}, '
+        f'{condition} in `release/` is **(ε = {show(statement["epsilon"])}, '
         f'δ = {exact(statement["delta"])})**-differentially private '
         f'(budget: ε = {exact(statement["budget"])}).'
     )
@@ -173,7 +195,7 @@ def mechanism_cells(statement: dict[str, Any]) -> list[list[str]]:
     rows = [('spent before: ', row) for row in statement['spent_before']]
     return [
         [
-            when + TITLES.get(row['mechanism'], row['mechanism']),
+            when + title(row),
             accounting.format_noise(row['noise_multiplier']),
             f'{row["sampling_probability"]:.6g}',
             str(row['count']),

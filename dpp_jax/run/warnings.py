@@ -1,6 +1,7 @@
 """What cannot work, told before it is spent: noise against signal, by numbers of the plan alone.
 
-Every warning gives its figure and what would help. None refuses a run: a threshold is a judgment.
+Every warning gives its figure and what would help. None refuses a run: a threshold is a judgment. Of what ran
+elsewhere there is none: nothing can be changed.
 """
 
 import dataclasses
@@ -127,7 +128,8 @@ def _class_size(images: int, classes: int, smallest_class: int | None) -> str | 
 
 
 def _public_counts(budget: Budget, question: Question) -> str | None:
-    if not question.is_scaled_by_group or budget.of(CENTRAL_QUERY) is None:
+    asked = budget.of(CENTRAL_QUERY)
+    if not question.is_scaled_by_group or asked is None or asked.declared:
         return None
     return (
         f'the sensitivity of the query, {question.sensitivity:.4g}, is that of all of a group, because '
@@ -139,7 +141,7 @@ def _central_images(
     budget: Budget, per_class: float, question: Question, smallest_class: int | None
 ) -> str | None:
     asked = budget.of(CENTRAL_QUERY)
-    if asked is None:
+    if asked is None or asked.declared:
         return None
     sigma, q = asked.mechanism.noise_multiplier, asked.mechanism.sampling_probability
     whose = 'a central image'
@@ -222,7 +224,7 @@ def _steps(budget: Budget, images: int, parameters: int, batch_size: float) -> s
     releases = budget.of(DP_SGD)
     sigma = releases.mechanism.noise_multiplier
     noise = step_noise(sigma, parameters, batch_size)
-    if noise <= _MOST_STEP_NOISE:
+    if noise <= _MOST_STEP_NOISE or releases.declared:
         return None
     epochs = releases.count * releases.mechanism.sampling_probability
     tries = [

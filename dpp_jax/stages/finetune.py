@@ -141,7 +141,7 @@ def _snapshot_steps(total: int, count: int) -> set[int]:
 
 
 def _initial_params(config: ConfigDict, workdir: WorkDir, keys: Keys, model: Model):
-    """Return the pre-trained weights (not their average, as the paper), or fresh ones."""
-    if not config.pretrain.enabled:
+    """Return the pre-trained or imported weights (not their average, as the paper), or fresh ones."""
+    if not config.pretrain.enabled and not config.imported.path:
         return model.init(keys.of_part('init').random)
     return hosts.from_first(lambda: artefacts.weights(workdir, 'pretrain', model.shapes())['params'])

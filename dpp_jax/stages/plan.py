@@ -16,8 +16,8 @@ from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION, Budget
 from dpp_jax.privacy.queries import MomentsQuery
-from dpp_jax.run import hours, statement, statement_text, step_time, warnings
-from dpp_jax.run.folder import WorkDir
+from dpp_jax.run import hours, imported, statement, statement_text, step_time, warnings
+from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.plan import Plan
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.training import checkpoint, devices
@@ -51,22 +51,18 @@ def run(
         smallest_class: private images of the smallest class; None: not known.
     """
     draft = _draft(plan.budget, made)
-    memory = _memory(config, model, sizes) / 2**20
     todo = tuple(todo)
     if draft:
         print(f'DRAFT: {draft}.\n')
     print(text(config, plan))
     if source:
         print('source         ' + source.replace('\n', '\n' + 15 * ' '))
-    shared = '' if sizes.devices_per_image == 1 else f', {sizes.devices_per_image} devices share an image'
-    print(
-        f'memory         about {memory:,.0f} MiB per device ({sizes.microbatch} images x {sizes.draws} draws '
-        f'at once{shared}, estimate), {jax.device_count()} {jax.devices()[0].platform} device(s)'
-    )
     rate, is_measured = hours.rate(model)
     step = _step(plan, sizes, config.finetune.draws, rate)
+    if not plan.budget.of(DP_SGD).declared:
+        print(f'{_memory_words(config, model, sizes)}\n{_step_words(step)}')
     time, weeks = _time(config, plan, _left(workdir, plan, todo), step, rate, is_measured)
-    print(f'{_step_words(step)}\n{time}\n')
+    print(f'{time}\n')
     print(f'would run      {", ".join(todo) or "nothing: everything is done"}\n')
     if is_there:
         shown = statement_text.markdown(_statement(config, plan), draft)
@@ -81,9 +77,12 @@ def run(
 
 def _draw(config: ConfigDict, workdir: WorkDir, plan: Plan) -> None:
     """Draw what another budget for the query would do, if there is a folder for the picture."""
-    if plan.budget.of(CENTRAL_QUERY) and not workdir.root.is_dir():
+    asked = plan.budget.of(CENTRAL_QUERY)
+    if asked is None or asked.declared:
+        return
+    if not workdir.root.is_dir():
         print(f'No picture of other shares of ε: {workdir.root} is not there yet, and plan makes nothing.')
-    elif plan.budget.of(CENTRAL_QUERY):
+    else:
         from dpp_jax.run import plan_curve  # imports matplotlib, which nothing else needs
 
         picture = plan_curve.draw(plan.budget, config.name)
@@ -100,7 +99,7 @@ def _draw(config: ConfigDict, workdir: WorkDir, plan: Plan) -> None:
 def text(config: ConfigDict, plan: Plan) -> str:
     """Describe the plan for people; every ε is rounded up, every σ down."""
     exact = accounting.format_exact
-    budget, dp_sgd = plan.budget, plan.budget.of(DP_SGD)
+    budget = plan.budget
     relation = accounting.RELATIONS[budget.relation]
     number = '' if relation.size_is_public else 'counted as '
     titles = {
@@ -108,7 +107,10 @@ def text(config: ConfigDict, plan: Plan) -> str:
         **{name: statement_text.TITLES[name] for name in (MOMENTS, DP_SGD, SELECTION)},
     }
     rows = [(f'spent before: {part.mechanism.name}', part) for part in budget.before]
-    rows += [(titles[part.mechanism.name], part) for part in budget.releases]
+    rows += [
+        (f'{"declared: " if part.declared else ""}{titles[part.mechanism.name]}', part)
+        for part in budget.releases
+    ]
     columns = [('mechanism (Poisson-sampled Gaussian)', 'σ', 'q', 'count', 'ε alone')]
     for title, part in rows:
         mechanism = part.mechanism
@@ -132,9 +134,7 @@ def text(config: ConfigDict, plan: Plan) -> str:
         *_table(columns),
         '',
         f'network        {plan.parameters:,} parameters, denoiser {config.model.denoiser}',
-        f'pre-training   {plan.pretrain_steps:,} steps, {plan.pretrain_noised_images:,} noised images',
-        f'fine-tuning    {dp_sgd.count:,} steps of {plan.expected_batch_size:,.1f} expected images'
-        f' x {config.finetune.draws} draws, {plan.finetune_noised_images:,} noised images',
+        *_trainings(config, plan),
         f'generation     {config.generate.images:,} images, {config.generate.sampler.name} '
         f'with {config.generate.sampler.steps} steps',
         *_moments(config, plan),
@@ -168,6 +168,25 @@ def _moments_question(config: ConfigDict, plan: Plan) -> warnings.MomentsQuestio
         images_per_group=plan.unit.images_per_group,
     )
     return warnings.MomentsQuestion(query=query, images_per_class=plan.unit.used_images / classes)
+
+
+def _trainings(config: ConfigDict, plan: Plan) -> list[str]:
+    """Say how much is trained here, and what is imported in its place."""
+    budget, dp_sgd = plan.budget, plan.budget.of(DP_SGD)
+    kind, lines = imported.kind(flatten(config.to_dict())), []
+    if kind:
+        word = 'ε as declared' if any(part.declared for part in budget.releases) else 'it spends nothing'
+        lines = [f'imported       a model that was {imported.MEANINGS[kind]}; {word}']
+    else:
+        lines = [
+            f'pre-training   {plan.pretrain_steps:,} steps, {plan.pretrain_noised_images:,} noised images'
+        ]
+    if not dp_sgd.declared:
+        lines.append(
+            f'fine-tuning    {dp_sgd.count:,} steps of {plan.expected_batch_size:,.1f} expected images'
+            f' x {config.finetune.draws} draws, {plan.finetune_noised_images:,} noised images'
+        )
+    return lines
 
 
 def _selection(plan: Plan) -> list[str]:
@@ -249,6 +268,16 @@ def _step(plan: Plan, sizes: Sizes, draws: int, rate: float) -> step_time.Predic
             devices_per_image=sizes.devices_per_image,
             hosts=devices.count() // own,
         ),
+    )
+
+
+def _memory_words(config: ConfigDict, model: Model, sizes: Sizes) -> str:
+    """Say how much memory a step of fine-tuning takes."""
+    memory = _memory(config, model, sizes) / 2**20
+    shared = '' if sizes.devices_per_image == 1 else f', {sizes.devices_per_image} devices share an image'
+    return (
+        f'memory         about {memory:,.0f} MiB per device ({sizes.microbatch} images x {sizes.draws} draws '
+        f'at once{shared}, estimate), {jax.device_count()} {jax.devices()[0].platform} device(s)'
     )
 
 
@@ -337,6 +366,7 @@ def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:
         budget.releases,
         is_private=config.seed is None,
         derived=config.data.derived,
+        kind=imported.kind(flatten(config.to_dict())),
         delta=budget.delta,
         accountant=budget.accountant,
         budget=budget.epsilon,

@@ -140,7 +140,7 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
     accountant = privacy['accountant']
     rows = [
         (
-            when + statement_text.TITLES.get(row['mechanism'], row['mechanism']),
+            when + statement_text.title(row),
             f'ε = {show(row["epsilon"][accountant])}',
         )
         for when, name in (('spent before: ', 'spent_before'), ('', 'mechanisms'))

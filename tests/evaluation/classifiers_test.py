@@ -59,7 +59,7 @@ def test_digits_are_learned(digits, name):
 @pytest.mark.parametrize('name', FAST)
 def test_same_key_same_classifier(digits, name):
     images, labels, test_images, _ = digits
-    one, two = (train(name, images, labels, seed=3) for _ in range(2))
+    one, two = (train(name, images[:400], labels[:400], seed=3) for _ in range(2))
     assert one.held_out_accuracy == two.held_out_accuracy
     np.testing.assert_array_equal(one.predict(test_images), two.predict(test_images))
 

@@ -292,6 +292,13 @@ def test_a_checkpoint_without_an_entry_or_of_another_kind_is_refused(tmp_path):
         ({'model': {}, 'step': 1}, "no entry 'ema'"),
         ([torch.zeros(2)], 'holds a list'),
         ({'model.all_modules.0.weight': 'text'}, 'is no tensor'),
+        ({'model': [], 'ema': {}, 'step': 1}, "'model' is a list; it must hold weights by name"),
+        ({'model': {}, 'ema': {}, 'step': 1}, "'ema' has no list 'shadow_params'"),
+        ({'model': {}, 'ema': {'shadow_params': [1]}, 'step': 1}, r'shadow_params\[0\] is no tensor'),
+        (
+            {'model': {}, 'ema': {'shadow_params': []}, 'step': None},
+            "'step' is None; it must be a whole number",
+        ),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=reason):

@@ -81,7 +81,7 @@ def test_every_relation_has_its_epsilon_on_mnist(relation, spent):
     assert accounting.epsilon(event, 1e-5, 'pld', relation) == pytest.approx(spent, abs=1e-5)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(sigma=st.floats(1.0, 8.0), q=st.sampled_from([0.01, 0.3, 1.0]), count=st.integers(1, 30))
 def test_zero_out_spends_as_add_or_remove_one_and_replace_one_up_to_twice_the_change(sigma, q, count):
     """Replacing moves a sum by at most twice as much: at most as half the noise, and exactly so for q = 1."""
@@ -226,7 +226,7 @@ def test_a_budget_that_needs_no_noise_is_refused():
 
 
 @pytest.mark.parametrize('relation', ['zero_out', 'replace_one'])
-@pytest.mark.parametrize('epsilon', [100.0, 300.0, 700.0])
+@pytest.mark.parametrize('epsilon', [100.0, 700.0])
 def test_pld_calibrates_large_budgets_in_seconds(epsilon, relation):
     def make_event(sigma):
         return accounting.compose(
@@ -240,7 +240,7 @@ def test_pld_calibrates_large_budgets_in_seconds(epsilon, relation):
     assert accounting.epsilon(make_event(sigma * (1 - 2e-4)), 1e-4, 'pld', relation) > epsilon
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(sigma=st.floats(0.03, 0.4), times=st.sampled_from([1, 4, 30]))
 def test_coarse_distributions_stay_above_the_exact_epsilon_and_near_it(sigma, times):
     """Plain Gaussian releases have a closed form."""

@@ -39,6 +39,8 @@ def lines(entries, previous=''):
         fields = dataclasses.asdict(entry)
         if entry.unit == 'image':
             del fields['unit']  # as earlier versions wrote it
+        if not entry.declared:
+            del fields['declared']  # likewise
         hashed = f'{previous}\n{json.dumps(fields, sort_keys=True)}'
         previous = hashlib.sha256(hashed.encode()).hexdigest()
         text += json.dumps({**fields, 'hash': previous}) + '\n'
@@ -85,6 +87,46 @@ def test_a_release_of_groups_says_so_and_one_of_images_is_the_line_of_earlier_ve
         Ledger(path)
     with pytest.raises(ValueError, match="unit is 'person'; it must be 'image' or 'group'"):
         dataclasses.replace(STEP, unit='person')
+
+
+def test_what_is_declared_says_so_counts_like_any_other_and_is_written_at_once(path):
+    declared = steps(5, dataclasses.replace(STEP, declared=True))
+    ledger = filled(path, [QUERY])
+    assert ledger.extend(declared[:2]) == 2
+    before = path.read_bytes()
+    assert ledger.extend(declared) == 3 and ledger.extend(declared) == 0
+    assert path.read_text(encoding='utf-8') == lines([QUERY, *declared])
+    assert Ledger(path).entries == [QUERY, *declared]
+    assert [part.declared for part in budget.group(Ledger(path).entries)] == [False, True]
+    alike = filled(path.with_name('drawn.jsonl'), [QUERY, *steps(5)])
+    assert epsilon(ledger, 1e-5) == epsilon(alike, 1e-5)
+    # Cut anywhere by a crash, it goes on.
+    whole = path.read_bytes()
+    for size in (len(before), len(before) + 40, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        Ledger(path).extend(declared)
+        assert path.read_bytes() == whole
+    path.write_text(whole.decode().replace('"declared": true, ', '', 1), encoding='utf-8')
+    with pytest.raises(ValueError, match='line 2 of .*its hash is wrong'):
+        Ledger(path)
+    with pytest.raises(ValueError, match='declared is 1; it must be True or False'):
+        dataclasses.replace(STEP, declared=1)
+
+
+def test_of_several_ledgers_what_is_declared_of_one_checkpoint_counts_once(path):
+    shared = dataclasses.replace(QUERY, declared=True, randomness='declared-a')
+    other = dataclasses.replace(shared, randomness='declared-b')
+    books = [
+        filled(
+            path.with_name(f'{number}.jsonl'),
+            [shared, own, dataclasses.replace(STEP, randomness=f'{number}')],
+        )
+        for number, own in enumerate([other, dataclasses.replace(shared, noise_multiplier=9.0, index=1)])
+    ]
+    found = budget.together(books)
+    assert sorted(entry.declared for entry in found) == [False, False, True, True, True]
+    with pytest.raises(ValueError, match='with the same keys'):
+        budget.together([books[0], books[0]])
 
 
 def test_nothing_ran(path):

@@ -86,7 +86,7 @@ def test_figures_that_follow_from_the_noise_are_not_believed(saved):
 def test_a_figure_that_the_guarantee_rests_on_is_that_of_the_config(saved, name):
     def change(figures):
         value = figures[name]
-        other = {'accountant': 'pld', 'private_groups': 7, 'images_per_group': 7}
+        other = {'accountant': 'pld', 'private_groups': 7, 'images_per_group': 7, 'declared': ['dp_sgd']}
         return {**figures, name: other.get(name) or value * 2}
 
     with pytest.raises(ValueError, match=f'plan.json has {name} = .*; this config gives'):

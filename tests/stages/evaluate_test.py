@@ -36,9 +36,9 @@ def run(config, root, train, test, classes):
 
 @pytest.mark.parametrize('classes, test', [(1, 20), (2, 1), (1, 1)])
 def test_an_evaluation_that_lacks_classes_or_test_images_says_so_before_and_after(
-    tiny_config, tmp_path, capsys, classes, test
+    quick_config, tmp_path, capsys, classes, test
 ):
-    workdir, results, text = run(tiny_config(), tmp_path, 60, test, classes)
+    workdir, results, text = run(quick_config(), tmp_path, 60, test, classes)
     told = capsys.readouterr().out
     before = told[: told.index('central: done')]
     reason = 'config.data.classes is 1' if classes == 1 else 'the test set has 1 image(s)'
@@ -50,13 +50,13 @@ def test_an_evaluation_that_lacks_classes_or_test_images_says_so_before_and_afte
     left_out = results['metrics_left_out']
     assert ('memorization' in left_out) == (test == 1) == ('memorization' not in results)
     assert ('inception_score' in left_out) == (classes == 1)
-    pipeline.run(tiny_config_of(workdir, tiny_config, 60, classes, tmp_path), workdir.root, 'all')
+    pipeline.run(config_of(workdir, quick_config, 60, classes, tmp_path), workdir.root, 'all')
     assert 'Everything is done' in capsys.readouterr().out
 
 
-def tiny_config_of(workdir, tiny_config, train, classes, root):
+def config_of(workdir, quick_config, train, classes, root):
     """The config of `run` again."""
-    config = tiny_config()
+    config = quick_config()
     config.data.update(source=f'npz:{root / "data"}', train_images=train, classes=classes)
     config.finetune.update(batch_size=20, epochs=1.0)
     config.evaluate.classifiers = ('logistic',)

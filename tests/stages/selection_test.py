@@ -14,8 +14,8 @@ from dpp_jax.run.folder import WorkDir
 
 
 @pytest.fixture(scope='module')
-def config(tiny_config):
-    changed = tiny_config(evaluate__selection='private_noisy', evaluate__seeds=2)
+def config(quick_config):
+    changed = quick_config(evaluate__selection='private_noisy', evaluate__seeds=2)
     changed.evaluate.update(fid=False, real_images=False)
     return changed
 

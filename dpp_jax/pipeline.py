@@ -317,25 +317,22 @@ class Run(RealImages):
         hosts.at_first(take)
 
     def central(self) -> None:
-        unit, budget = self.plan.unit, self.plan.budget
+        budget = self.plan.budget
+        shared = {
+            'unit': self.plan.unit,
+            'share': self.share,
+            'class_names': build.class_names(self.config),
+        }
         if not self.released[CENTRAL_QUERY]:
-            central.run(
-                *self._private_stage,
-                query=build.query(self.config),
-                releases=budget.of(CENTRAL_QUERY),
-                unit=unit,
-                share=self.share,
-                class_names=build.class_names(self.config),
-            )
+            query, releases = build.query(self.config), budget.of(CENTRAL_QUERY)
+            central.run(*self._private_stage, query=query, releases=releases, **shared)
         if budget.of(MOMENTS) and not self.released[MOMENTS]:
             moments.run(
                 *self._private_stage,
                 query=build.moments_query(self.config),
                 frequencies=build.frequencies(self.config),
                 releases=budget.of(MOMENTS),
-                unit=unit,
-                share=self.share,
-                class_names=build.class_names(self.config),
+                **shared,
             )
 
     def pretrain(self) -> None:

@@ -155,6 +155,10 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     config.finetune = finetune = ConfigDict()  # DP-SGD on the private images
     finetune.batch_size = 4096  # expected images per step, of all groups; q = 1 / ceil(N / batch_size)
     finetune.epochs = 150.0  # expected uses of each image: steps = epochs / q; may be a fraction
+    # In place of epochs: how long all steps together may take here, as '45m', '1.5h' or '90s', without
+    # compilation. Their number follows from the speed of this machine on random images, before the noise is
+    # calibrated to it, and stays that of the run, wherever it goes on. '' = epochs.
+    finetune.time_limit = ''
     finetune.draws = 32  # K, noise draws per image and step
     finetune.clip_norm = 1.0  # C, of the gradient of one image (or of all images of a group together)
     finetune.learning_rate = 3e-4  # of Adam

@@ -23,10 +23,11 @@ from dpp_jax.privacy import selection as selection_lib
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, QUERIES, SELECTION, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import already_spent, imported, step_time
+from dpp_jax.run import already_spent, hours, imported, step_time
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run import sizes as sizes_lib
 from dpp_jax.run.folder import flatten
+from dpp_jax.training import devices
 
 _SAMPLER_STEPS_OF_SNAPSHOTS = 18
 
@@ -330,6 +331,34 @@ def settled_images(config: ConfigDict, run_model: Model, path: Path, noised_imag
         microbatch=settings.microbatch,
         label_dropout=settings.label_dropout,
     )
+
+
+def timed_steps(config: ConfigDict) -> tuple[int, float]:
+    """Return how many steps of fine-tuning fit into `finetune.time_limit`, at least 1, and seconds of one.
+
+    The rate of this machine is measured on random images, unless it is known from an earlier run.
+    """
+    settings, run_model = config.finetune, model(config)
+    with devices.limited_to(len(devices.local())):  # of several processes, this one measures alone
+        sizes_lib.measured(
+            run_model,
+            draws=settings.draws,
+            microbatch=settings.microbatch,
+            label_dropout=settings.label_dropout,
+            images_at_once=config.loop.images_at_once,
+        )
+    rate, _ = hours.rate(run_model)
+    chosen = sizes(config, run_model)
+    step = step_time.Step(
+        batch=batch(config),
+        draws=settings.draws,
+        parameters=model_lib.size(run_model.shapes()),
+        images_per_row=config.dp.images_per_group or 1,
+    )
+    found = step_time.predict_here(
+        step, microbatch=chosen.microbatch, devices_per_image=chosen.devices_per_image, rate=rate
+    )
+    return max(1, int(hours.seconds(settings.time_limit) / found.seconds)), found.seconds
 
 
 def augmentation(config: ConfigDict) -> Callable:

@@ -47,6 +47,7 @@ _PAPER_NOISE, _PIXEL_NOISE = 0.25, 0.15
 _COUNT_NOISE = 0.15  # of a noisy class count, relative
 _SHARES = (1 / 8, 1 / 4)  # of ε, for the queries: digits_8's, and where that leaves too much noise
 _STEP_NOISE = 4.0  # of DP-SGD over the largest clipped sum: the largest of the paper's settings
+_EPOCHS = 'finetune.epochs'
 _CLIPPED = 0.35  # norm of a centered image over √d
 
 
@@ -124,6 +125,8 @@ def settled(config: ConfigDict, workdir: WorkDir, check: Callable[[ConfigDict], 
         ValueError, OSError: settings are wrong, or the source cannot be described.
     """
 
+    config = timed(config)
+
     def changes():
         known = recorded(config, workdir)
         if known is not None:
@@ -138,6 +141,11 @@ def settled(config: ConfigDict, workdir: WorkDir, check: Callable[[ConfigDict], 
         return flatten({row.name: row.value for row in derived} | {'data.derived': resolved.data.derived})
 
     return with_values(config, hosts.from_first(changes))
+
+
+def timed(config: ConfigDict) -> ConfigDict:
+    """Return the config without its epochs of fine-tuning, if a time limit decides them."""
+    return with_values(config, {_EPOCHS: None}) if config.finetune.time_limit else config
 
 
 def recorded(config: ConfigDict, workdir: WorkDir) -> dict[str, Any] | None:
@@ -174,6 +182,11 @@ def resolve(config: ConfigDict, info: SourceInfo) -> tuple[ConfigDict, tuple[Der
         value, why = _RULES[name](_Case(config=config, info=info, unset=names))
         config = with_values(config, {name: value})
         derived.append(Derived(name=name, value=value, why=why))
+    if config.finetune.time_limit and _EPOCHS in names:
+        value, why = _epochs_in_time(config)
+        config = with_values(config, {_EPOCHS: value})
+        derived = [row for row in derived if row.name != _EPOCHS]
+        derived.append(Derived(name=_EPOCHS, value=value, why=why))
     read = tuple(name for name in names if name in FROM_IMAGES)
     return with_values(config, {'data.derived': read}), tuple(derived)
 
@@ -604,6 +617,15 @@ def _ema_decay(few: float, many: float) -> _Rule:
         return round(1 - _two_digits(1 / value), 6), f'averages over {value:,.0f} steps: {why}'
 
     return rule
+
+
+def _epochs_in_time(config: ConfigDict) -> tuple[float, str]:
+    """Return how often each image is used within `finetune.time_limit`: of all else that is decided."""
+    steps, seconds = build.timed_steps(config)
+    return steps * build.batch(config).probability, (
+        f'{steps:,} steps of {seconds:.2g} s in finetune.time_limit = {config.finetune.time_limit}, by the '
+        'rate of this machine on random images'
+    )
 
 
 # ---- what is made -------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def _look(
     Returns:
         The config, what the source says (None if it is not there), and what was derived or is recorded.
     """
+    config = derive.timed(config)
     known = _try(problems, lambda: derive.recorded(config, workdir)) or {}
     derived = tuple(
         derive.Derived(name=name, value=known[name], why=f'as {workdir.root} was begun')

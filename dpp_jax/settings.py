@@ -19,7 +19,7 @@ from dpp_jax.diffusion import denoiser, model, sampler
 from dpp_jax.evaluation import classifiers
 from dpp_jax.interop import pytorch
 from dpp_jax.privacy import accounting, groups, queries
-from dpp_jax.run import artefacts, imported
+from dpp_jax.run import artefacts, hours, imported
 from dpp_jax.run.folder import flatten
 
 
@@ -124,6 +124,13 @@ def _number(accepts: Callable[[float], bool], words: str) -> _Rule:
 
 def _whole(accepts: Callable[[int], bool], words: str) -> _Rule:
     return _Rule(lambda value: _is_whole(value) and accepts(value), words)
+
+
+def _is_time(text: Any) -> bool:
+    try:
+        return text == '' or hours.seconds(text) > 0
+    except (TypeError, ValueError):
+        return False
 
 
 def _unset_or(rule: _Rule) -> _Rule:
@@ -258,6 +265,7 @@ def _table() -> dict[str, _Rule]:
         # finetune
         'finetune.batch_size': _COUNT,
         'finetune.epochs': _number(lambda x: 0 < x <= 1e12, 'a number in (0, 1e12]'),
+        'finetune.time_limit': _Rule(_is_time, "a time above 0 such as '45m', '1.5h' or '90s', or ''"),
         'finetune.draws': _COUNT,
         'finetune.clip_norm': _SQUARABLE,
         'finetune.learning_rate': _LEARNING_RATE,

@@ -335,3 +335,31 @@ def test_problems_are_told_and_nothing_else(tmp_path, capsys, changes, texts, st
         assert [line[: len(text)] for line, text in zip(found, texts, strict=True)] == texts
     assert 'Privacy statement' not in capsys.readouterr().out
     assert not (tmp_path / 'run' / 'release').exists()
+
+
+def steps_of(config):
+    return build.plan(config, build.model(config)).budget.count('dp_sgd')
+
+
+def test_a_time_limit_decides_the_steps_of_a_run_for_good(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    timed = lambda limit: tiny_config(finetune__time_limit=limit, loop__images_at_once=8)
+    settled = lambda limit, folder: derive.settled(timed(limit), WorkDir(tmp_path / folder), settings.check)
+    short, long = (steps_of(settled(limit, 'none')) for limit in ('60s', '2m'))
+    assert short >= 2 and long == pytest.approx(2 * short, abs=1)
+    pipeline.run(timed('60s'), tmp_path / 'run', 'central')
+    kept = tmp_path / 'cache/dpp_jax/noised_images_per_second.json'
+    slower = {name: rate / 3 for name, rate in json.loads(kept.read_text()).items() if name[0] != '_'}
+    kept.write_text(json.dumps(slower))
+    assert steps_of(settled('60s', 'none')) < short / 2  # elsewhere
+    assert steps_of(settled('60s', 'run')) == short
+    with pytest.raises(ValueError, match='finetune.time_limit'):
+        pipeline.run(timed('2m'), tmp_path / 'run', 'central')
+    pipeline.run(timed('60s'), tmp_path / 'other', 'plan')
+    assert 'in finetune.time_limit = 60s, by the rate of this machine' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('text', ['an hour', '5', '-3m', 'infh', '0s', 'm'])
+def test_a_time_limit_that_is_no_time_is_named(tiny_config, text):
+    with pytest.raises(ValueError, match=f'finetune.time_limit is {text!r}; it must be a time above 0 such'):
+        settings.check(tiny_config(finetune__time_limit=text))

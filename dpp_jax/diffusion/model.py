@@ -48,7 +48,7 @@ class Model:
 
     def shapes(self) -> PyTree:
         """Return the parameters' shapes and dtypes without making them."""
-        return jax.tree.map(lambda leaf: leaf, _shapes(self.network, self.image_shape))  # the caller's own tree
+        return jax.tree.map(lambda leaf: leaf, _shapes(self.network, self.image_shape))
 
     def denoiser(self, params: PyTree) -> Denoise:
         """Return D(x (n, H, W, C), sigma (n,), label (n,)) with these parameters."""

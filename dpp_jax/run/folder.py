@@ -72,6 +72,7 @@ _NEW_SETTINGS = {
     'data.image_key': 'image',
     'data.label_key': 'label',
     'data.derived': [],
+    'finetune.time_limit': '',
     'imported.path': '',
     'imported.kind': '',
     'imported.noise_multiplier': None,

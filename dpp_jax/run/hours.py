@@ -28,12 +28,30 @@ _UNITS = (
 )
 
 
+def seconds(text: str) -> float:
+    """Return the seconds of a time such as '45m', '1.5h' or '90s'.
+
+    Raises:
+        ValueError: it is no such time, or none above 0.
+    """
+    units = {'s': 1.0, 'm': 60.0, 'h': 3600.0, 'd': 86_400.0}
+    number = float(text[:-1]) if text[-1:] in units else 0.0
+    if not 0 < number < float('inf'):
+        raise ValueError(f'{text!r} is no time above 0')
+    return number * units[text[-1]]
+
+
 def rate(model: Model) -> tuple[float, bool]:
     """Return the noised images per second of trainings on all devices, and whether they were measured."""
     known = _read().get(_name(model))
     if known:
         return known, True
     return _SHARE * _operations_per_second(model) / operations(model), False
+
+
+def is_measured(model: Model) -> bool:
+    """Whether `rate` is kept from a measurement."""
+    return _name(model) in _read()
 
 
 def operations(model: Model) -> float:

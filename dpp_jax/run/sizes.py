@@ -143,21 +143,34 @@ def settle(path: Path, model: Model, noised_images: int, **trial: Any) -> int:
     return known[devices.kind()]
 
 
-def measured(model: Model, *, draws: int, microbatch: int | None, label_dropout: float) -> int:
-    """Measure the fastest number of noised images for the sum of clipped gradients, near the rule's."""
+def measured(
+    model: Model,
+    *,
+    draws: int,
+    microbatch: int | None,
+    label_dropout: float,
+    images_at_once: int | None = None,
+) -> int:
+    """Measure the fastest number of noised images for the sum of clipped gradients, near the rule's.
+
+    If `images_at_once` is set, it is the only number that is tried.
+    """
     path = devices.cache_folder() / 'images_at_once.json'
     described = repr((devices.kind(), model.network, model.image_shape, draws, microbatch))
+    if images_at_once:
+        described += f' {images_at_once}'
     name = hashlib.sha256(described.encode()).hexdigest()
     known = _read(path)
-    if name not in known:
+    if name not in known or not hours.is_measured(model):
         print('Measuring which number of noised images at once is fastest on this device ...', flush=True)
         rule = _by_rule(model)
+        numbers = [images_at_once] if images_at_once else {int(factor * rule) for factor in _FACTORS}
         tried = {}
-        for images in {int(factor * rule) for factor in _FACTORS}:
+        for images in numbers:
             sizes = choose(model, draws=draws, images_at_once=images, microbatch=microbatch)
             tried[images] = _trial(model, sizes, draws=draws, label_dropout=label_dropout)
         calls = {n: call for n, call in tried.items() if call}
-        known[name] = fastest(calls, rule, lambda rate: hours.keep(model, rate))
+        known[name] = fastest(calls, images_at_once or rule, lambda rate: hours.keep(model, rate))
         try:
             files.write_json(path, known)
         except OSError:

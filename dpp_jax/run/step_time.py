@@ -15,8 +15,11 @@ from collections.abc import Sequence
 import dataclasses
 import math
 
+import jax
 import numpy as np
 from scipy import stats
+
+from dpp_jax.training import devices as devices_lib
 
 _BYTES = 4  # of a float32 or an int32
 _SURE = 8.0  # standard deviations within which all batches lie
@@ -218,6 +221,33 @@ def machine(
         bytes_per_second=link[known],
         team_bytes_per_second=_WITHIN_HOST[known],
         collective_seconds=_COLLECTIVE[known],
+    )
+
+
+def predict_here(step: Step, *, microbatch: int, devices_per_image: int, rate: float) -> Prediction:
+    """Predict the time of a step on the devices in use.
+
+    Args:
+        step: the work.
+        microbatch, devices_per_image: as of `Layout`.
+        rate: noised images per second of the devices of this process together.
+    """
+    devices, own = devices_lib.count(), len(devices_lib.local())
+    return predict(
+        step,
+        machine(
+            jax.default_backend(),
+            parameters=step.parameters,
+            devices=devices,
+            devices_of_host=own,
+            image_seconds=own / rate,
+        ),
+        Layout(
+            devices=devices,
+            microbatch=microbatch,
+            devices_per_image=devices_per_image,
+            hosts=devices // own,
+        ),
     )
 
 

@@ -244,30 +244,20 @@ def warnings_of(config: ConfigDict, plan: Plan, smallest_class: int | None = Non
 
 def _step(plan: Plan, sizes: Sizes, draws: int, rate: float) -> step_time.Prediction:
     """Predict a step of fine-tuning on the devices in use, which together have this rate."""
-    unit, own = plan.unit, len(devices.local())
+    unit = plan.unit
     batch = step_time.Batch(
         units=unit.size, probability=plan.budget.of(DP_SGD).mechanism.sampling_probability
     )
-    return step_time.predict(
+    return step_time.predict_here(
         step_time.Step(
             batch=batch,
             draws=draws,
             parameters=plan.parameters,
             images_per_row=unit.images_per_group or 1,
         ),
-        step_time.machine(
-            jax.default_backend(),
-            parameters=plan.parameters,
-            devices=devices.count(),
-            devices_of_host=own,
-            image_seconds=own / rate,
-        ),
-        step_time.Layout(
-            devices=devices.count(),
-            microbatch=sizes.microbatch,
-            devices_per_image=sizes.devices_per_image,
-            hosts=devices.count() // own,
-        ),
+        microbatch=sizes.microbatch,
+        devices_per_image=sizes.devices_per_image,
+        rate=rate,
     )
 
 

@@ -54,7 +54,8 @@ class Entry:
         sampling_probability: q of the Poisson sample, in (0, 1].
         sensitivity: Δ > 0, the L2 bound on what one unit adds to the sum that is released, before
             any division. ε depends on σ alone; Δ says what the noise was measured against.
-        randomness: public, random name of the secret keys of sampling and noise.
+        randomness: public, random name of the secret keys of sampling and noise; if it is declared, of what
+            came of it.
         unit: 'image' or 'group': whose contribution Δ bounds, and of what the sample consists. Lines
             without it are of images.
         declared: whether nobody here saw it run, and the owner's word is all there is. Lines without it are

@@ -78,9 +78,9 @@ def make(
 
 def _declared(releases: Sequence[Releases], kind: str) -> str | None:
     """Say what rests on the word of the owner of the private images; None if nothing does."""
-    if any(part.declared for part in releases):
-        return words.DECLARED
-    return words.DECLARED_PUBLIC if kind == imported.PUBLIC else None
+    found = [words.DECLARED] if any(part.declared for part in releases) else []
+    found += [words.DECLARED_PUBLIC] if kind == imported.PUBLIC else []
+    return '. '.join(found) or None
 
 
 def _unit(releases: Sequence[Releases]) -> str:

@@ -16,6 +16,7 @@ Settings after `--` change every run, as in `-- --config.generate.images=2000`.
 import argparse
 from collections.abc import Callable, Sequence
 import json
+import math
 from pathlib import Path
 import statistics
 import subprocess
@@ -30,7 +31,8 @@ from dpp_jax.data import image_grid
 from dpp_jax.privacy import budget as budget_lib
 
 _SHARE = 0.125  # of ε, for the queries: that of digits_8 at ε = 10
-_ALMOST_ALL = 0.98  # where nothing else is asked
+_ALMOST_ALL = 0.9  # where nothing else is asked
+_NO_STEP = {'finetune.epochs': 1e-9, 'finetune.learning_rate': 1e-12}
 _SCORES = ('cnn', 'mlp', 'logistic', 'fid')
 _PICTURES = 12  # of a row
 
@@ -49,6 +51,22 @@ def _paper(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def _moments(config: ConfigDict) -> dict[str, Any]:
+    """Return class moments around central images; half of the share is each query's."""
+    size = config.data.image_size
+    return {
+        'query.epsilon_share': _SHARE / 2,
+        'query.queries': 1,
+        'moments.enabled': True,
+        'moments.epsilon_share': _SHARE / 2,
+        'moments.frequencies': 36 if size < 14 else 64,
+        'moments.clip_norm': size / 8,
+        'moments.average_down': 2 if size >= 28 else 1,
+        'pretrain.epochs': 0,
+        'pretrain.moments_steps': 200 if size < 14 else 1000,
+    }
+
+
 # Row → what differs from the config, given the config.
 ROWS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     'none': lambda config: {'pretrain.enabled': False},
@@ -60,11 +78,22 @@ ROWS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
         'query.clip_norm': None,
         'query.pixel_center': 0.0,
     },
+    'moments': _moments,
+    'mean → moments': lambda config: {
+        **_moments(config),
+        'pretrain.epochs': config.pretrain.epochs // 3,
+        'pretrain.moments_steps': _moments(config)['pretrain.moments_steps'] // 2,
+    },
     # One step of DP-SGD that moves nothing, and has hardly any budget: the pre-trained model.
     'mean only': lambda config: {
         'query.epsilon_share': _ALMOST_ALL,
-        'finetune.epochs': 1e-9,
-        'finetune.learning_rate': 1e-12,
+        **_NO_STEP,
+    },
+    'moments only': lambda config: {
+        **_moments(config),
+        'query.epsilon_share': _ALMOST_ALL / 3,
+        'moments.epsilon_share': 2 * _ALMOST_ALL / 3,
+        **_NO_STEP,
     },
 }
 
@@ -81,7 +110,10 @@ def noised_images(config: ConfigDict) -> tuple[float, float]:
     """Return the noised images of pre-training and of one epoch of fine-tuning."""
     settings = config.pretrain
     central = config.query.queries * config.data.classes
-    pretrain = settings.epochs * max(central, settings.batch_size) * settings.draws * settings.enabled
+    batch = min(settings.batch_size, central)
+    of_central = settings.epochs * math.ceil(central / batch) * batch
+    of_moments = settings.moments_steps * settings.batch_size
+    pretrain = (of_central + of_moments) * settings.draws * settings.enabled
     q, steps = budget_lib.schedule(config.data.train_images, config.finetune.batch_size, 1.0)
     return pretrain, steps * q * config.data.train_images * config.finetune.draws
 

@@ -71,7 +71,10 @@ def test_neighbors_release_the_same_files_and_differ_only_by_what_noise_went_int
     accountant = 'pld' if relation == 'replace_one' else 'rdp'
 
     def config():
-        return quick_config(dp__relation=relation, dp__accountant=accountant)
+        found = quick_config(dp__relation=relation, dp__accountant=accountant)
+        found.moments.update(enabled=True, frequencies=4, noise_multiplier=20.0)
+        found.pretrain.moments_steps = 2
+        return found
 
     one = run(config(), tmp_path / 'one', make_images())
     other = run(config(), tmp_path / 'other', neighbor(monkeypatch))

@@ -46,7 +46,8 @@ def fit(
 
     The shift is shrunk towards 0 as James and Stein do. Of the covariance those eigenvalues are kept that
     stand out of the noise's (`edge`), each less what noise adds to it: the limit of a matrix of low rank with
-    symmetric noise (Benaych-Georges & Nadakuditi 2011).
+    symmetric noise (Benaych-Georges & Nadakuditi 2011). So eigenvalues are right in the mean. That
+    eigenvectors are off, with cos² = 1 - k τ² / eigenvalue² of the angle, is left as it is.
 
     Args:
         centers: (classes, k), around which moments were asked for.

@@ -194,7 +194,7 @@ def sum_by_class(values: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.A
         shaped as `values`: where an image is the first of its class in its group, the sum of that class;
         zeros elsewhere. So the norm of a group's row is that of its sums of all classes.
     """
-    same = of_one_class(labels, mask)
+    same = _of_one_class(labels, mask)
     is_first = jnp.argmax(same, axis=2) == jnp.arange(mask.shape[1])
     chosen = jnp.where(is_first[:, :, None] & same, 1.0, 0.0)
     # What rounding adds does no harm: the result is clipped as it is.
@@ -215,7 +215,7 @@ def norms_of_votes(values: jax.Array, labels: jax.Array, mask: jax.Array) -> jax
     """
     flat = values.reshape((*mask.shape, -1))
     alike = jax.lax.map(lambda i: jnp.sum(flat == flat[:, i, None], axis=2), jnp.arange(mask.shape[1]))
-    of_images = jnp.sum(jnp.where(of_one_class(labels, mask), jnp.moveaxis(alike, 0, 1), 0), axis=2)
+    of_images = jnp.sum(jnp.where(_of_one_class(labels, mask), jnp.moveaxis(alike, 0, 1), 0), axis=2)
     return jnp.sqrt(_sum(of_images))
 
 
@@ -225,6 +225,6 @@ def _sum(counts: jax.Array) -> jax.Array:
     return high.astype(jnp.float32) * 2**12 + low.astype(jnp.float32)
 
 
-def of_one_class(labels: jax.Array, mask: jax.Array) -> jax.Array:
+def _of_one_class(labels: jax.Array, mask: jax.Array) -> jax.Array:
     """Whether two images of a group, (n, m, m), are there and have one class."""
     return (labels[:, :, None] == labels[:, None, :]) & mask[:, :, None] & mask[:, None, :]

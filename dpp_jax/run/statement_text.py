@@ -26,7 +26,8 @@ UNITS = {
     groups.GROUP: 'one group of images with their labels (all images of a person, as `data.groups` says)',
 }
 COVERED = (
-    'everything in release/: central images, models, synthetic images, and whatever is computed from them',
+    'everything in release/: the answers of the queries (central images, class moments), models, synthetic '
+    'images, and whatever is computed from them',
     'any number of synthetic images that anyone draws from the released model',
 )
 CHOICE = (

@@ -49,10 +49,12 @@ class MomentsQuestion:
     Attributes:
         query: what is asked.
         images_per_class: a public number.
+        steps: of pre-training, on images drawn from them.
     """
 
     query: MomentsQuery
     images_per_class: float
+    steps: int
 
     @property
     def most(self) -> float:
@@ -177,6 +179,12 @@ def _moments(budget: Budget, question: MomentsQuestion | None) -> str | None:
     releases = budget.of(MOMENTS)
     if releases is None:
         return None
+    if not question.steps:
+        epsilon = accounting.format_epsilon(budget.spent(MOMENTS))
+        return (
+            f'moments.enabled spends ε = {epsilon} alone, and no training uses the answer: '
+            'pretrain.moments_steps is 0. Pre-train on images drawn from it, or set moments.enabled=False'
+        )
     share = question.edge(releases) / question.most
     if share <= _MOST_EDGE:
         return None

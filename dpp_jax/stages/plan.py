@@ -13,9 +13,8 @@ import numpy as np
 from dpp_jax import files
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
-from dpp_jax.privacy import accounting
+from dpp_jax.privacy import accounting, queries
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION, Budget
-from dpp_jax.privacy.queries import MomentsQuery
 from dpp_jax.run import hours, imported, statement, statement_text, step_time, warnings
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.plan import Plan
@@ -160,14 +159,17 @@ def _moments_question(config: ConfigDict, plan: Plan) -> warnings.MomentsQuestio
     if plan.budget.of(MOMENTS) is None:
         return None
     settings, classes = config.moments, config.data.classes
-    query = MomentsQuery(
+    query = queries.make_query(
+        'moments',
         classes=classes,
         dimensions=settings.frequencies,
-        clip_norm=settings.clip_norm,
-        class_counts=settings.class_counts,
+        settings=settings.to_dict(),
         images_per_group=plan.unit.images_per_group,
     )
-    return warnings.MomentsQuestion(query=query, images_per_class=plan.unit.used_images / classes)
+    per_class = plan.unit.used_images / classes
+    return warnings.MomentsQuestion(
+        query=query, images_per_class=per_class, steps=config.pretrain.moments_steps
+    )
 
 
 def _trainings(config: ConfigDict, plan: Plan) -> list[str]:

@@ -121,7 +121,7 @@ def run(
             **outputs,
             log_every_steps=config.loop.log_every_steps,
             checkpoint_every_seconds=config.loop.checkpoint_every_seconds,
-            is_loss_public=True,  # central images are released
+            is_loss_public=True,  # what it trains on is released
             advice=_ADVICE,
         )
     hosts.at_first(lambda: _save(workdir, final.weights()))

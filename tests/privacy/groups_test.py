@@ -82,6 +82,21 @@ def test_groups_of_neighboring_numbers_choose_by_themselves(first):
     assert len(np.unique(places, axis=0)) > 20
 
 
+@pytest.mark.parametrize('counts', ['public', 'noisy'])
+def test_a_large_group_adds_no_more_to_moments_than_the_sensitivity(counts):
+    """Equal images of the largest norm: what rounding adds up over hundreds of them is clipped, too."""
+    m = 700
+    query = QUERIES['moments'](
+        classes=2, dimensions=9, clip_norm=0.7, class_counts=counts, images_per_group=m
+    )
+    vectors = np.full((1, m, 9), 0.37, np.float32)
+    for labels in (np.zeros((1, m), np.int32), np.arange(m, dtype=np.int32)[None] % 2):
+        added = query.sums(vectors, labels, np.ones((1, m), bool))
+        norm = np.sqrt(sum(np.sum(np.square(np.float64(leaf))) for leaf in jax.tree.leaves(added)))
+        assert norm <= query.sensitivity
+    assert norm > (0.7 if counts == 'public' else 0.999) * query.sensitivity
+
+
 def test_a_batch_of_groups_holds_their_images_and_zeros_elsewhere():
     numbers = np.array([7, 3, 7, 3, 7, 9])
     members = groups.choose(numbers, 2, KEY)

@@ -362,6 +362,22 @@ def test_moments_are_mean_and_second_moment_around_the_center(counts):
         np.testing.assert_allclose(seconds[label], own.T @ own / size, atol=2e-3)
 
 
+@pytest.mark.parametrize('counts', ['public', 'noisy'])
+def test_no_vector_adds_more_than_the_sensitivity_wherever_it_lies_around_the_center(counts):
+    """Short ones, and those that are clipped: √(f |u|² + (1 - f) |u|⁴) with the count beside it."""
+    center = np.random.default_rng(6).standard_normal((CLASSES, 12)).astype(np.float32)
+    query, vectors, _ = make_moments(center=center, class_counts=counts, clip_norm=3.0)
+    lengths = np.linspace(0, 6, 20)
+    added = []
+    for length, vector in zip(lengths, vectors):
+        own = center[1] + length * vector / np.linalg.norm(vector)
+        added.append(np.linalg.norm(flat(query.sums(own[None], np.ones(1, np.int32), np.ones(1, bool)))))
+    u, count = np.minimum(lengths / 3.0, 1), 0.2 if counts == 'noisy' else 0.0
+    expected = np.sqrt((0.2 * u**2 + 0.8 * u**4 + count**2) / (1 + count**2))
+    np.testing.assert_allclose(added, expected, atol=1e-4)
+    assert max(added) <= query.sensitivity
+
+
 def test_noise_of_moments_is_symmetric_isotropic_and_as_large_as_the_query_says():
     query, vectors, labels = make_moments(classes=40)
     key = NoiseKey(identifier='k', keys=jax.random.split(jax.random.key(1), 4))

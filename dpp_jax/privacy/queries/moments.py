@@ -85,10 +85,12 @@ class MomentsQuery(Query):
             unit = self._unit_vectors(images, labels, mask)
             # A smaller norm pays for all rounding.
             each = self._contributions(unit, mask, bound / (self.sensitivity * most))
-            each = groups.sum_by_class(each, labels, mask)
-            if self._counts_are_noisy and mask.shape[1] > 1:  # a group may be longer than Δ
-                norms = self._norms_of_groups(unit, labels, mask)
-                weights, _ = clip_weights(norms[:, None], mask.any(axis=1), 1.0)
+            if mask.shape[1] > 1:
+                # What is clipped is what is added up, with all rounding. With public counts no group is
+                # longer than Δ but by rounding.
+                each = _as_it_is(groups.sum_by_class(each, labels, mask))
+                norms = jnp.sqrt(_sum_in_order(jnp.square(each).reshape((len(mask), -1))))
+                weights, _ = clip_weights(norms[:, None], mask.any(axis=1), bound / most)
                 each = along(weights[:, None], each) * each
             return _as_it_is(each), jnp.where(mask, labels, self.classes)
 
@@ -116,18 +118,6 @@ class MomentsQuery(Query):
         each = np.where(rows == columns, of_second, OFF_DIAGONAL * of_second).astype(np.float32)
         products = each * (unit[..., rows] * unit[..., columns])
         return jnp.concatenate([of_mean * unit, products, of_count * along(mask, unit)[..., :1]], axis=-1)
-
-    def _norms_of_groups(self, unit: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-        """Compute the norm of each group's sums of all classes, (n,): of inner products of its images.
-
-        Those of v(u uᵀ) are the squares of those of u.
-        """
-        inner = _sum_in_order(unit[:, :, None] * unit[:, None])
-        of_mean, of_second, of_count = self._weights
-        parts = [of_mean**2 * inner, of_second**2 * jnp.square(inner), jnp.full_like(inner, of_count**2)]
-        products = _sum_in_order(jnp.stack(parts, axis=-1))
-        pairs = jnp.where(groups.of_one_class(labels, mask), products, 0)
-        return jnp.sqrt(_sum_in_order(pairs.reshape((len(mask), -1))))
 
     def counts(self, noisy):
         return noisy[2] / self._weights[2] if self._counts_are_noisy else None

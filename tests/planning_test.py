@@ -146,7 +146,7 @@ def test_what_a_run_would_refuse_in_the_arrays_is_told_by_plan(
         pipeline.run(config, tmp_path / 'run', 'plan')
 
 
-def test_class_moments_that_no_training_uses_are_warned_of(tiny_config, tmp_path, capsys):
-    config = tiny_config(moments__enabled=True, moments__frequencies=4)
+def test_class_moments_that_no_training_uses_are_warned_of(quick_config, tmp_path, capsys):
+    config = quick_config(moments__enabled=True, moments__frequencies=4)
     pipeline.run(config, tmp_path / 'run', 'plan')
     assert 'no training uses the answer: pretrain.moments_steps is 0' in capsys.readouterr().out

@@ -111,7 +111,7 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     # --stage=import begins a run with a checkpoint of the PyTorch implementation (.pth or .safetensors), in
     # place of the stages that it has behind it. On the command line also config.import.path, and so on.
     config.imported = imported = ConfigDict()
-    imported.path = ''  # of the file; '' = none
+    imported.path = ''  # of the file, on this machine; '' = none
     # What it was trained on. This declares what it spent of the budget: public (nothing: it saw no private
     # image) | pretrained (query.*, if that is what gave its central images) | finetuned (query.*, if
     # pretrain.enabled; and imported.noise_multiplier with finetune.batch_size, epochs and clip_norm).

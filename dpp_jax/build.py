@@ -151,11 +151,6 @@ def selection(config: ConfigDict) -> selection_lib.Selection | None:
     return selection_lib.Selection(candidates=candidates, units=unit(config).size)
 
 
-def imported_kind(config: ConfigDict) -> str:
-    """Return what the checkpoint is that a run imports, a name of `imported.KINDS`; '' if it imports none."""
-    return imported.kind(flatten(config.to_dict()))
-
-
 def has_query(config: ConfigDict) -> bool:
     """Whether central images are asked for, here or where the imported checkpoint comes from."""
     return imported.has_query(flatten(config.to_dict()))
@@ -183,7 +178,7 @@ def plan(
     """
     noise = noise or {}
     dp, finetune, pretrain, counted = config.dp, config.finetune, config.pretrain, unit(config)
-    is_finetuned = imported_kind(config) == imported.FINETUNED
+    is_finetuned = config.imported.kind == imported.FINETUNED
     if is_finetuned:
         noise = {**noise, DP_SGD: config.imported.noise_multiplier}
     limits = {
@@ -244,7 +239,7 @@ def plan(
     )
     if is_finetuned:  # its noise was not calibrated
         _check_within(budget)
-    central = 0 if imported_kind(config) else budget.count(CENTRAL_QUERY) * config.data.classes
+    central = 0 if config.imported.kind else budget.count(CENTRAL_QUERY) * config.data.classes
     batch = min(pretrain.batch_size, max(central, 1))
     steps_of_moments = pretrain.moments_steps if budget.of(MOMENTS) else 0
     pretrain_steps = pretrain.epochs * math.ceil(central / batch)
@@ -283,7 +278,7 @@ def query_releases(config: ConfigDict, name: str, sigma: float) -> Releases:
         sensitivity=_MAKERS[name](config).sensitivity,
         unit=config.dp.unit,
     )
-    is_declared = bool(imported_kind(config))
+    is_declared = bool(config.imported.kind)
     return Releases(mechanism=mechanism, count=settings.get('queries', 1), declared=is_declared)
 
 

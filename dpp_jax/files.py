@@ -38,7 +38,7 @@ fetch_folder = object_store.get_folder
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 _UNFINISHED = object_store.UNFINISHED
 _LOCAL, _LOCAL_LOCK = 'dpp_jax_copy_', 'lock'  # how names of local copies begin, and what each is held by
-_NOT_PRIVATE = 'NOT PRIVATE'  # how notes begin
+NOT_PRIVATE = 'NOT PRIVATE'  # how notes begin
 _notes: dict[Path, str] = {}  # folder → note that all files in it carry
 _timeless: dict[Path, Path] = {}  # folder → file whose time all in it has
 
@@ -307,7 +307,7 @@ def noted(folder: Path, reason: str | None) -> Iterator[str | None]:
     Yields:
         the note.
     """
-    note = reason and f'{_NOT_PRIVATE}: {reason}'
+    note = reason and f'{NOT_PRIVATE}: {reason}'
     if note:
         _notes[folder] = note
     try:
@@ -414,7 +414,7 @@ def read_json(path: Path, advice: str, form: Mapping[str, Any] | None = None) ->
     except (OSError, ValueError, RecursionError) as error:  # ValueError: of UTF-8 and of JSON alike
         raise ValueError(f'{path} cannot be read ({error}). {advice}') from error
     note = value.get('_note')
-    if isinstance(note, str) and note.startswith(_NOT_PRIVATE):
+    if isinstance(note, str) and note.startswith(NOT_PRIVATE):
         del value['_note']
         own = note.partition('\n')[2]
         value |= {'_note': own} if own else {}

@@ -42,7 +42,7 @@ def check_folder(config, workdir: WorkDir, images: artefacts.SyntheticImages, st
         The settings of pre-training that changed and may, see `WorkDir.check`.
     """
     workdir.check_private()
-    may_pretrain_again = lambda: not build.imported_kind(config) and not has_finetuned(workdir)
+    may_pretrain_again = lambda: not config.imported.kind and not has_finetuned(workdir)
     changed = workdir.check(flatten(config.to_dict()), may_pretrain_again)
     if stage in ('plan', 'generate', 'evaluate', 'report', 'all'):
         images.check()
@@ -93,7 +93,7 @@ def read(
         workdir,
         images,
         evaluation,
-        kind=build.imported_kind(config),
+        kind=config.imported.kind,
         queries=[query for query in QUERIES if run_plan.budget.of(query)],
         has_selected=has_selected,
         changed=changed,
@@ -108,6 +108,8 @@ def read(
     ledger = _open_ledger(workdir, stated, read_only=read_only or is_over)  # last: it may grow
     steps = budget.count(DP_SGD) if done['finetune'] else saved[0] if saved else 0
     used = {name: budget.count(name) * released[name] for name in MECHANISMS} | {DP_SGD: steps}
+    if done.get(IMPORT):  # what is declared left nothing but the model
+        used |= {part.mechanism.name: part.count for part in budget.releases if part.declared}
     keys = Keys(workdir.keys, config.seed)
     keys.check_planned([part.mechanism.name for part in budget.releases])
     budget.check_ledger(ledger, used)

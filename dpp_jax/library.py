@@ -89,6 +89,7 @@ class Privacy:
         neighboring_relation: in words.
         accountant: that computed ε.
         is_private: False: the run had a seed, and nothing of it is private.
+        declared: the condition of all that, where the run began with an imported checkpoint; else None.
         text: the whole statement, in Markdown.
     """
 
@@ -98,6 +99,7 @@ class Privacy:
     neighboring_relation: str
     accountant: str
     is_private: bool
+    declared: str | None
     text: str = dataclasses.field(repr=False)
 
 
@@ -127,10 +129,11 @@ class Released:
     def __repr__(self) -> str:
         height, width, channels = self.image_shape
         shown = accounting.format_epsilon(self.privacy.epsilon)
+        condition = ', as declared' if self.privacy.declared else ''
         return (
             f'<dpp_jax model {self._config.name!r}: {height}x{width}x{channels}, '
             f'{len(self.classes)} classes, '
-            f'ε = {shown}, δ = {accounting.format_exact(self.privacy.delta)}>'
+            f'ε = {shown}, δ = {accounting.format_exact(self.privacy.delta)}{condition}>'
         )
 
     @functools.cached_property
@@ -150,6 +153,7 @@ class Released:
             neighboring_relation=said['neighboring_relation'],
             accountant=said['accountant'],
             is_private=said['private'],
+            declared=said.get('declared'),
             text=folder.statement_text.read_text(encoding='utf-8'),
         )
 

@@ -93,7 +93,7 @@ def _run(config: ConfigDict, workdir: WorkDir, stage: str) -> None:
     all_settings = flatten(config.to_dict())
     model = build.model(config)
     images = artefacts.SyntheticImages(workdir, all_settings)
-    in_order = gate.stages_of(build.imported_kind(config))
+    in_order = gate.stages_of(config.imported.kind)
     stages = in_order if stage == 'all' else (stage,)
     _check_stage(stage, in_order)
     if not hosts.is_first():
@@ -242,7 +242,7 @@ class Run(RealImages):
         super().__init__(config, workdir)
         self.changed = changed  # settings of pre-training, which begins again
         self._checkpoint = checkpoint
-        self._stages = gate.stages_of(build.imported_kind(config))
+        self._stages = gate.stages_of(config.imported.kind)
         self.model, self.images = model, images
         self.plan, self.ledger, self.done, self.released = gate.tell(config, model, found)
         self._stage = config, workdir, self.keys  # what every stage is given first
@@ -420,8 +420,14 @@ class Run(RealImages):
     def _write_statement(self) -> dict:
         """Before what it covers: whatever is in release/, its statement is there too."""
         budget, derived = self.plan.budget, self.config.data.derived
-        kind = build.imported_kind(self.config)
-        written = statement.of_ledger(self.workdir, self.ledger, budget, derived, kind)
+        written = statement.of_ledger(
+            self.workdir,
+            self.ledger,
+            budget,
+            derived,
+            kind=self.config.imported.kind,
+            is_private=self.config.seed is None,
+        )
         statement.write(self.workdir, written)
         return written
 

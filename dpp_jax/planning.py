@@ -96,7 +96,7 @@ def _plan(
 ) -> None:
     """Print the plan; a ValueError says why these devices cannot follow it."""
     sizes = build.sizes(config, model)
-    todo = [name for name in gate.stages_of(build.imported_kind(config)) if not found.done[name]]
+    todo = [name for name in gate.stages_of(config.imported.kind) if not found.done[name]]
     if 'finetune' in todo:
         sizes.check_devices()
     plan.run(

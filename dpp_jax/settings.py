@@ -236,7 +236,10 @@ def _table() -> dict[str, _Rule]:
         # Their products, a matrix for each class, are in memory.
         'moments.frequencies': _whole(lambda k: 1 <= k <= 1024, 'a whole number in [1, 1024]'),
         # imported, export
-        'imported.path': _TEXT,
+        'imported.path': _Rule(
+            lambda path: isinstance(path, str) and '://' not in path,
+            "the path of a file on this machine, or '' (copy it from a bucket first)",
+        ),
         'imported.kind': _name_in(('', *imported.KINDS)),
         'imported.noise_multiplier': _unset_or(_POSITIVE),
         'imported.trust': _SWITCH,
@@ -480,6 +483,15 @@ _RELATIONS = (
         ('pretrain.enabled',),
         lambda kind, has_query: kind != imported.PRETRAINED or has_query,
         lambda _: f'{imported.PUBLIC!r} or {imported.FINETUNED!r}, because pretrain.enabled is False',
+    ),
+    _Relation(
+        'dp.unit',
+        ('imported.kind',),
+        lambda unit, kind: unit == groups.IMAGE or kind not in (imported.PRETRAINED, imported.FINETUNED),
+        lambda kind: (
+            f'{groups.IMAGE!r}, because imported.kind is {kind!r}: the PyTorch implementation clips and '
+            'samples single images'
+        ),
     ),
     _Relation(
         'imported.noise_multiplier',

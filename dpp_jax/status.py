@@ -38,7 +38,7 @@ def read(root: str | Path, private: str | Path | None = None) -> dict[str, Any]:
         as `progress.NOTE_FORM` (None: nothing is known); `next`: the first stage that is not done, or None;
         `epsilon_spent` by the ledger, `epsilon_planned`, `epsilon_budget`, `delta`, `accountant`;
         `releases`: mechanism → [made, planned]; `declared`: mechanisms that ran elsewhere, as the owner of an
-        imported checkpoint says.
+        imported checkpoint says; `imported`: what it was, likewise, a name of `imported.KINDS`.
 
     Raises:
         FileNotFoundError, ValueError: it is no work directory, or a file of it is damaged.
@@ -71,6 +71,7 @@ def read(root: str | Path, private: str | Path | None = None) -> dict[str, Any]:
         'stages': {stage: _stage(workdir, stage, is_done, plan) for stage, is_done in done.items()},
         'now': _now(workdir),
         'next': next((stage for stage, is_done in done.items() if not is_done), None),
+        'imported': kind or None,
         **(_spent(workdir, plan) if plan else {}),
     }
 
@@ -89,7 +90,7 @@ def _settings(workdir: WorkDir) -> dict[str, Any]:
 
 def _is_asked(settings: dict[str, Any], query: str) -> bool:
     """Whether a run with these settings asks this query."""
-    return settings['pretrain.enabled'] and settings.get(f'{QUERIES[query]}.enabled', True)
+    return imported.has_query(settings) and settings.get(f'{QUERIES[query]}.enabled', True)
 
 
 def _stage(workdir: WorkDir, stage: str, is_done: bool, plan: dict[str, Any] | None) -> dict[str, Any]:
@@ -151,6 +152,9 @@ def text(found: dict[str, Any]) -> str:
         )
         lines.append(f'  {stage:<10}{said["state"]:<6}{steps}')
     lines.append('')
+    if found['imported']:
+        meaning = imported.MEANINGS[found['imported']]
+        lines.append(f'imported       a model that was {meaning}, as declared')
     if found['now']:
         now = found['now']
         left = f', {hours.words(now["seconds_left"])} left' if 'seconds_left' in now else ''

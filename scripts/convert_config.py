@@ -53,7 +53,7 @@ _WITHOUT = {
     'model.network.num_in_channels': 'follows from data.channels',
     'model.network.num_out_channels': 'follows from data.channels',
     'model.network.image_size': 'follows from data.image_size',
-    'model.ckpt': 'a run takes the model of its work directory; --stage=import puts this one there',
+    'model.ckpt': 'config.import.path, with config.import.kind, which says what it was trained on',
     'model.private_num_classes': 'follows from data.classes',
     'sampler': 'its samples are pictures during training',
     'train.seed': 'seeds make a run repeatable, and so not private',

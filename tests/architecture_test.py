@@ -22,7 +22,7 @@ ALLOWED = {
     'run': LEAVES | {'training'},
     'pages': LEAVES | {'run', 'configs'},
     'stages': LEAVES | {'training', 'evaluation', 'run', 'pages', 'interop'},
-    'build': LEAVES | {'evaluation', 'run'},
+    'build': LEAVES | {'training', 'evaluation', 'run'},
     'settings': LEAVES | {'evaluation', 'run', 'build', 'interop'},
     'gate': LEAVES | {'training', 'run', 'stages', 'build'},
     'derive': LEAVES | {'training', 'run', 'build'},

@@ -20,7 +20,12 @@ from dpp_jax.diffusion.model import Model
 PyTree = Any
 _PREFIX = 'model.all_modules.'
 SUFFIXES = ('.pth', '.safetensors')  # of files that are written
-_AVERAGE = 'ema.'  # before the names of averaged weights, in .safetensors
+_AVERAGE = 'ema.'  # before the names of averaged weights, where weights come by name alone
+_WRAPPER = 'module.'  # before all names of a network that was trained on several devices
+
+
+class RunsCode(ValueError):
+    """A file would run code when it is read; whoever knows who made it may `trust` it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +59,20 @@ def params_from_pytorch(named: Mapping[str, np.ndarray], model: Model) -> PyTree
     """Return the parameters of `model` from PyTorch's by their names.
 
     Args:
-        named: name → array; names may have anything before 'model.all_modules.'. Other entries
-            (buffers) are ignored.
+        named: name → array, with or without 'module.' before a name.
         model: with a `diffusion.unet.UNet`.
 
     Returns:
         nested dicts of float32 arrays.
 
     Raises:
-        ValueError: parameters are missing, have another shape, or do not exist in this network; or the
-            network is no UNet.
+        ValueError: parameters are missing, have another shape, do not exist in this network or are there
+            twice; or the network is no UNet.
     """
-    arrays = {
-        name[name.index(_PREFIX) :]: np.asarray(array) for name, array in named.items() if _PREFIX in name
-    }
+    arrays = {name.removeprefix(_WRAPPER): np.asarray(array) for name, array in named.items()}
+    twice = sorted(name for name in arrays if name in named and f'{_WRAPPER}{name}' in named)
+    if twice:
+        raise ValueError(f'the PyTorch parameter {twice[0]} is there twice, with and without {_WRAPPER!r}')
     table = list(_parameters(model))
     _refuse_differences(arrays, [parameter.name for parameter in table], model)
     shapes = traverse_util.flatten_dict(model.shapes())
@@ -102,12 +107,13 @@ def params_to_pytorch(params: PyTree, model: Model) -> 'collections.OrderedDict[
 
 
 def read_checkpoint(path: str | Path, model: Model, *, trust: bool = False) -> dict[str, Any]:
-    """Return {'params', 'ema_params', 'step'} from a file of weights.
+    """Return {'params', 'ema_params', 'step', 'note'} from a file of weights.
 
     Args:
         path: a .safetensors file as `write_checkpoint` makes it; or a file of torch.save: a checkpoint with
             the entries `model`, `ema` and `step`, or the weights alone by their names, with or without
-            'module.'. The average of weights that come alone is taken to be these; their step is 0.
+            'module.'. The average of weights that come alone is taken to be these, if no names begin with
+            'ema.'; their step is 0. The note is that of `write_checkpoint`; None if there is none.
         model: whose weights they are.
         trust: also read a file that holds more than tensors and plain containers. Such a file runs code when
             it is read: whoever made it decides what that does.
@@ -120,9 +126,9 @@ def read_checkpoint(path: str | Path, model: Model, *, trust: bool = False) -> d
     """
     path = Path(path)
     if path.suffix == '.safetensors':
-        weights, averages, step = _read_safetensors(path)
+        weights, averages, step, note = _read_safetensors(path)
     else:
-        weights, averages, step = _read_pth(path, trust)
+        weights, averages, step, note = _read_pth(path, trust)
     order = [parameter.name for parameter in _parameters(model)]
     if averages is not None and not isinstance(averages, Mapping):
         if len(averages) != len(order):
@@ -135,22 +141,22 @@ def read_checkpoint(path: str | Path, model: Model, *, trust: bool = False) -> d
         average = params if averages is None else params_from_pytorch(averages, model)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
-    return {'params': params, 'ema_params': average, 'step': step}
+    return {'params': params, 'ema_params': average, 'step': step, 'note': note}
 
 
 _Arrays = Mapping[str, np.ndarray]
 
 
-def _read_pth(path: Path, trust: bool) -> tuple[_Arrays, list[np.ndarray] | None, int]:
-    """Return weights, averages in the order of parameters or None, and step."""
+def _read_pth(path: Path, trust: bool) -> tuple[_Arrays, list[np.ndarray] | _Arrays | None, int, str | None]:
+    """Return weights, averages (in the order of parameters, or by name) or None, step, and note or None."""
     torch = _torch()
     try:
         saved = torch.load(path, map_location='cpu', weights_only=not trust)
     except pickle.UnpicklingError as error:
         if not trust and 'GLOBAL' in str(error):
-            raise ValueError(
+            raise RunsCode(
                 f'{path} holds more than tensors and plain containers, and would run code when it is read. '
-                'If you know who made it, allow that: trust=True'
+                'If you know who made it, trust it'
             ) from error
         raise ValueError(_other_file(path, error)) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError) as error:
@@ -160,7 +166,7 @@ def _read_pth(path: Path, trust: bool) -> tuple[_Arrays, list[np.ndarray] | None
             f'{path} holds a {type(saved).__name__}; it must hold a checkpoint, or weights by name'
         )
     if 'model' not in saved and any(_PREFIX in str(name) for name in saved):
-        return _numpy(saved, path), None, 0
+        return *_split(_numpy(saved, path)), 0, None
     missing = [key for key in ('model', 'ema', 'step') if key not in saved]
     if missing:
         raise ValueError(f'{path} has no entry {missing[0]!r}; it has {sorted(map(str, saved))[:10]}')
@@ -172,7 +178,8 @@ def _read_pth(path: Path, trust: bool) -> tuple[_Arrays, list[np.ndarray] | None
     if not hasattr(step, '__index__'):
         raise ValueError(f"{path}: 'step' is {step!r}; it must be a whole number")
     averages = _numpy({f'shadow_params[{n}]': each for n, each in enumerate(ema['shadow_params'])}, path)
-    return _numpy(weights, path), list(averages.values()), int(step)
+    note = saved.get('note')
+    return _numpy(weights, path), list(averages.values()), int(step), note if isinstance(note, str) else None
 
 
 def _numpy(tensors: Mapping[str, Any], path: Path) -> _Arrays:
@@ -180,7 +187,14 @@ def _numpy(tensors: Mapping[str, Any], path: Path) -> _Arrays:
     others = [str(name) for name, tensor in tensors.items() if not hasattr(tensor, 'detach')]
     if others:
         raise ValueError(f'{path}: {others[0]} is no tensor')
-    return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    return {str(name): tensor.detach().float().numpy() for name, tensor in tensors.items()}
+
+
+def _split(arrays: _Arrays) -> tuple[_Arrays, _Arrays | None]:
+    """Return weights, and averages by the same names, or None."""
+    averages = {name: array for name, array in arrays.items() if name.startswith(_AVERAGE)}
+    weights = {name: array for name, array in arrays.items() if name not in averages}
+    return weights, {name.removeprefix(_AVERAGE): array for name, array in averages.items()} or None
 
 
 def _other_file(path: Path, error: Exception) -> str:
@@ -188,20 +202,19 @@ def _other_file(path: Path, error: Exception) -> str:
     return f'{path} is no file of torch.save, or is damaged ({reason}); .pth and .safetensors are read'
 
 
-def _read_safetensors(path: Path) -> tuple[_Arrays, _Arrays | None, int]:
-    """Return weights, averages by name or None, and step."""
+def _read_safetensors(path: Path) -> tuple[_Arrays, _Arrays | None, int, str | None]:
+    """Return weights, averages by name or None, step, and note or None."""
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, framework='numpy') as file:
-            step = int((file.metadata() or {}).get('step', 0))
+            metadata = file.metadata() or {}
+            step = int(metadata.get('step', 0))
             arrays = {name: np.float32(file.get_tensor(name)) for name in file.keys()}
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
         raise ValueError(f'{path} is no file of safetensors, or is damaged ({error})') from error
-    averages = {name: array for name, array in arrays.items() if name.startswith(_AVERAGE)}
-    weights = {name: array for name, array in arrays.items() if name not in averages}
-    return weights, averages or None, step
+    return *_split(arrays), step, metadata.get('note')
 
 
 def write_checkpoint(
@@ -251,7 +264,7 @@ def _for_pytorch(
     tensors = {name: torch.tensor(array) for name, array in weights.items()}
     adam = torch.optim.Adam([t.clone().requires_grad_() for t in tensors.values()], lr=learning_rate)
     return {
-        'model': collections.OrderedDict((f'module.{name}', t) for name, t in tensors.items()),
+        'model': collections.OrderedDict((f'{_WRAPPER}{name}', t) for name, t in tensors.items()),
         'ema': {
             'decay': ema_decay,
             'num_updates': step,

@@ -8,7 +8,7 @@ from dpp_jax import files
 from dpp_jax.privacy import accounting, budget
 from dpp_jax.privacy.budget import Releases
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import fingerprint, statement
+from dpp_jax.run import fingerprint, imported, statement, statement_text
 from dpp_jax.run.already_spent import paths
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import is_seeded
@@ -53,8 +53,11 @@ def text(workdirs: str) -> str:
             f'{"" if not plan["spent_before"] else ", beside earlier runs (counted here only if named)"}'
         )
     lines += ['', f'  together: {_figures(parts, delta)}', '']
-    lines += _remarks(folders, plans, parts)
-    if any(is_seeded(entry.randomness) for entry in entries):
+    settings = [folder.recorded() or {} for folder in folders]
+    lines += _remarks(folders, plans, parts, settings)
+    if any(is_seeded(entry.randomness) for entry in entries) or any(
+        told.get('seed') is not None for told in settings
+    ):
         lines.append('NOT PRIVATE: the keys of a run come from config.seed. No ε covers what it released.')
     return '\n'.join(lines)
 
@@ -97,7 +100,10 @@ def _figures(parts: tuple, delta: float) -> str:
 
 
 def _remarks(
-    folders: Sequence[WorkDir], plans: Sequence[dict[str, Any]], parts: Sequence[Releases]
+    folders: Sequence[WorkDir],
+    plans: Sequence[dict[str, Any]],
+    parts: Sequence[Releases],
+    settings: Sequence[dict[str, Any]],
 ) -> list[str]:
     """Say what was chosen, and what the user must know."""
     remarks = []
@@ -119,6 +125,8 @@ def _remarks(
             'Some releases are declared: the owner of an imported checkpoint says that they were made. A '
             'checkpoint that several of these runs import counts once.'
         )
+    if any(imported.kind(told) == imported.PUBLIC for told in settings):
+        remarks.append(f'{statement_text.DECLARED_PUBLIC}.')
     seen = []
     for folder in folders:
         if folder.fingerprints.is_file():

@@ -282,7 +282,9 @@ class WorkDir:
         path = self._path_of_settings()
         recorded |= self._paths(settings, recorded)
         found = differences(recorded, settings, FREE_SETTINGS + _LATER_SETTINGS)
-        if _NOISY in (recorded[_SELECTION], settings.get(_SELECTION)):
+        # Among scores of images from elsewhere none runs.
+        selects = not settings.get('evaluate.images')
+        if selects and _NOISY in (recorded[_SELECTION], settings.get(_SELECTION)):
             of_selection = lambda told: {name: told[name] for name in _SELECTION_SETTINGS if name in told}
             found += differences(of_selection(recorded), of_selection(settings), ())
         is_pretraining = all(

@@ -78,7 +78,9 @@ def make(
 
 def _declared(releases: Sequence[Releases], kind: str) -> str | None:
     """Say what rests on the word of the owner of the private images; None if nothing does."""
-    found = [words.DECLARED] if any(part.declared for part in releases) else []
+    # By the kind, too: the condition stands whatever the ledger names.
+    rests = kind in (imported.PRETRAINED, imported.FINETUNED) or any(part.declared for part in releases)
+    found = [words.DECLARED] if rests else []
     found += [words.DECLARED_PUBLIC] if kind == imported.PUBLIC else []
     return '. '.join(found) or None
 
@@ -101,12 +103,21 @@ def _rows(releases: Sequence[Releases], delta: float, accountant: str, relation:
 
 
 def of_ledger(
-    workdir: WorkDir, ledger: Ledger, budget: Budget, derived: Sequence[str] = (), kind: str = ''
+    workdir: WorkDir,
+    ledger: Ledger,
+    budget: Budget,
+    derived: Sequence[str] = (),
+    kind: str = '',
+    is_private: bool = True,
 ) -> dict[str, Any]:
-    """Make the statement of what a work directory's ledger names; `derived` and `kind` as of `make`."""
+    """Make the statement of what a work directory's ledger names.
+
+    `derived` and `kind` are as of `make`. `is_private`: whether the settings have no seed; then the keys that
+    the ledger names decide.
+    """
     return make(
         group(ledger.entries),
-        is_private=not any(is_seeded(entry.randomness) for entry in ledger.entries),
+        is_private=is_private and not any(is_seeded(entry.randomness) for entry in ledger.entries),
         delta=budget.delta,
         accountant=budget.accountant,
         budget=budget.epsilon,
@@ -121,6 +132,8 @@ def of_ledger(
 def write(workdir: WorkDir, statement: dict[str, Any]) -> None:
     """Write release/privacy_statement.json and .md, after the ledger that they are computed from."""
     workdir.publish_ledger()
+    if not statement['mechanisms'] and not workdir.released_ledger.exists():
+        files.write_bytes(workdir.released_ledger, b'')  # nothing was spent yet
     files.write_json(workdir.statement, statement)
     files.write_text(workdir.statement_text, words.markdown(statement))
 

@@ -174,11 +174,11 @@ def _moments_question(config: ConfigDict, plan: Plan) -> warnings.MomentsQuestio
 
 def _trainings(config: ConfigDict, plan: Plan) -> list[str]:
     """Say how much is trained here, and what is imported in its place."""
-    budget, dp_sgd = plan.budget, plan.budget.of(DP_SGD)
-    kind, lines = imported.kind(flatten(config.to_dict())), []
+    dp_sgd, kind = plan.budget.of(DP_SGD), config.imported.kind
     if kind:
-        word = 'ε as declared' if any(part.declared for part in budget.releases) else 'it spends nothing'
-        lines = [f'imported       a model that was {imported.MEANINGS[kind]}; {word}']
+        is_public = kind == imported.PUBLIC
+        word = 'it spends nothing, as declared' if is_public else 'ε as declared'
+        lines = [f'imported       a model that was {imported.MEANINGS[kind]}; {word}', *_declaring(config)]
     else:
         lines = [
             f'pre-training   {plan.pretrain_steps:,} steps, {plan.pretrain_noised_images:,} noised images'
@@ -189,6 +189,13 @@ def _trainings(config: ConfigDict, plan: Plan) -> list[str]:
             f' x {config.finetune.draws} draws, {plan.finetune_noised_images:,} noised images'
         )
     return lines
+
+
+def _declaring(config: ConfigDict) -> list[str]:
+    """Say, in a list of one line or none, which settings declare what was spent for an imported model."""
+    settings = flatten(config.to_dict())
+    values = [f'{name} = {settings[name]}' for name in imported.declaring(settings)]
+    return [f'You declare:   {", ".join(values)}'] if values else []
 
 
 def _selection(plan: Plan) -> list[str]:
@@ -358,7 +365,7 @@ def _statement(config: ConfigDict, plan: Plan) -> dict[str, Any]:
         budget.releases,
         is_private=config.seed is None,
         derived=config.data.derived,
-        kind=imported.kind(flatten(config.to_dict())),
+        kind=config.imported.kind,
         delta=budget.delta,
         accountant=budget.accountant,
         budget=budget.epsilon,

@@ -147,6 +147,7 @@ def _privacy_rows(privacy: dict[str, Any]) -> list[tuple[str, str]]:
         for row in privacy[name]
     ]
     total = f'ε = {show(privacy["epsilon"])}, δ = {exact(privacy["delta"])}'
+    total += ', as declared' if privacy['declared'] else ''
     return [*rows, ('total (from the ledger)', total), ('budget', f'ε = {exact(privacy["budget"])}')]
 
 

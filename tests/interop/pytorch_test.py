@@ -61,7 +61,7 @@ def make_golden(name, path):
     model = make_model(size, channels, classes, (2, 2), 2, (attention,), width=16)
     with np.load(path) as file:
         data = {key: file[key] for key in file}
-    named = {key: array for key, array in data.items() if key.startswith('param/')}
+    named = {key.removeprefix('param/'): array for key, array in data.items() if key.startswith('param/')}
     return Golden(data, model, pytorch.params_from_pytorch(named, model))
 
 
@@ -261,6 +261,13 @@ def test_weights_alone_are_their_own_average(tmp_path, prefix):
     saved = pytorch.read_checkpoint(path, MODEL)
     jax.tree.map(np.testing.assert_array_equal, saved['params'], params)
     jax.tree.map(np.testing.assert_array_equal, saved['ema_params'], params)
+    # Averages beside them are taken for what they are.
+    average = fresh(MODEL, seed=1)
+    averages = {f'ema.{n}': array for n, array in pytorch.params_to_pytorch(average, MODEL).items()}
+    torch.save({name: torch.tensor(array) for name, array in (named | averages).items()}, path)
+    saved = pytorch.read_checkpoint(path, MODEL)
+    jax.tree.map(np.testing.assert_array_equal, saved['params'], params)
+    jax.tree.map(np.testing.assert_array_equal, saved['ema_params'], average)
 
 
 def test_a_file_that_would_run_code_is_read_only_on_trust(tmp_path):
@@ -332,12 +339,18 @@ def test_other_networks_than_the_unet_are_refused():
         pytorch.params_to_pytorch({}, other)
 
 
-def test_prefixes_of_names_do_not_matter():
+def test_names_may_have_the_prefix_of_a_network_on_several_devices():
     params = fresh(MODEL)
     named = pytorch.params_to_pytorch(params, MODEL)
-    for prefix in ('', 'module.', 'param/', 'param/module.'):
-        read = pytorch.params_from_pytorch({f'{prefix}{name}': array for name, array in named.items()}, MODEL)
-        jax.tree.map(np.testing.assert_array_equal, read, params)
+    read = pytorch.params_from_pytorch({f'module.{name}': array for name, array in named.items()}, MODEL)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    first = next(iter(named))
+    for more in ('extra.weight', f'other.{first}', f'ema.{first}', f'module.module.{first}'):
+        shown = more.removeprefix('module.')
+        with pytest.raises(ValueError, match=rf"missing none, unexpected \['{shown}'\]"):
+            pytorch.params_from_pytorch({**named, more: np.zeros_like(named[first])}, MODEL)
+    with pytest.raises(ValueError, match=f"{first} is there twice, with and without 'module.'"):
+        pytorch.params_from_pytorch({**named, f'module.{first}': named[first]}, MODEL)
 
 
 def test_without_torch_the_error_says_what_to_install(monkeypatch, tmp_path):

@@ -288,6 +288,16 @@ def test_nothing_is_spent_on_images_of_a_file_and_bad_ones_are_named_before_all_
     assert not (tmp_path / 'run').exists()
 
 
+def test_images_of_a_file_are_scored_beside_a_run_whose_selection_is_private(tiny_config, tmp_path):
+    workdir = WorkDir(tmp_path)
+    with workdir.opened():
+        workdir.record(flatten(tiny_config(evaluate__selection='private_noisy').to_dict()))
+    plain = flatten(tiny_config().to_dict())
+    with pytest.raises(ValueError, match='config.evaluate.selection: private_noisy there, synthetic now'):
+        workdir.check(plain)
+    assert workdir.check(plain | {'evaluate.images': 'gen.npz'}) == []
+
+
 def test_images_that_stay_in_files_are_read_for_networks_that_learn_from_them_if_they_fit(monkeypatch):
     array = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1), np.uint8)
     train = Images(images=StoredImages(lambda rows: array[rows], array.shape), labels=np.arange(6) % 2)

@@ -23,9 +23,10 @@ def test_the_newest_model_is_exported_once(copied_run, tiny_model, capsys, lost,
     assert f'{path} now has' in capsys.readouterr().out
     found = pytorch.read_checkpoint(path, tiny_model)
     assert found.pop('step') == steps
+    assert found.pop('note').startswith('NOT PRIVATE')  # the run has a seed
     jax.tree.map(np.testing.assert_array_equal, found, released)
     saved = torch.load(path, weights_only=True)
-    assert saved['note'].startswith('NOT PRIVATE')  # the run has a seed
+    assert saved['note'].startswith('NOT PRIVATE')
     assert saved['ema']['decay'] == config[training].ema_decay
     assert path.stat().st_mtime == workdir.config.stat().st_mtime
     before = path.read_bytes()

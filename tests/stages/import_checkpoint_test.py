@@ -9,19 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-from dpp_jax import build, files, pipeline, settings, status
+from dpp_jax import build, files, library, pipeline, settings, status
 from dpp_jax.configs import mnist_28
 from dpp_jax.interop import pytorch
 from dpp_jax.privacy.ledger import Ledger
-from dpp_jax.run import artefacts, statement, statement_text
+from dpp_jax.run import artefacts, composition, statement, statement_text
 from dpp_jax.run.folder import WorkDir, flatten
+from dpp_jax.run.keys import why_not_private
 from dpp_jax.stages import import_checkpoint
 from dpp_jax.stages import plan as plan_stage
 from dpp_jax.training import checkpoint
 from dpp_jax.training.state import FlatParams
 
 torch = pytest.importorskip('torch')
-STEP = 77
+STEP = 17
 
 
 def fresh(model, seed):
@@ -58,6 +59,9 @@ def test_a_pretrained_model_is_fine_tuned_and_sampled_and_its_query_is_declared(
 ):
     config, workdir = importing(finetune__snapshots=1), WorkDir(tmp_path)
     pipeline.run(config, tmp_path, 'import')
+    told = capsys.readouterr().out
+    declared = f'You declare: +query.kind = mean, query.noise_multiplier = {config.query.noise_multiplier}, '
+    assert re.search(declared, told) and 'imported.noise_multiplier' not in told
     assert rows(workdir) == {'central_query': True}
     assert not workdir.keys.exists() and not workdir.central_images.exists()
     saved = artefacts.weights(workdir, 'pretrain', tiny_model.shapes())
@@ -70,7 +74,9 @@ def test_a_pretrained_model_is_fine_tuned_and_sampled_and_its_query_is_declared(
     capsys.readouterr()
     for stage in ('generate', 'report'):
         pipeline.run(config, tmp_path, stage)
-    assert 'declared: central images (query)' in capsys.readouterr().out  # of the report's table
+    told = capsys.readouterr().out  # the report's table
+    assert 'declared: central images (query)' in told
+    assert re.search(r'total \(from the ledger\) .*δ = .*, as declared', told)
     ledger = Ledger(workdir.released_ledger)
     assert {(entry.mechanism, entry.declared) for entry in ledger.entries} == {
         ('central_query', True),
@@ -97,12 +103,19 @@ def test_a_finetuned_model_is_only_sampled_and_everything_is_declared(
     config, workdir = importing('finetuned', imported__noise_multiplier=3.0), WorkDir(tmp_path)
     for stage in ('import', 'generate'):
         pipeline.run(config, tmp_path, stage)
+    told = capsys.readouterr().out
+    assert f'config.imported.path says {STEP} updates; 23 are declared (finetune.epochs).' in told
+    assert 'imported.noise_multiplier = 3.0, finetune.batch_size = ' in told
+    # A seed makes nothing here repeatable but the images; files and statement say the same of it.
+    assert not json.loads(workdir.statement.read_text())['private']
     saved = artefacts.weights(workdir, 'finetune', tiny_model.shapes())
     jax.tree.map(np.testing.assert_array_equal, saved, theirs[1])
     assert rows(workdir) == {'central_query': True, 'dp_sgd': True}
     assert Ledger(workdir.ledger).count('dp_sgd') == 23
     assert not {'central_query', 'dp_sgd'} & json.loads(workdir.keys.read_text()).keys()
-    capsys.readouterr()
+    assert repr(library.load(tmp_path)).endswith(', as declared>')
+    assert library.load(tmp_path).privacy.declared == statement_text.DECLARED
+    assert 'NOT PRIVATE: the keys of a run' in composition.text(str(tmp_path))
     pipeline.run(config, tmp_path, 'plan')
     told = capsys.readouterr().out
     assert 'would run      evaluate, report' in told
@@ -114,15 +127,33 @@ def test_a_finetuned_model_is_only_sampled_and_everything_is_declared(
 def test_a_model_that_saw_no_private_image_declares_nothing_but_that(importing, tiny_model, tmp_path):
     config, workdir = importing('public'), WorkDir(tmp_path)
     pipeline.run(config, tmp_path, 'import')
-    assert not workdir.ledger.exists() and not workdir.statement.exists()
-    assert workdir.model('pretrain').exists()
+    assert workdir.model('pretrain').exists() and statement.exists(workdir)
+    told = json.loads(workdir.statement.read_text())
+    assert told['epsilon'] == 0 and told['mechanisms'] == []
+    assert 'ε = 0.0000' in workdir.statement_text.read_text(encoding='utf-8')
+    assert told['declared'] == statement_text.DECLARED_PUBLIC
+    assert 'trained without the private images, as declared' in status.text(status.read(tmp_path))
+    assert statement_text.DECLARED_PUBLIC in composition.text(str(tmp_path))
     plan = build.plan(config, tiny_model)
     assert [part.mechanism.name for part in plan.budget.releases] == ['dp_sgd']
-    assert 'it spends nothing' in plan_stage.text(config, plan)
+    assert 'it spends nothing, as declared' in plan_stage.text(config, plan)
     told = plan_stage._statement(config, plan)
     assert told['declared'] == statement_text.DECLARED_PUBLIC
     assert 'If what is declared below is true' in statement_text.markdown(told)
     assert not told['mechanisms'][0]['declared']
+
+
+def test_a_ledger_that_is_lost_with_its_statement_is_missed(importing, tmp_path):
+    config, workdir = importing(), WorkDir(tmp_path)
+    pipeline.run(config, tmp_path, 'import')
+    for path in (workdir.own_ledger, workdir.released_ledger, workdir.statement, workdir.statement_text):
+        path.unlink()
+    with pytest.raises(ValueError, match='has 0 entries of central_query, but 2 releases were made'):
+        pipeline.run(config, tmp_path, 'finetune')
+    # Nor does the condition of the statement depend on it.
+    plan = build.plan(config, build.model(config))
+    told = statement.of_ledger(workdir, Ledger(tmp_path / 'none'), plan.budget, kind='pretrained')
+    assert told['declared'] == statement_text.DECLARED
 
 
 class Killed(BaseException):
@@ -245,7 +276,7 @@ def not_finite(path, weights, model):
     [
         (lambda *_: None, 'which is no file'),
         (lambda path, *_: path.write_bytes(b'no checkpoint'), 'is no file of torch.save'),
-        (pickled, 'would run code when it is read.*trust=True'),
+        (pickled, 'would run code when it is read.*--config.import.trust=True'),
         (without_average, "'ema' has no list 'shadow_params'"),
         (not_finite, 'has weights that are not finite'),
     ],
@@ -260,6 +291,28 @@ def test_a_file_that_cannot_be_imported_is_refused_before_a_folder_is_made(
     with pytest.raises((ValueError, FileNotFoundError), match=f'^config.imported.path.*{told}'):
         pipeline.run(config, tmp_path / 'run', 'import')
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('suffix', pytorch.SUFFIXES)
+def test_a_file_that_says_that_it_is_not_private_serves_runs_with_a_seed_alone(
+    importing, theirs, tiny_model, tmp_path, suffix
+):
+    path, note = tmp_path / f'ours{suffix}', f'{files.NOT_PRIVATE}: {why_not_private(1)}'
+    pytorch.write_checkpoint(path, **theirs[1], step=1, model=tiny_model, note=note)
+    config = importing(imported__path=str(path), seed=None)
+    with pytest.raises(ValueError, match='^config.imported.path: .*ours.* "NOT PRIVATE: .*config.seed = 1'):
+        import_checkpoint.read(config, tiny_model)
+    config.seed = 2
+    assert import_checkpoint.read(config, tiny_model)['note'] == note
+
+
+def test_more_updates_than_are_declared_are_refused(importing, tiny_model):
+    config = importing('finetuned', imported__noise_multiplier=3.0, finetune__epochs=0.5)
+    with pytest.raises(ValueError, match='finetune.epochs is 0.5, .* it must be at least .*') as refused:
+        import_checkpoint.read(config, tiny_model)
+    config.finetune.epochs = float(re.search('at least ([0-9.]+)', str(refused.value))[1])
+    assert build.plan(config, tiny_model).budget.count('dp_sgd') == STEP
+    import_checkpoint.read(config, tiny_model)
 
 
 def test_a_checkpoint_of_another_network_and_a_missing_library_are_told(importing, monkeypatch):
@@ -286,6 +339,19 @@ def test_a_checkpoint_of_another_network_and_a_missing_library_are_told(importin
         (
             {'generate__class_counts': 'query', 'query__class_counts': 'noisy'},
             'no query releases counts here',
+        ),
+        (
+            {
+                'dp__unit': 'group',
+                'dp__images_per_group': 2,
+                'data__groups': 'owner',
+                'data__train_groups': 20,
+            },
+            "dp.unit is 'group'; it must be 'image', because imported.kind is 'pretrained'",
+        ),
+        (
+            {'imported__path': 'gs://bucket/theirs.pth'},
+            "imported.path is 'gs://bucket/theirs.pth'; it must be the path of a file on this machine",
         ),
         ({'export__path': 'ours.bin'}, "export.path is 'ours.bin'; it must be a path that ends in .pth or"),
     ],

@@ -102,7 +102,8 @@ def test_two_processes_of_four_devices_make_what_one_makes(launch, finished_run,
     assert scores['fid_images'] == known['fid_images']
     # One writer, and one who speaks.
     assert not list(run.folders[1].iterdir())
-    lines = [line for line in run.said[1].splitlines() if line and 'Gloo' not in line]
+    # Gloo's threads write into each other's lines.
+    lines = [line for line in run.said[1].splitlines() if line and 'peer ranks' not in line]
     assert len(lines) == 1 and lines[0].startswith('process 1 of 2, 4 of 8 devices'), run.said[1]
     assert 'process 0 of 2, 4 of 8 devices' in run.said[0] and 'finetune: done in' in run.said[0]
 

@@ -9,6 +9,7 @@ import logging
 import os
 from pathlib import Path
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -145,6 +146,15 @@ def quick_config():
     return make_quick_config
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Give back the handlers that a command, run in this process, took for itself."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope='session')
 def finished_run(tmp_path_factory):
     """A whole tiny run with every kind of output: its config, its work directory, and all that it told.
@@ -252,6 +262,7 @@ def released():
     noisy = (
         'digests.json',
         'central_images.',
+        'moments.',
         'model/',
         'over_finetuning.',
         'report.html',

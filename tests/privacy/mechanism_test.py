@@ -84,6 +84,7 @@ def test_release_number_n_has_entry_n_and_the_noise_of_key_and_n(is_random, inde
         'sensitivity': 2.0,
         'randomness': 'key-1',
         'unit': 'image',
+        'declared': False,
     }
     # What stands aside, and the arguments, come through without noise.
     if is_random:

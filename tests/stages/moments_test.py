@@ -167,6 +167,7 @@ def test_damaged_moments_are_refused_before_pretraining(config, asked, tmp_path)
 def test_the_plan_tells_what_stands_out_and_warns_where_nothing_can(tiny_config, tiny_model):
     def told(sigma):
         config = tiny_config(moments__enabled=True, moments__frequencies=16, moments__noise_multiplier=sigma)
+        config.pretrain.moments_steps = 3
         made = build.plan(config, tiny_model)
         warnings = [text for text in plan_stage.warnings_of(config, made) if 'class moments' in text]
         lines = plan_stage.text(config, made).splitlines()

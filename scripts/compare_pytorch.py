@@ -90,7 +90,7 @@ def read_flags(argv: list[str]) -> flags.FlagValues:
 
 
 def compare(chosen: flags.FlagValues) -> dict:
-    """Run the sections and return the report: what comparison.json holds.
+    """Run the sections, write the three files after each, and return the report: what comparison.json holds.
 
     Keys: about the run, and as far as they ran `numbers` (a list of `numbers.Result`), `speed` (for each kind
     of work its `trials` and `sweep`, lists of `speed.Figure`, and `ratios`), `training` (`outcomes`, `rows`).
@@ -103,7 +103,7 @@ def compare(chosen: flags.FlagValues) -> dict:
     from dpp_jax.diffusion import model as model_lib
     from dpp_jax.training import devices
 
-    config = chosen.config
+    config, folder = chosen.config, Path(chosen.out)
     devices.one_per_core()
     devices.keep_compiled_programs()
     # In this process results count, not time; speed has processes of its own. Networks are small, and threads
@@ -127,19 +127,21 @@ def compare(chosen: flags.FlagValues) -> dict:
         }
         params = jax.tree.map(np.asarray, params)
         if 'numbers' in chosen.sections:
-            _timed(report, 'numbers', lambda: _numbers(chosen, model, params))
+            _timed(report, folder, 'numbers', lambda: _numbers(chosen, model, params))
     if 'speed' in chosen.sections:
-        _timed(report, 'speed', lambda: _speed(chosen, model, params))
+        _timed(report, folder, 'speed', lambda: _speed(chosen, model, params))
     if 'training' in chosen.sections:
-        _timed(report, 'training', lambda: _training(chosen))
+        _timed(report, folder, 'training', lambda: _training(chosen))
     return report
 
 
-def _timed(report: dict, section: str, run) -> None:
+def _timed(report: dict, folder: Path, section: str, run) -> None:
+    """Run a section, and write the report as far as it goes."""
     start = time.perf_counter()
     report[section] = run()
     report['seconds'][section] = round(time.perf_counter() - start, 1)
     report['load'] = max(report['load'], os.getloadavg()[0])
+    write(report, folder)  # the next section may take long, or be stopped
 
 
 def _tell(text: str) -> None:
@@ -283,6 +285,20 @@ def _training_config(chosen: flags.FlagValues):
     return config
 
 
+def silence() -> None:
+    """Hide warnings that tell a user nothing, here and in the processes that measure."""
+    # Opacus's hooks on layers whose inputs need no gradient; kernels with one input channel; orders.
+    for message in (
+        'Full backward hook is firing',
+        'grad and param do not obey the gradient layout',
+        'Optimal order is the',
+    ):
+        warnings.filterwarnings('ignore', message=message)
+        os.environ['PYTHONWARNINGS'] = ','.join(
+            filter(None, [os.environ.get('PYTHONWARNINGS'), f'ignore:{message}'])
+        )
+
+
 def write(report: dict, folder: Path) -> None:
     """Write the three files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -299,16 +315,13 @@ def main(argv: list[str]) -> int:
     try:
         chosen = read_flags(argv)
         check_installed()
-        # Opacus's hooks on layers whose inputs need no gradient; and kernels with one input channel.
-        warnings.filterwarnings('ignore', message='Full backward hook is firing')
-        warnings.filterwarnings('ignore', message='grad and param do not obey the gradient layout')
+        silence()
         logging.set_verbosity(logging.WARNING)
         report = compare(chosen)
     except Mistake as error:
         print(error, file=sys.stderr)
         return 2
     folder = Path(chosen.out)
-    write(report, folder)
     print('\n'.join(f'{title}: {value} {note}' for title, value, note, _ in pages.cards(report)))
     print(f'written: {folder / "comparison"}.html, .md, .json')
     return 0

@@ -118,7 +118,7 @@ def cards(report: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     for part in report.get('speed', []):
         if part['ratios']:
             best = _largest_common(part)
-            note = f'as fast as {best["form"]}, batch of {best["batch"]}'
+            note = f'as fast as PyTorch ({best["form"]}), batch of {best["batch"]}'
             yield f'Speed, {part["work"]}', f'{best["ratio"]:.2f} ×', note, ''
     if training := report.get('training'):
         equal = sum(row['verdict'].startswith('equal') for row in training['rows'])

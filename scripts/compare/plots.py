@@ -53,12 +53,18 @@ class _Axis:
             if len(found) >= 2:
                 return found
             finer = [m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 5)]
-            return [value for value in finer if self.low - 1e-9 <= math.log10(value) <= self.high + 1e-9]
-        rough = (self.high - self.low) / 4
-        size = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * size for m in (1, 2, 5, 10) if m * size >= rough)
-        first = math.ceil(self.low / step - 1e-9)
-        return [step * n for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
+            found = [value for value in finer if self.low - 1e-9 <= math.log10(value) <= self.high + 1e-9]
+            return found if len(found) >= 2 else _round_numbers(10.0**self.low, 10.0**self.high)
+        return _round_numbers(self.low, self.high)
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return some round numbers in [low, high], equally spaced."""
+    rough = (high - low) / 4
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [step * n for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def plot(

@@ -193,6 +193,18 @@ def test_a_plot_leaves_out_what_its_axis_cannot_show():
     assert drawn.count('<circle') == 2 and 'a &amp; b' in drawn
 
 
+@pytest.mark.parametrize('low, high', [(58.9, 67.6), (234, 224), (3, 4e6), (0.1, 0.1001)])
+def test_an_axis_has_numbers_however_narrow_it_is(low, high):
+    drawn = plots.plot(
+        [plots.Series(name='a', style='ours', points=[(1, low), (2, high)])],
+        title='t',
+        x='x',
+        y='y',
+        log_y=True,
+    )
+    assert drawn.count('text-anchor="end"') >= 2
+
+
 @pytest.mark.parametrize(
     'arguments, said',
     [

@@ -145,9 +145,9 @@ def train_ours(task: Task, seed: int) -> tuple[PyTree, list[float]]:
         batch = steps.make_batch(task.private.images, task.private.labels, indices, capacity)
         used = steps.used_microbatches(len(indices), sizes.microbatch)
         (state, metrics), _ = step(number, state, devices.deal(batch), used)
-        found.append(metrics['loss'])
-    losses = [float(devices.first(loss)) for loss in found]
-    return devices.first(state).weights()['ema_params'], losses
+        # Waits for the step: with many in flight, devices of a CPU can wait for each other for ever.
+        found.append(float(devices.first(metrics['loss'])))
+    return devices.first(state).weights()['ema_params'], found
 
 
 def train_theirs(task: Task, seed: int) -> tuple[port.UNet, list[float]]:

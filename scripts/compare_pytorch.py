@@ -287,11 +287,13 @@ def _training_config(chosen: flags.FlagValues):
 
 def silence() -> None:
     """Hide warnings that tell a user nothing, here and in the processes that measure."""
-    # Opacus's hooks on layers whose inputs need no gradient; kernels with one input channel; orders.
+    # Opacus's hooks on layers whose inputs need no gradient; kernels with one input channel; orders;
+    # equal scores.
     for message in (
         'Full backward hook is firing',
         'grad and param do not obey the gradient layout',
         'Optimal order is the',
+        'Precision loss occurred in moment',
     ):
         warnings.filterwarnings('ignore', message=message)
         os.environ['PYTHONWARNINGS'] = ','.join(

@@ -270,13 +270,7 @@ def _training(chosen: flags.FlagValues) -> dict:
 
 def _training_config(chosen: flags.FlagValues):
     """Read the config of the training; with --quick it is far too small to learn anything."""
-    import importlib.util
-
-    path, _, epsilon = command_line.find_config(chosen.training).rpartition(':')
-    spec = importlib.util.spec_from_file_location('training_config', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(epsilon)
+    config = command_line.load_config(command_line.find_config(chosen.training))
     if chosen.quick:
         config.model.update(width=8, multipliers=(1,), attention_resolutions=(config.data.image_size,))
         config.pretrain.update(epochs=10, draws=1)
@@ -320,7 +314,7 @@ def main(argv: list[str]) -> int:
         silence()
         logging.set_verbosity(logging.WARNING)
         report = compare(chosen)
-    except Mistake as error:
+    except (Mistake, command_line.Mistake) as error:
         print(error, file=sys.stderr)
         return 2
     folder = Path(chosen.out)

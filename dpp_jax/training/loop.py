@@ -18,9 +18,6 @@ PyTree = Any
 # (state on devices, step number) → (state, metrics on devices)
 Step = Callable[[PyTree, int], tuple[PyTree, dict]]
 _MEETING_SECONDS, _MOST_STEPS = 1.0, 100  # between two meetings of several processes
-# Steps that are begun before an earlier one has ended. With more than some thirty, devices of a CPU were seen
-# to wait for each other for ever; with a few, none is ever idle.
-_IN_FLIGHT = 16
 _SAVE = 'save'  # what process 0 says to the others at a step, or the number of a signal
 _COUNTS = {'non_finite'}  # metrics that are added up between two writings; of others the last counts
 
@@ -172,7 +169,6 @@ class _Record:
         One interval late, when the device has long moved on, nobody waits for it.
         """
         self._waiting[number] = metrics
-        jax.block_until_ready(self._waiting.get(number - _IN_FLIGHT))
         if number % self._every == 0:
             self._write_until(number - self._every)
 

@@ -145,7 +145,7 @@ def train_ours(task: Task, seed: int) -> tuple[PyTree, list[float]]:
         batch = steps.make_batch(task.private.images, task.private.labels, indices, capacity)
         used = steps.used_microbatches(len(indices), sizes.microbatch)
         (state, metrics), _ = step(number, state, devices.deal(batch), used)
-        # Waits for the step: with many in flight, devices of a CPU can wait for each other for ever.
+        # Waits for the step, as the program's loop does: with all of them in flight, one run never ended.
         found.append(float(devices.first(metrics['loss'])))
     return devices.first(state).weights()['ema_params'], found
 

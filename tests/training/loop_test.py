@@ -55,26 +55,6 @@ def train(folder, device_step, *, total=9, stop_at=None, seconds=1000.0, written
         store.close()
 
 
-def test_only_some_steps_are_in_flight_however_rarely_metrics_are_written():
-    """With all of them, devices of a CPU wait for each other for ever."""
-    ended, most = [], []
-
-    class Loss:
-        """A loss that notes when somebody waits for it."""
-
-        def __init__(self, number):
-            self.number = number
-
-        def block_until_ready(self):
-            ended.append(self.number)
-
-    record = loop._Record(lambda *_: None, 1000, False, ValueError)
-    for number in range(1, 101):
-        record.add(number, {'loss': Loss(number)})
-        most.append(number - max(ended, default=0))
-    assert max(most) == 16
-
-
 @pytest.fixture(scope='module')
 def uninterrupted(device_step, tmp_path_factory):
     return train(tmp_path_factory.mktemp('whole'), device_step)

@@ -108,6 +108,19 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     moments.clip_norm = 2.5
     moments.class_counts = 'public'  # public | noisy, as of query
 
+    # Also, last: per class the noisy mean of random Fourier features. A small generator is fitted to it, of
+    # whose images pre-training has a phase (pretrain.frequency_steps).
+    config.frequency = frequency = ConfigDict()
+    frequency.enabled = False  # needs pretrain.enabled
+    frequency.noise_multiplier = 26.6  # as of query
+    frequency.epsilon_share = placeholder(float)  # of ε, that this query alone may spend; as of query
+    frequency.sampling_probability = 1.0  # of each image, in (0, 1]; it is asked once
+    frequency.features = 10_000  # an even number; their norm together is 1
+    # Width of the Gaussian kernel, over the root of the number of an image's values (pixels in [0, 1]).
+    frequency.bandwidth = 0.366
+    frequency.class_counts = 'public'  # public | noisy, as of query
+    frequency.generator_steps = 1000  # of the fit, which costs no privacy
+
     # --stage=import begins a run with a checkpoint of the PyTorch implementation (.pth or .safetensors), in
     # place of the stages that it has behind it. On the command line also config.import.path, and so on.
     config.imported = imported = ConfigDict()
@@ -135,10 +148,11 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     config.pretrain = pretrain = ConfigDict()  # on central images: costs no privacy
     pretrain.enabled = True  # False: plain DP-SGD diffusion with the whole budget
     pretrain.batch_size = 64  # images
-    # Passes over the central images; 0 only with moments_steps.
+    # Passes over the central images; 0 only with moments_steps or frequency_steps.
     pretrain.epochs = 2000
     # Then: steps, of batch_size each, on images drawn from the class moments, which are not augmented.
     pretrain.moments_steps = 0
+    pretrain.frequency_steps = 0  # then: likewise, on images of the frequency query's generator
     pretrain.draws = 1  # noise draws per image
     pretrain.learning_rate = 3e-4  # of Adam
     pretrain.ema_decay = 0.999  # of the averaged weights, after its warm-up

@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax.data import augment, sources
+from dpp_jax.data.class_moments import ClassMoments
 from dpp_jax.data.frequencies import Frequencies
+from dpp_jax.data.generator import Generator
 from dpp_jax.data.images import Images
 from dpp_jax.data.preparation import Preparation
 from dpp_jax.diffusion import denoiser, sampler
@@ -20,10 +22,10 @@ from dpp_jax.evaluation import classifiers, needs, trainer
 from dpp_jax.privacy import accounting, queries
 from dpp_jax.privacy import budget as budget_lib
 from dpp_jax.privacy import selection as selection_lib
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, QUERIES, SELECTION, Releases
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS, QUERIES, SELECTION, Releases
 from dpp_jax.privacy.groups import Unit
 from dpp_jax.privacy.mechanism import GaussianMechanism
-from dpp_jax.run import already_spent, hours, imported, step_time
+from dpp_jax.run import already_spent, artefacts, hours, imported, step_time
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run import sizes as sizes_lib
 from dpp_jax.run.folder import flatten
@@ -110,10 +112,48 @@ def frequencies(config: ConfigDict) -> Frequencies:
     return Frequencies(image_shape=shape, average_down=settings.average_down, count=settings.frequencies)
 
 
+def frequency_query(config: ConfigDict) -> queries.Query:
+    """Make the frequency query.
+
+    Raises:
+        ValueError: a setting of config.frequency is out of range.
+    """
+    data = config.data
+    return queries.make_query(
+        'frequency',
+        classes=data.classes,
+        dimensions=data.channels * data.image_size**2,
+        settings=config.frequency.to_dict(),
+        images_per_group=config.dp.images_per_group,
+    )
+
+
+def generator(config: ConfigDict) -> Generator:
+    """Make the generator that is fitted to the frequency query's answer."""
+    data = config.data
+    shape = (data.image_size, data.image_size, data.channels)
+    return Generator(image_shape=shape, classes=data.classes)
+
+
+def drawings(config: ConfigDict) -> dict[str, artefacts.Drawing]:
+    """Return mechanism → how images are drawn from its answer, of the queries that are asked for that."""
+    found = {}
+    if config.moments.enabled:
+        own = frequencies(config)
+        found[MOMENTS] = artefacts.Drawing(
+            load=lambda workdir: artefacts.moments(workdir)._asdict(),
+            draw=lambda answer, *batch: ClassMoments(**answer).draw(own, *batch),
+        )
+    if config.frequency.enabled:
+        found[FREQUENCY] = artefacts.Drawing(load=artefacts.frequency, draw=generator(config).draw)
+    return found
+
+
 # Mechanism → its query.
 _MAKERS: dict[str, Callable[[ConfigDict], queries.Query]] = {
     CENTRAL_QUERY: query,
     MOMENTS: moments_query,
+    FREQUENCY: frequency_query,
 }
 
 
@@ -241,9 +281,9 @@ def plan(
         _check_within(budget)
     central = 0 if config.imported.kind else budget.count(CENTRAL_QUERY) * config.data.classes
     batch = min(pretrain.batch_size, max(central, 1))
-    steps_of_moments = pretrain.moments_steps if budget.of(MOMENTS) else 0
+    drawn_steps = sum(pretrain[f'{QUERIES[name]}_steps'] for name in (MOMENTS, FREQUENCY) if budget.of(name))
     pretrain_steps = pretrain.epochs * math.ceil(central / batch)
-    noised_images = (pretrain_steps * batch + steps_of_moments * pretrain.batch_size) * pretrain.draws
+    noised_images = (pretrain_steps * batch + drawn_steps * pretrain.batch_size) * pretrain.draws
     finetune_steps = 0 if is_finetuned else steps
     return plan_lib.Plan(
         budget=budget,
@@ -251,7 +291,7 @@ def plan(
         groups=counted.groups,
         images_per_group=counted.images_per_group,
         parameters=model_lib.size(run_model.shapes()),
-        pretrain_steps=pretrain_steps + steps_of_moments,
+        pretrain_steps=pretrain_steps + drawn_steps,
         pretrain_noised_images=noised_images,
         finetune_noised_images=round(finetune_steps * counted.places / round(1 / q) * finetune.draws),
     )

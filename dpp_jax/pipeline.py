@@ -25,7 +25,7 @@ from dpp_jax import build, derive, files, gate, planning, settings
 from dpp_jax.data import sources
 from dpp_jax.data.images import Images
 from dpp_jax.gate import IMPORT, STAGES
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS, SELECTION
 from dpp_jax.privacy.shares import Share
 from dpp_jax.run import artefacts, imported, statement, statement_text
 from dpp_jax.run import plan as plan_lib
@@ -45,7 +45,7 @@ from dpp_jax.stages import (
     pretrain,
     report,
 )
-from dpp_jax.stages.central import moments
+from dpp_jax.stages.central import frequency, moments
 from dpp_jax.training import devices, hosts, preemption, progress
 
 # What the others make stays in private/, but for a selection by private images.
@@ -334,16 +334,23 @@ class Run(RealImages):
                 releases=budget.of(MOMENTS),
                 **shared,
             )
+        if budget.of(FREQUENCY) and not self.released[FREQUENCY]:
+            frequency.run(
+                *self._private_stage,
+                query=build.frequency_query(self.config),
+                generator=build.generator(self.config),
+                releases=budget.of(FREQUENCY),
+                **shared,
+            )
 
     def pretrain(self) -> None:
-        has_moments = self.plan.budget.of(MOMENTS) is not None
         pretrain.run(
             *self._stage,
             model=self.model,
             augment=build.augmentation(self.config),
             sizes=self._sizes,
             total_steps=self.plan.pretrain_steps,
-            frequencies=build.frequencies(self.config) if has_moments else None,
+            drawings=build.drawings(self.config),
         )
 
     def finetune(self) -> None:

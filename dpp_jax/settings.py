@@ -79,6 +79,8 @@ def check(config: ConfigDict, unset: Collection[str] = ()) -> None:
         lines += _query(config)
     if not any(name.startswith(('data.', 'moments.', 'dp.images_per_group')) for name in open_names):
         lines += _moments(config)
+    if not any(name.startswith(('data.', 'frequency.', 'dp.images_per_group')) for name in open_names):
+        lines += _frequency(config)
     if not any(name.startswith(('pretrain.augmentation', 'pretrain.rand_augment')) for name in open_names):
         lines += _augmentation(config)
     if not any(name.startswith(('data.', 'generate.')) for name in open_names):
@@ -235,6 +237,12 @@ def _table() -> dict[str, _Rule]:
         'moments.average_down': _COUNT,
         # Their products, a matrix for each class, are in memory.
         'moments.frequencies': _whole(lambda k: 1 <= k <= 1024, 'a whole number in [1, 1024]'),
+        # frequency
+        'frequency.enabled': _SWITCH,
+        'frequency.noise_multiplier': _POSITIVE,
+        'frequency.epsilon_share': _unset_or(_INSIDE),
+        'frequency.sampling_probability': _PROBABILITY,
+        'frequency.generator_steps': _COUNT,
         # imported, export
         'imported.path': _Rule(
             lambda path: isinstance(path, str) and '://' not in path,
@@ -260,6 +268,7 @@ def _table() -> dict[str, _Rule]:
         'pretrain.batch_size': _COUNT,
         'pretrain.epochs': _whole(lambda n: n >= 0, 'a whole number, at least 0'),
         'pretrain.moments_steps': _whole(lambda n: n >= 0, 'a whole number, at least 0'),
+        'pretrain.frequency_steps': _whole(lambda n: n >= 0, 'a whole number, at least 0'),
         'pretrain.draws': _COUNT,
         'pretrain.learning_rate': _LEARNING_RATE,
         'pretrain.ema_decay': _SHARE,
@@ -435,29 +444,37 @@ _RELATIONS = (
         lambda factor, size: factor <= max(1, size // 2),
         lambda size: f'at most {max(1, size // 2)}, half of data.image_size',
     ),
-    _Relation(
-        'moments.enabled',
-        ('pretrain.enabled',),
-        lambda asked, trains: trains or not asked,
-        lambda _: 'False, because pretrain.enabled is False: nothing would use the answer',
-    ),
-    _Relation(
-        'moments.enabled',
-        ('imported.path',),
-        lambda asked, path: not (asked and path),
-        lambda _: 'False, because imported.path has a model that was trained without class moments',
-    ),
-    _Relation(
-        'pretrain.moments_steps',
-        ('moments.enabled',),
-        lambda steps, asked: asked or steps == 0,
-        lambda _: '0, because moments.enabled is False: no images are drawn from class moments',
+    *(
+        relation
+        for query in ('moments', 'frequency')
+        for relation in (
+            _Relation(
+                f'{query}.enabled',
+                ('pretrain.enabled',),
+                lambda asked, trains: trains or not asked,
+                lambda _: 'False, because pretrain.enabled is False: nothing would use the answer',
+            ),
+            _Relation(
+                f'{query}.enabled',
+                ('imported.path',),
+                lambda asked, path: not (asked and path),
+                lambda _: 'False, because imported.path has a model that was trained without this query',
+            ),
+            _Relation(
+                f'pretrain.{query}_steps',
+                (f'{query}.enabled',),
+                lambda steps, asked: asked or steps == 0,
+                lambda _, query=query: (
+                    f'0, because {query}.enabled is False: no images are drawn from its answer'
+                ),
+            ),
+        )
     ),
     _Relation(
         'pretrain.epochs',
-        ('pretrain.moments_steps',),
-        lambda epochs, steps: epochs > 0 or steps > 0,
-        lambda _: 'at least 1, because pretrain.moments_steps is 0',
+        ('pretrain.moments_steps', 'pretrain.frequency_steps'),
+        lambda epochs, *steps: epochs > 0 or any(steps),
+        lambda *_: 'at least 1, because pretrain.moments_steps and pretrain.frequency_steps are 0',
     ),
     _Relation(
         'query.epsilon_share',
@@ -617,6 +634,11 @@ def _moments(config: ConfigDict) -> list[str]:
         return []
     found = _refusal('moments', lambda: build.moments_query(config))
     return found + _refusal('moments', lambda: build.frequencies(config))
+
+
+def _frequency(config: ConfigDict) -> list[str]:
+    """Return what the frequency query says of its own settings; if it is not asked, nothing."""
+    return _refusal('frequency', lambda: build.frequency_query(config)) if config.frequency.enabled else []
 
 
 def _augmentation(config: ConfigDict) -> list[str]:

@@ -21,7 +21,8 @@ _OLD = 60.0  # seconds after which a note is that of a process that is gone
 # What is read of plan.json.
 _PLAN = {
     'delta': float, 'accountant': str, 'relation?': str, 'epsilon_budget': float, 'epsilon_total': float,
-    'query_count': int, 'moments_count?': int, 'steps': int, 'pretrain_steps': int, 'declared?': [str],
+    'query_count': int, 'moments_count?': int, 'frequency_count?': int, 'steps': int, 'pretrain_steps': int,
+    'declared?': [str],
 }  # fmt: skip
 
 

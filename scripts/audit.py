@@ -35,9 +35,10 @@ from dpp_jax import build
 from dpp_jax.auditing import bounds as bounds_lib
 from dpp_jax.configs import digits_8
 from dpp_jax.privacy import accounting, clipping
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.privacy.poisson import PoissonSampler
+from dpp_jax.privacy.queries import frequency as frequency_lib
 from dpp_jax.privacy.queries import mean
 from dpp_jax.privacy.queries import moments as moments_lib
 from dpp_jax.training import devices, steps
@@ -277,6 +278,54 @@ def moments_attack(name: str, fault: str | None = None, *, counts: str = 'public
     return make_attack(name, fault, mechanism, 1, scores)
 
 
+# --- Attack on the frequency query
+
+FEATURES, GROUP = 16, 3
+
+
+def frequency_attack(
+    name: str, fault: str | None = None, *, counts: str = 'public', group: int | None = None
+) -> Attack:
+    """The canary is a white image, or a group of them; its class has one other unit, of black images.
+
+    The score is the projection of the released features, and count, on what the canary adds to them.
+    """
+    code = FAULTS.get(fault, REAL)
+    config = digits_8.get_config('1')
+    config.data.classes = 2
+    config.frequency.update(enabled=True, noise_multiplier=2.0, features=FEATURES, class_counts=counts)
+    if group:
+        config.dp.update(unit='group', images_per_group=group)
+        config.data.train_groups = 480
+    query = build.frequency_query(config)
+    planned = build.plan(config, build.model(config), noise={DP_SGD: 1.0}).budget.of(FREQUENCY)
+    mechanism = code.mechanism(**dataclasses.asdict(planned.mechanism))
+    images = np.zeros((4, *([group] if group else []), 8, 8, 1), np.uint8)
+    images[1:3], images[3] = 128, 255
+    labels = np.broadcast_to(np.array([0, 1, 1, 0], np.int32)[:, None], (4, group or 1))
+    labels = labels if group else labels[:, 0]
+    direction = query.embed(np.ones(64, np.float32))
+
+    def run(masks, key):
+        there = jnp.broadcast_to(masks[0][:, None], labels.shape) if group else masks[0]
+        counted = jnp.zeros(2).at[labels.ravel()].add(there.ravel())
+        class_size = code.divisor(counted[:, None], 2.0)
+        noise_key = NoiseKey(identifier='audit', keys=jax.random.split(key, 4))
+        ask = query.noisy(mechanism, noise_key, 2 * class_size, len(images), with_counts=True)
+        (means, sizes), _ = ask(0, {'images': images, 'labels': labels}, there)
+        of_features, of_count = query._weights
+        # As they were before they were divided.
+        scale = 1.0 if sizes is None else jnp.maximum(sizes[0], 1)
+        score = scale * of_features**2 * (means[0] @ direction)
+        return score if sizes is None else score + of_count**2 * sizes[0]
+
+    def scores(runs, seed):
+        with mock.patch.object(frequency_lib, 'clip_weights', code.clip):
+            return play(run, code, np.ones(3, bool), 1.0, 1, runs, seed)
+
+    return make_attack(name, fault, mechanism, 1, scores)
+
+
 # --- Attack on DP-SGD
 
 CLIP_NORM = 0.5
@@ -390,6 +439,7 @@ def attacks() -> list[Attack]:
     clipped = dict(settings=dict(clip_norm=0.35 * 8, pixel_center=0.3))
     sampled_query, sampled_sgd = dict(q=0.5, noise_multiplier=1.0), dict(q=0.5, noise_multiplier=3.0)
     halved, unclipped, realized, no_noise, twice, doubled = FAULTS
+    grouped = dict(counts='noisy', group=GROUP)
     return [
         query_attack('query'),
         query_attack('query, clipped', **clipped),
@@ -398,6 +448,8 @@ def attacks() -> list[Attack]:
         query_attack('query, sampled', **sampled_query),
         moments_attack('moments'),
         moments_attack('moments, noisy counts', counts='noisy'),
+        frequency_attack('frequency'),
+        frequency_attack('frequency, groups', **grouped),
         sgd_attack('DP-SGD'),
         sgd_attack('DP-SGD, sampled', **sampled_sgd),
         query_attack('query', halved),
@@ -409,6 +461,9 @@ def attacks() -> list[Attack]:
         moments_attack('moments', unclipped),
         moments_attack('moments', realized),
         moments_attack('moments', doubled),
+        frequency_attack('frequency', halved),
+        frequency_attack('frequency', realized),
+        frequency_attack('frequency, groups', unclipped, **grouped),
         sgd_attack('DP-SGD', halved),
         sgd_attack('DP-SGD', unclipped),
         sgd_attack('DP-SGD', realized),

@@ -67,6 +67,25 @@ def _moments(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def _frequency(config: ConfigDict) -> dict[str, Any]:
+    """Return random frequencies beside central images; half of the share is each query's."""
+    size = config.data.image_size
+    return {
+        'query.epsilon_share': _SHARE / 2,
+        'query.queries': 1,
+        'frequency.enabled': True,
+        'frequency.epsilon_share': _SHARE / 2,
+        'pretrain.epochs': 0,
+        'pretrain.frequency_steps': 200 if size < 14 else 1000,
+    }
+
+
+def _after_mean(config: ConfigDict, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a query's row with a third of the passes over central images first, and half of its own steps."""
+    steps = {name: count // 2 for name, count in changes.items() if name.endswith('_steps')}
+    return {**changes, 'pretrain.epochs': config.pretrain.epochs // 3, **steps}
+
+
 # Row → what differs from the config, given the config.
 ROWS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
     'none': lambda config: {'pretrain.enabled': False},
@@ -79,10 +98,13 @@ ROWS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
         'query.pixel_center': 0.0,
     },
     'moments': _moments,
-    'mean → moments': lambda config: {
-        **_moments(config),
-        'pretrain.epochs': config.pretrain.epochs // 3,
-        'pretrain.moments_steps': _moments(config)['pretrain.moments_steps'] // 2,
+    'frequency': _frequency,
+    'mean → moments': lambda config: _after_mean(config, _moments(config)),
+    'mean → frequency': lambda config: _after_mean(config, _frequency(config)),
+    # A third of the share is each query's.
+    'all three': lambda config: {
+        **_after_mean(config, {**_moments(config), **_frequency(config)}),
+        **{f'{name}.epsilon_share': _SHARE / 3 for name in ('query', 'moments', 'frequency')},
     },
     # One step of DP-SGD that moves nothing, and has hardly any budget: the pre-trained model.
     'mean only': lambda config: {
@@ -93,6 +115,12 @@ ROWS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
         **_moments(config),
         'query.epsilon_share': _ALMOST_ALL / 3,
         'moments.epsilon_share': 2 * _ALMOST_ALL / 3,
+        **_NO_STEP,
+    },
+    'frequency only': lambda config: {
+        **_frequency(config),
+        'query.epsilon_share': _ALMOST_ALL / 3,
+        'frequency.epsilon_share': 2 * _ALMOST_ALL / 3,
         **_NO_STEP,
     },
 }
@@ -112,8 +140,8 @@ def noised_images(config: ConfigDict) -> tuple[float, float]:
     central = config.query.queries * config.data.classes
     batch = min(settings.batch_size, central)
     of_central = settings.epochs * math.ceil(central / batch) * batch
-    of_moments = settings.moments_steps * settings.batch_size
-    pretrain = (of_central + of_moments) * settings.draws * settings.enabled
+    drawn = (settings.moments_steps + settings.frequency_steps) * settings.batch_size
+    pretrain = (of_central + drawn) * settings.draws * settings.enabled
     q, steps = budget_lib.schedule(config.data.train_images, config.finetune.batch_size, 1.0)
     return pretrain, steps * q * config.data.train_images * config.finetune.draws
 

@@ -263,6 +263,7 @@ def released():
         'digests.json',
         'central_images.',
         'moments.',
+        'frequency.',
         'model/',
         'over_finetuning.',
         'report.html',

@@ -158,7 +158,16 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
         ),
         (
             {'pretrain__epochs': 0},
-            'config.pretrain.epochs is 0; it must be at least 1, because pretrain.moments_steps is 0',
+            'config.pretrain.epochs is 0; it must be at least 1, because pretrain.moments_steps and '
+            'pretrain.frequency_steps are 0',
+        ),
+        (
+            {'frequency__enabled': True, 'frequency__features': 7},
+            r'config.frequency.features is 7; it must be an even whole number in \[2, 100000\]',
+        ),
+        (
+            {'pretrain__frequency_steps': 3},
+            'config.pretrain.frequency_steps is 3; it must be 0, because frequency.enabled is False',
         ),
         ({'data__source': 'digitz'}, "data.source is 'digitz'; it must be 'digits' or 'folder:<path>'"),
         ({'data__source': 'tfds:'}, "data.source is 'tfds:'"),

@@ -50,8 +50,8 @@ class Frequencies:
         return height // self.average_down, width // self.average_down, channels
 
     @functools.cached_property
-    def _basis(self) -> np.ndarray:
-        """(h w C, count) float64: orthonormal columns, in whole multiples of 1 / _UNITS."""
+    def basis(self) -> np.ndarray:
+        """The lowest frequencies, (h w C, count) float64: orthonormal columns, whole multiples of 2^-30."""
         height, width, channels = self._shape
         i, j, c = np.meshgrid(*map(np.arange, self._shape), indexing='ij')
         order = np.where(c == 0, i + j, 2 * (i + j) + 1)
@@ -77,12 +77,12 @@ class Frequencies:
         height, width, channels = self._shape
         k = self.average_down
         blocks = images.reshape((-1, height, k, width, k, channels)).sum((2, 4), dtype=np.float64)
-        found = blocks.reshape((-1, height * width * channels)) @ self._basis
+        found = blocks.reshape((-1, height * width * channels)) @ self.basis
         return (found / (255 * k * k)).astype(np.float32)
 
     def images(self, coefficients: np.ndarray) -> np.ndarray:
         """Return the images (n, H, W, C) uint8 of frequencies (n, count): what leaves [0, 1] is cut off."""
-        small = (coefficients @ self._basis.T).astype(np.float32).reshape((-1, *self._shape))
+        small = (coefficients @ self.basis.T).astype(np.float32).reshape((-1, *self._shape))
         whole = resize.bilinear(small, self.image_shape[:2]) if self.average_down > 1 else small
         return np.round(255 * np.clip(whole, 0, 1)).astype(np.uint8)
 

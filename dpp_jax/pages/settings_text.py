@@ -4,7 +4,7 @@ from typing import Any
 
 from dpp_jax import files
 from dpp_jax.configs import default
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS
 from dpp_jax.run import artefacts, imported
 from dpp_jax.run.folder import WorkDir, flatten
 
@@ -88,7 +88,15 @@ def how_made(settings: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
             )
             if settings['pretrain.moments_steps']:
                 sources.append('images drawn from the class moments')
-        lines.append(f'Pre-training of a diffusion model on {" and ".join(sources)} alone.')
+        if FREQUENCY in rows:
+            lines.append(
+                f'Frequencies: a noisy query for mean random features, {settings["frequency.features"]:,} '
+                f'of every class (noise multiplier {rows[FREQUENCY]["noise_multiplier"]:.4g}), to which a '
+                'small generator of images was fitted.'
+            )
+            if settings['pretrain.frequency_steps']:
+                sources.append('images of that generator')
+        lines.append(f'Pre-training of a diffusion model on {", then ".join(sources)} alone.')
     if DP_SGD in rows:
         row = rows[DP_SGD]
         lines.append(

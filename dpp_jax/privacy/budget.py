@@ -1,9 +1,10 @@
 """From (ε, δ) to the noise of every mechanism, and from a ledger back to the budget.
 
-A run has one to four mechanisms: the query for central images and, if asked for, that for class moments (no
-query without pre-training), DP-SGD, and the selection among classifiers (only if asked for). A query's noise
-is given, or follows from its share of ε; the selection's follows from its share. DP-SGD gets the least noise
-with which all together stay within (ε, δ). `Budget` holds the result: numbers alone, no settings, no network.
+A run has one to five mechanisms: the query for central images and, if asked for, those for class moments and
+for frequencies (no query without pre-training), DP-SGD, and the selection among classifiers (if asked for).
+A query's noise is given, or follows from its share of ε; the selection's follows from its share. DP-SGD gets
+the least noise with which all together stay within (ε, δ). `Budget` holds the result: numbers alone, no
+settings, no network.
 """
 
 from collections import Counter
@@ -21,10 +22,11 @@ from dpp_jax.privacy.mechanism import GaussianMechanism
 # Names of the mechanisms, as ledgers and key files record them.
 CENTRAL_QUERY = 'central_query'
 MOMENTS = 'moments'
+FREQUENCY = 'frequency'
 DP_SGD = 'dp_sgd'
 SELECTION = 'selection'
 # The queries, with what settings and plans call them. A later one may use what earlier ones released.
-QUERIES = {CENTRAL_QUERY: 'query', MOMENTS: 'moments'}
+QUERIES = {CENTRAL_QUERY: 'query', MOMENTS: 'moments', FREQUENCY: 'frequency'}
 MECHANISMS = (*QUERIES, DP_SGD, SELECTION)  # in the order in which they run
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 import zipfile
 
 from clu import parameter_overview
+from flax import traverse_util
 import jax
 import numpy as np
 
@@ -20,6 +22,7 @@ from dpp_jax.training import checkpoint
 
 PyTree = Any
 _REAL_IMAGES = 12  # of a class, that the private page shows
+GENERATOR = 'generator/'  # before the names of its weights, in frequency.npz
 # What selection.json holds.
 _SELECTION = {
     'images': [int],
@@ -86,6 +89,20 @@ METRICS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How images are drawn from the answer of a query.
+
+    Attributes:
+        load: work directory → the answer, dicts of arrays.
+        draw: (answer, labels (n,), key of 128 bits, number of the batch) → images (n, H, W, C) uint8, one for
+            each label; those of another batch are independent of them.
+    """
+
+    load: Callable[[WorkDir], dict[str, Any]]
+    draw: Callable[[dict[str, Any], np.ndarray, int, int], np.ndarray]
+
+
 def central_images(workdir: WorkDir) -> dict[str, np.ndarray]:
     """Load what the queries released.
 
@@ -124,7 +141,7 @@ def moments(workdir: WorkDir) -> ClassMoments:
         FileNotFoundError, ValueError: it is not there, damaged, or not what this run released.
     """
     found = _unchecked_moments(workdir)
-    digests.check(workdir, 'moments.npz', moments_arrays(found))
+    digests.check(workdir, 'moments.npz', all_arrays(found))
     return ClassMoments(means=found['means'], factors=found['factors'])
 
 
@@ -136,8 +153,28 @@ def _unchecked_moments(workdir: WorkDir) -> dict[str, np.ndarray]:
     )
 
 
-def moments_arrays(found: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Return what the digest of class moments is of."""
+def frequency(workdir: WorkDir) -> dict[str, Any]:
+    """Load the weights of the generator that was fitted to the answer of the frequency query.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, damaged, or not what this run released.
+    """
+    found = _unchecked_frequency(workdir)
+    digests.check(workdir, 'frequency.npz', all_arrays(found))
+    weights = {name.removeprefix(GENERATOR): found[name] for name in found if name.startswith(GENERATOR)}
+    return traverse_util.unflatten_dict(weights, sep='/')
+
+
+def _unchecked_frequency(workdir: WorkDir) -> dict[str, np.ndarray]:
+    return files.read_npz(
+        workdir.frequency,
+        'Restore the file. Or, if private/ is intact, move it away and run --stage=central: it makes the '
+        'same answer from the same keys',
+    )
+
+
+def all_arrays(found: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Return what the digest of an answer is of, where that is all of its arrays."""
     return [found[name] for name in sorted(found)]
 
 
@@ -180,6 +217,8 @@ def check_inputs(workdir: WorkDir, shapes: PyTree, stages: Collection[str]) -> N
         central_images(workdir)
     if 'pretrain' in stages and workdir.moments.exists():
         moments(workdir)
+    if 'pretrain' in stages and workdir.frequency.exists():
+        frequency(workdir)
     for training, stage in (('pretrain', 'finetune'), ('finetune', 'generate')):
         if stage in stages and files.is_whole(workdir.model(training)):
             weights(workdir, training, shapes)
@@ -190,7 +229,9 @@ def _released(workdir: WorkDir, shapes: PyTree) -> Iterator[tuple[str, list[np.n
     with contextlib.suppress(OSError, ValueError, KeyError):
         yield 'central_images.npz', central_arrays(_unchecked_central_images(workdir))
     with contextlib.suppress(OSError, ValueError):
-        yield 'moments.npz', moments_arrays(_unchecked_moments(workdir))
+        yield 'moments.npz', all_arrays(_unchecked_moments(workdir))
+    with contextlib.suppress(OSError, ValueError):
+        yield 'frequency.npz', all_arrays(_unchecked_frequency(workdir))
     for training in ('pretrain', 'finetune'):
         with contextlib.suppress(OSError, ValueError):
             yield f'model/{training}', jax.tree.leaves(_unchecked_weights(workdir, training, shapes))

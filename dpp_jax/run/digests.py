@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpp_jax import files
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS, SELECTION
 from dpp_jax.run import statement
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
@@ -19,6 +19,7 @@ from dpp_jax.run.keys import Keys
 _MECHANISMS = {
     'central_images.npz': CENTRAL_QUERY,
     'moments.npz': MOMENTS,
+    'frequency.npz': FREQUENCY,
     'model/pretrain': None,
     'model/finetune': DP_SGD,
     'selection.json': SELECTION,
@@ -26,6 +27,7 @@ _MECHANISMS = {
 _STAGES = {
     'central_images.npz': 'central',
     'moments.npz': 'central',
+    'frequency.npz': 'central',
     'model/pretrain': 'pretrain',
     'model/finetune': 'finetune',
     'selection.json': 'evaluate',

@@ -12,7 +12,7 @@ import filelock
 from dpp_jax import files
 from dpp_jax.data.images import Images
 from dpp_jax.data.preparation import LABELS
-from dpp_jax.privacy.budget import CENTRAL_QUERY, MOMENTS
+from dpp_jax.privacy.budget import CENTRAL_QUERY, FREQUENCY, MOMENTS
 from dpp_jax.run import elsewhere, fingerprint
 from dpp_jax.run.keys import NOTE as PRIVATE_NOTE
 
@@ -86,6 +86,15 @@ _NEW_SETTINGS = {
     'moments.clip_norm': 2.5,
     'moments.class_counts': 'public',
     'pretrain.moments_steps': 0,
+    'frequency.enabled': False,
+    'frequency.noise_multiplier': 26.6,
+    'frequency.epsilon_share': None,
+    'frequency.sampling_probability': 1.0,
+    'frequency.features': 10_000,
+    'frequency.bandwidth': 0.366,
+    'frequency.class_counts': 'public',
+    'frequency.generator_steps': 1000,
+    'pretrain.frequency_steps': 0,
 }
 _PATH = '<path>'
 # Settings that hold paths, with what release/config.json says in their place.
@@ -125,6 +134,7 @@ class WorkDir:
         self.parameters = self.release / 'parameters.txt'
         self.central_images = self.release / 'central_images.npz'
         self.moments = self.release / 'moments.npz'
+        self.frequency = self.release / 'frequency.npz'
         self.digests = self.release / 'digests.json'
         self.imported = self.release / 'imported.json'
         self.synthetic = self.release / 'synthetic'
@@ -165,7 +175,7 @@ class WorkDir:
     @property
     def of_queries(self) -> dict[str, Path]:
         """Mechanism of a query → where its result is."""
-        return {CENTRAL_QUERY: self.central_images, MOMENTS: self.moments}
+        return {CENTRAL_QUERY: self.central_images, MOMENTS: self.moments, FREQUENCY: self.frequency}
 
     @classmethod
     def to_read(cls, root: str | PathLike) -> 'WorkDir':

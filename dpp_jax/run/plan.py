@@ -50,9 +50,12 @@ _NEW_FIELDS = {
     'images_per_group': None,
     'selection_noise_multiplier': None,
     'selection_sensitivity': None,
-    'moments_noise_multiplier': None,
-    'moments_sampling_probability': None,
-    'moments_count': 0,
+    **{
+        f'{name}_{figure}': value
+        for query, name in QUERIES.items()
+        if query != CENTRAL_QUERY
+        for figure, value in (('noise_multiplier', None), ('sampling_probability', None), ('count', 0))
+    },
     'declared': [],
 }
 

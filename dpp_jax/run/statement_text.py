@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpp_jax.privacy import accounting, groups
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS, SELECTION
 
 TITLES = {
     CENTRAL_QUERY: 'central images (query)',
     MOMENTS: 'class moments (query)',
+    FREQUENCY: 'random frequencies (query)',
     DP_SGD: 'fine-tuning (DP-SGD)',
     SELECTION: 'selection among classifiers',
 }
@@ -26,8 +27,8 @@ UNITS = {
     groups.GROUP: 'one group of images with their labels (all images of a person, as `data.groups` says)',
 }
 COVERED = (
-    'everything in release/: the answers of the queries (central images, class moments), models, synthetic '
-    'images, and whatever is computed from them',
+    'everything in release/: the answers of the queries (central images, class moments, random frequencies), '
+    'models, synthetic images, and whatever is computed from them',
     'any number of synthetic images that anyone draws from the released model',
 )
 CHOICE = (

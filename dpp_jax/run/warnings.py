@@ -10,8 +10,8 @@ import math
 from dpp_jax.data import class_moments
 from dpp_jax.privacy import accounting, calibration
 from dpp_jax.privacy import budget as budget_lib
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, Budget, Releases
-from dpp_jax.privacy.queries import MomentsQuery
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS, QUERIES, Budget, Releases
+from dpp_jax.privacy.queries import FrequencyQuery, MomentsQuery
 
 # A central image with half of the gray range as noise shows nothing; the shipped configs have 0.02 to 0.24.
 _MOST_IMAGE_NOISE = 0.5
@@ -19,6 +19,7 @@ _MOST_IMAGE_NOISE = 0.5
 _MOST_STEP_NOISE = 10.0
 # An eigenvalue that stands out, over the largest variance of a class: digits have five or six above 0.05.
 _MOST_EDGE = 0.25
+_MOST_FEATURE_NOISE = 0.3  # of a class's mean features, whose norm is at most 1
 _FEWEST_IMAGES_PER_CLASS = 100
 _QUERIES_OF_ALL = 2  # that are given as advice
 
@@ -68,6 +69,26 @@ class MomentsQuestion:
         return class_moments.edge(noise, self.query.dimensions)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrequencyQuestion:
+    """What a warning about the frequency query needs to know.
+
+    Attributes:
+        query: what is asked.
+        images_per_class: a public number.
+        steps: of pre-training, on images of the generator.
+    """
+
+    query: FrequencyQuery
+    images_per_class: float
+    steps: int
+
+    def noise(self, releases: Releases) -> float:
+        """Compute the noise (standard deviation) of mean features in any direction; their norm is <= 1."""
+        sampled = releases.mechanism.sampling_probability * self.images_per_class
+        return self.query.noise(releases.mechanism.noise_multiplier, sampled)
+
+
 def find(
     budget: Budget,
     *,
@@ -77,6 +98,7 @@ def find(
     batch_size: float,
     question: Question,
     moments: MomentsQuestion | None = None,
+    frequency: FrequencyQuestion | None = None,
     smallest_class: int | None = None,
 ) -> list[str]:
     """Return one text for each thing that cannot work.
@@ -89,6 +111,7 @@ def find(
         batch_size: B, expected images of a DP-SGD step.
         question: what the query asks.
         moments: what the query for class moments asks; None: there is none.
+        frequency: what the frequency query asks; None: there is none.
         smallest_class: private images of the smallest class; None: not known.
     """
     found = [
@@ -96,6 +119,7 @@ def find(
         _central_images(budget, images / classes, question, smallest_class),
         _public_counts(budget, question),
         _moments(budget, moments),
+        _frequency(budget, frequency),
         _steps(budget, images, parameters, batch_size),
     ]
     return [text for text in found if text]
@@ -180,11 +204,7 @@ def _moments(budget: Budget, question: MomentsQuestion | None) -> str | None:
     if releases is None:
         return None
     if not question.steps:
-        epsilon = accounting.format_epsilon(budget.spent(MOMENTS))
-        return (
-            f'moments.enabled spends ε = {epsilon} alone, and no training uses the answer: '
-            'pretrain.moments_steps is 0. Pre-train on images drawn from it, or set moments.enabled=False'
-        )
+        return _unused(budget, MOMENTS)
     share = question.edge(releases) / question.most
     if share <= _MOST_EDGE:
         return None
@@ -195,6 +215,33 @@ def _moments(budget: Budget, question: MomentsQuestion | None) -> str | None:
         f'helps, each alone: moments.noise_multiplier={_down(releases.mechanism.noise_multiplier / factor)}; '
         f'moments.frequencies={max(1, math.floor(question.query.dimensions / factor**2))}; '
         f'{math.ceil(factor * question.images_per_class):,} images per class'
+    )
+
+
+def _frequency(budget: Budget, question: FrequencyQuestion | None) -> str | None:
+    releases = budget.of(FREQUENCY)
+    if releases is None:
+        return None
+    if not question.steps:
+        return _unused(budget, FREQUENCY)
+    noise = question.noise(releases)
+    if noise <= _MOST_FEATURE_NOISE:
+        return None
+    factor = noise / _MOST_FEATURE_NOISE
+    return (
+        f'the noise of the mean features of a class is {noise:.2g} in every direction, and their norm is at '
+        'most 1: the generator learns hardly more than noise. What helps, each alone: '
+        f'frequency.noise_multiplier={_down(releases.mechanism.noise_multiplier / factor)}; '
+        f'{math.ceil(factor * question.images_per_class):,} images per class'
+    )
+
+
+def _unused(budget: Budget, mechanism: str) -> str:
+    """Say that the answer of a query is never used."""
+    name, epsilon = QUERIES[mechanism], accounting.format_epsilon(budget.spent(mechanism))
+    return (
+        f'{name}.enabled spends ε = {epsilon} alone, and no training uses the answer: '
+        f'pretrain.{name}_steps is 0. Pre-train on images drawn from it, or set {name}.enabled=False'
     )
 
 

@@ -14,7 +14,7 @@ from dpp_jax import files
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting, queries
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MOMENTS, SELECTION, Budget
+from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS, SELECTION, Budget
 from dpp_jax.run import hours, imported, statement, statement_text, step_time, warnings
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.plan import Plan
@@ -103,7 +103,7 @@ def text(config: ConfigDict, plan: Plan) -> str:
     number = '' if relation.size_is_public else 'counted as '
     titles = {
         CENTRAL_QUERY: f'central images ({config.query.kind} query)',
-        **{name: statement_text.TITLES[name] for name in (MOMENTS, DP_SGD, SELECTION)},
+        **{name: statement_text.TITLES[name] for name in (MOMENTS, FREQUENCY, DP_SGD, SELECTION)},
     }
     rows = [(f'spent before: {part.mechanism.name}', part) for part in budget.before]
     rows += [
@@ -137,6 +137,7 @@ def text(config: ConfigDict, plan: Plan) -> str:
         f'generation     {config.generate.images:,} images, {config.generate.sampler.name} '
         f'with {config.generate.sampler.steps} steps',
         *_moments(config, plan),
+        *_frequency(config, plan),
         *_selection(plan),
     ]
     return '\n'.join(lines)
@@ -169,6 +170,35 @@ def _moments_question(config: ConfigDict, plan: Plan) -> warnings.MomentsQuestio
     per_class = plan.unit.used_images / classes
     return warnings.MomentsQuestion(
         query=query, images_per_class=per_class, steps=config.pretrain.moments_steps
+    )
+
+
+def _frequency(config: ConfigDict, plan: Plan) -> list[str]:
+    """Say what the noise leaves of mean features."""
+    releases, question = plan.budget.of(FREQUENCY), _frequency_question(config, plan)
+    if releases is None:
+        return []
+    return [
+        f'frequencies    {question.query.features:,} random features; noise of '
+        f'{question.noise(releases):.2g} in every direction, where the mean features of a class have a norm '
+        'of at most 1'
+    ]
+
+
+def _frequency_question(config: ConfigDict, plan: Plan) -> warnings.FrequencyQuestion | None:
+    """Return what a warning about the frequency query needs to know; None if nobody asks it."""
+    if plan.budget.of(FREQUENCY) is None:
+        return None
+    return warnings.FrequencyQuestion(
+        query=queries.make_query(
+            'frequency',
+            classes=config.data.classes,
+            dimensions=config.data.channels * config.data.image_size**2,
+            settings=config.frequency.to_dict(),
+            images_per_group=plan.unit.images_per_group,
+        ),
+        images_per_class=plan.unit.used_images / config.data.classes,
+        steps=config.pretrain.frequency_steps,
     )
 
 
@@ -248,6 +278,7 @@ def warnings_of(config: ConfigDict, plan: Plan, smallest_class: int | None = Non
             and config.query.kind == 'mean',
         ),
         moments=_moments_question(config, plan),
+        frequency=_frequency_question(config, plan),
     )
 
 

@@ -1,11 +1,12 @@
 """Stage `pretrain`: train on what the queries released. Post-processing: it costs no privacy.
 
-Two phases, either of which may have no step: the central images, augmented; then images drawn from the class
-moments, as they are. Weights, average and Adam's state go on from one to the other. What a step sees depends
-on its number and the keys alone: a run that was killed goes on with the same images.
+Phases, each of which may have no step: the central images, augmented; then images drawn from the answers of
+other queries, as they are. Weights, average and Adam's state go on from one to the next. What a step sees
+depends on its number and the keys alone: a run that was killed goes on with the same images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,9 +15,8 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from dpp_jax.data.class_moments import ClassMoments
-from dpp_jax.data.frequencies import Frequencies
 from dpp_jax.diffusion.model import Model
+from dpp_jax.privacy.budget import QUERIES
 from dpp_jax.run import artefacts, digests
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
@@ -52,7 +52,7 @@ def run(
     augment: steps.Augmentation,
     sizes: Sizes,
     total_steps: int,
-    frequencies: Frequencies | None = None,
+    drawings: Mapping[str, artefacts.Drawing] | None = None,
 ) -> None:
     """Train from scratch; save weights and averaged weights in release/.
 
@@ -63,11 +63,11 @@ def run(
         model: is trained.
         augment: (key, image) → image, of the central images.
         sizes: what is in work at once.
-        total_steps: of both phases.
-        frequencies: of the class moments; None: nobody asked for any.
+        total_steps: of all phases.
+        drawings: mechanism → how images are drawn from its answer.
     """
     settings = config.pretrain
-    steps_of_moments = settings.moments_steps if frequencies is not None else 0
+    streams = {name: settings[f'{QUERIES[name]}_steps'] for name in drawings or {}}
     saved = hosts.from_first(lambda: artefacts.central_arrays(artefacts.central_images(workdir))[:2])
     images, labels = saved
     own_keys = keys.of_part('pretrain')
@@ -97,12 +97,14 @@ def run(
         labels,
         epoch_stream(len(images), central_batch, number, own_keys.order),
     )
-    phases = [phase(total_steps - steps_of_moments, central_batch, augment, of_central)]
-    if steps_of_moments:
-        moments = ClassMoments(*hosts.from_first(lambda: list(artefacts.moments(workdir))))
-        own_order = keys.of_part('pretrain/moments').order
-        of_moments = moments_stream(moments, frequencies, settings.batch_size, own_order)
-        phases.append(phase(steps_of_moments, settings.batch_size, lambda _, image: image, of_moments))
+    phases = [phase(total_steps - sum(streams.values()), central_batch, augment, of_central)]
+    for name, count in streams.items():
+        if count:
+            answer = hosts.from_first(functools.partial(drawings[name].load, workdir))
+            draw = functools.partial(drawings[name].draw, answer)
+            own_order = keys.of_part(f'pretrain/{QUERIES[name]}').order
+            batches = stream(draw, model.classes, settings.batch_size, own_order)
+            phases.append(phase(count, settings.batch_size, lambda _, image: image, batches))
 
     def step(state, number):
         for part in phases[:-1]:
@@ -132,17 +134,22 @@ def _save(workdir: WorkDir, trained) -> None:
     checkpoint.save_model(workdir.model('pretrain'), trained, scratch=workdir.private)
 
 
-def moments_stream(moments: ClassMoments, frequencies: Frequencies, batch_size: int, key: int) -> Callable:
+def stream(draw: Callable, classes: int, batch_size: int, key: int) -> Callable:
     """Make number of a batch → (images, labels, indices of all rows): an endless sequence of new images.
 
     Every class comes equally often.
+
+    Args:
+        draw: (labels, key, number) → images.
+        classes: their number.
+        batch_size: images.
+        key: 128 bits.
     """
-    classes = len(moments.means)
 
     def batch(number: int):
         indices = np.arange(batch_size)
         labels = ((number * batch_size + indices) % classes).astype(np.int32)
-        return moments.draw(frequencies, labels, key, number), labels, indices
+        return draw(labels, key, number), labels, indices
 
     return batch
 

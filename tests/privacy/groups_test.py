@@ -26,6 +26,7 @@ SETTINGS = {
     ],
     'mode': [{'bins': bins} for bins in (2, 3, 64)],
     'moments': [{'clip_norm': 2.5, 'class_counts': counts} for counts in ('public', 'noisy')],
+    'frequency': [{'features': 16, 'class_counts': counts} for counts in ('public', 'noisy')],
 }
 EVERY_SETTING = [
     pytest.param(kind, own, id='-'.join([kind, *(f'{name}={value}' for name, value in own.items())]))

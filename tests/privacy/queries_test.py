@@ -21,11 +21,13 @@ from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.privacy.queries import (
     CENTRAL_KINDS,
     QUERIES,
+    FrequencyQuery,
     MeanQuery,
     ModeQuery,
     MomentsQuery,
     Query,
     Spread,
+    frequency,
     make_query,
     moments,
 )
@@ -40,7 +42,11 @@ ROWS = 6  # of a padded sample
 # Numbers around which a setting may do something else; those that a query refuses are left out.
 POOL = (None, False, True, 0, 1, 2, 3, 16, 64, 0.1, 0.3, 0.5, 0.7, 2.5, 4.2, 30.0)
 # Instead of them, where a number only scales: a program of its own takes longer than others.
-FEW = {('MomentsQuery', 'clip_norm'): (0.1, 2.5, 30.0)}
+FEW = {
+    ('MomentsQuery', 'clip_norm'): (0.1, 2.5, 30.0),
+    ('FrequencyQuery', 'features'): (2, 64),
+    ('FrequencyQuery', 'bandwidth'): (2.5,),
+}
 
 
 # --- Sensitivity, of every query
@@ -389,6 +395,43 @@ def test_noise_of_moments_is_symmetric_isotropic_and_as_large_as_the_query_says(
     assert np.std(means) == pytest.approx(of_mean, rel=0.1)
     assert np.std(seconds[:, *np.triu_indices(12, 1)]) == pytest.approx(off_diagonal, rel=0.05)
     assert np.std(seconds[:, np.arange(12), np.arange(12)]) == pytest.approx(2**0.5 * off_diagonal, rel=0.1)
+
+
+@pytest.mark.parametrize('counts', ['public', 'noisy'])
+def test_frequencies_are_mean_features_whose_products_are_a_gaussian_kernel(counts):
+    query = FrequencyQuery(**SIZES, features=20_000, bandwidth=0.5, class_counts=counts)
+    images, labels = random_images(60)
+    pixels = images.reshape(60, -1).astype(np.float32) / 255
+    features = np.asarray(query.embed(pixels))
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+    distances = np.linalg.norm(pixels[:, None] - pixels, axis=2)
+    width = 0.5 * DIMENSIONS**0.5
+    np.testing.assert_allclose(features @ features.T, np.exp(-(distances**2) / 2 / width**2), atol=0.04)
+    mask = np.arange(60) < 50
+    found = np.asarray(query.estimate(query.sums(images, labels, mask), 50.0))
+    for label in range(CLASSES):
+        own = features[mask & (labels == label)]
+        size = len(own) if counts == 'noisy' else 50 / CLASSES
+        np.testing.assert_allclose(found[label], own.sum(0) / size, atol=1e-5)
+
+
+def test_frequencies_in_parts_are_those_of_all_rows_at_once(monkeypatch):
+    query = FrequencyQuery(**SIZES, features=64)
+    images, labels = random_images(90)
+    mask = np.arange(90) < 77
+    expected = flat(query.sums(images, labels, mask))
+    monkeypatch.setattr(frequency, '_FEATURES_AT_ONCE', 64 * 13)
+    np.testing.assert_allclose(flat(query.sums(images, labels, mask)), expected, atol=1e-5)
+
+
+def test_noise_of_frequencies_is_as_large_as_the_query_says():
+    query = FrequencyQuery(classes=4, dimensions=DIMENSIONS, features=1000, class_counts='noisy')
+    key = NoiseKey(identifier='k', keys=jax.random.split(jax.random.key(1), 4))
+    total = np.zeros((4, 1000), np.float32), np.full(4, 50 * query._weights[1], np.float32)
+    noisy, _ = make_mechanism(query, noise_multiplier=0.5).noisy(
+        lambda total: (total, None), key, then=lambda noisy, *_: query.estimate(noisy, 0.0)
+    )(0, total)
+    assert np.std(noisy) == pytest.approx(query.noise(0.5, 50.0), rel=0.05)
 
 
 def test_a_vector_that_is_not_finite_counts_as_the_center():

@@ -7,7 +7,16 @@ import pytest
 
 from dpp_jax import build, settings
 from dpp_jax.privacy import calibration
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MECHANISMS, MOMENTS, SELECTION, Budget, Releases
+from dpp_jax.privacy.budget import (
+    CENTRAL_QUERY,
+    DP_SGD,
+    FREQUENCY,
+    MECHANISMS,
+    MOMENTS,
+    SELECTION,
+    Budget,
+    Releases,
+)
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import plan as plan_lib
 
@@ -16,6 +25,8 @@ _MOMENTS = {'moments__enabled': True, 'moments__frequencies': 9}
 _SHARES = {
     'query__epsilon_share': 0.2,
     'moments__epsilon_share': 0.1,
+    'frequency__enabled': True,
+    'frequency__epsilon_share': 0.05,
     'evaluate__selection': 'private_noisy',
 } | _MOMENTS
 _NEEDED = [name for name in plan_lib._BINDING if name not in plan_lib._NEW_FIELDS] + ['noise_multiplier']
@@ -37,6 +48,7 @@ def saved(tiny_config, tmp_path):
         shares = {
             CENTRAL_QUERY: config.query.epsilon_share,
             MOMENTS: config.moments.epsilon_share,
+            FREQUENCY: config.frequency.epsilon_share,
             SELECTION: config.evaluate.selection_share,
         }
 
@@ -65,6 +77,7 @@ def test_noise_that_another_version_calibrated_is_kept(saved, name):
     [
         ('query_noise_multiplier', 0.99, {'query__epsilon_share': 0.2}, "within the query's share, 2"),
         ('moments_noise_multiplier', 0.99, _SHARES, "within the moments' share, 1"),
+        ('frequency_noise_multiplier', 0.99, _SHARES, "within the frequency's share, 0.5"),
         ('query_noise_multiplier', 1.01, {}, 'query_noise_multiplier = 4.04; this config gives 4.0'),
         ('noise_multiplier', 0.99, {'query__epsilon_share': 0.2}, 'within the budget, 10'),
         ('selection_noise_multiplier', 0.99, _SHARES, "within the selection's share, 0.2"),
@@ -107,7 +120,9 @@ def test_a_plan_without_a_figure_that_is_needed_is_refused_in_a_line(saved, name
 @pytest.mark.parametrize('value', [None, 'much', -1.0, 0.0, math.nan, math.inf, [1]], ids=repr)
 def test_noise_that_is_no_noise_is_refused_in_a_line(saved, name, value):
     """It would be calibrated anew, or refused without a word of the file."""
-    text = 'release/plan.json (is not a valid plan|has (query|moments|selection)_noise_multiplier = )'
+    text = (
+        'release/plan.json (is not a valid plan|has (query|moments|frequency|selection)_noise_multiplier = )'
+    )
     with pytest.raises(ValueError, match=text) as refused:
         saved(lambda figures: {**figures, name: value}, **_SHARES)
     assert '\n' not in str(refused.value) and name in str(refused.value)

@@ -13,6 +13,8 @@ sums together change by at most the norm Δ of one contribution; if it is replac
 | mode | d one-hot histograms of `bins` bins | sqrt(d) |
 | moments | vector minus center, scaled down to norm B, and its outer product; weighted | 1 |
 | moments, `class_counts` noisy | one more coordinate, which counts the image; weighted | 1 |
+| frequency | F random Fourier features, whose norm is 1 | 1 |
+| frequency, `class_counts` noisy | one more coordinate, which counts the image; weighted | 1 |
 
 Where the unit is a group of up to m images (`groups`), its contribution is the sum of theirs, over all
 classes, scaled down as a whole to norm Δ where it is longer. Δ is as above: noisy counts shrink with what
@@ -23,7 +25,8 @@ The estimate divides by n_c = q N / classes, a public constant, or by the noisy 
 PyTorch code divides by the sampled count of the class, which the noise does not cover.)
 
 Mean and mode ask for central images, one value for every pixel and class. Moments come after them, around a
-center that is computed from what they released (`moments`).
+center that is computed from what they released (`moments`). The frequency query asks for mean features of
+whole images, and needs no center.
 
 A new query is one class here and one entry in `QUERIES`. Its fields are settings of its section by name.
 """
@@ -34,6 +37,7 @@ from typing import Any
 
 from dpp_jax.privacy import checks
 from dpp_jax.privacy.queries.common import COUNT_WEIGHT, Query, Spread
+from dpp_jax.privacy.queries.frequency import FrequencyQuery
 from dpp_jax.privacy.queries.mean import MeanQuery
 from dpp_jax.privacy.queries.mode import ModeQuery
 from dpp_jax.privacy.queries.moments import MomentsQuery
@@ -42,6 +46,7 @@ __all__ = (
     'CENTRAL_KINDS',
     'COUNT_WEIGHT',
     'QUERIES',
+    'FrequencyQuery',
     'MeanQuery',
     'ModeQuery',
     'MomentsQuery',
@@ -49,7 +54,12 @@ __all__ = (
     'Spread',
     'make_query',
 )
-QUERIES: dict[str, type[Query]] = {'mean': MeanQuery, 'mode': ModeQuery, 'moments': MomentsQuery}
+QUERIES: dict[str, type[Query]] = {
+    'mean': MeanQuery,
+    'mode': ModeQuery,
+    'moments': MomentsQuery,
+    'frequency': FrequencyQuery,
+}
 CENTRAL_KINDS = ('mean', 'mode')  # that ask for central images
 # Settings that promise less noise or other sums: a query that cannot keep them must not drop them silently.
 _PROMISES: Mapping[str, Any] = {'clip_norm': None, 'class_counts': 'public'}

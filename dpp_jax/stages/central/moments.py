@@ -85,9 +85,9 @@ def run(
     picture = image_grid.rows_by_class(images, labels, classes, _SHOWN, class_names)
 
     def release():
-        keys.bind_release(MOMENTS, artefacts.moments_arrays(released))
+        keys.bind_release(MOMENTS, artefacts.all_arrays(released))
         before_release()
-        digests.note(workdir, 'moments.npz', artefacts.moments_arrays(released))
+        digests.note(workdir, 'moments.npz', artefacts.all_arrays(released))
         files.write_npz(workdir.moments, **released)
         files.write_bytes(workdir.moments.with_suffix('.png'), image_grid.png(picture))
 

@@ -1,15 +1,17 @@
-"""Class moments in a run: asked once after the central images, planned, recorded, and trained on."""
+"""Class moments and frequencies in a run: asked once, planned, recorded, and trained on."""
 
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from dpp_jax import build, pipeline
 from dpp_jax.data.class_moments import ClassMoments
+from dpp_jax.data.generator import Generator
 from dpp_jax.privacy import ledger as ledger_lib
-from dpp_jax.privacy.budget import CENTRAL_QUERY, MOMENTS
+from dpp_jax.privacy.budget import CENTRAL_QUERY, FREQUENCY, MOMENTS
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
@@ -17,7 +19,7 @@ from dpp_jax.stages import plan as plan_stage
 from dpp_jax.stages import pretrain
 from dpp_jax.training import checkpoint
 
-STEPS = {'pretrain__epochs': 2, 'pretrain__moments_steps': 4}
+STEPS = {'pretrain__epochs': 2, 'pretrain__moments_steps': 4, 'pretrain__frequency_steps': 3}
 
 
 @pytest.fixture(scope='module')
@@ -27,6 +29,10 @@ def config(tiny_config):
         moments__frequencies=10,
         moments__clip_norm=1.0,
         moments__noise_multiplier=0.5,
+        frequency__enabled=True,
+        frequency__features=200,
+        frequency__noise_multiplier=1.0,
+        frequency__generator_steps=100,
         **STEPS,
     )
 
@@ -69,7 +75,7 @@ def stopped(config, root, stage, monkeypatch, module, name, call):
 
 def files_of(workdir):
     """What pre-training starts from and what it makes."""
-    arrays = [workdir.central_images, workdir.moments]
+    arrays = workdir.of_queries.values()
     model = sorted(path for path in workdir.model('pretrain').rglob('*') if path.is_file())
     found = {path.name: dict(np.load(path)) for path in arrays}
     return found | {'model': [path.read_bytes() for path in model]}, workdir.ledger.read_text()
@@ -78,16 +84,18 @@ def files_of(workdir):
 def test_the_ledger_has_what_the_plan_says_and_the_statement_names_it(config, run, gate):
     found = gate(config, run)
     recorded = ledger_lib.Ledger(run.ledger).entries
-    assert [entry.mechanism for entry in recorded] == 2 * [CENTRAL_QUERY] + [MOMENTS]
-    identifier = Keys(run.keys, config.seed).of_mechanism(MOMENTS, found.ledger).noise.identifier
-    assert recorded[-1] == found.plan.budget.of(MOMENTS).mechanism.entry(0, identifier)
-    assert recorded[-1].sensitivity == 1.0 and recorded[-1].noise_multiplier == 0.5
+    assert [entry.mechanism for entry in recorded] == 2 * [CENTRAL_QUERY] + [MOMENTS, FREQUENCY]
     figures = json.loads(run.plan.read_text())
-    assert figures['moments_count'] == 1 and figures['epsilon_moments'] > 0
+    for entry, name, sigma in ((recorded[-2], MOMENTS, 0.5), (recorded[-1], FREQUENCY, 1.0)):
+        identifier = Keys(run.keys, config.seed).of_mechanism(name, found.ledger).noise.identifier
+        assert entry == found.plan.budget.of(name).mechanism.entry(0, identifier)
+        assert entry.sensitivity == 1.0 and entry.noise_multiplier == sigma
+        assert figures[f'{name}_count'] == 1 and figures[f'epsilon_{name}'] > 0
     assert found.plan.budget.spent() <= config.dp.epsilon
     rows = json.loads(run.statement.read_text())['mechanisms']
-    assert [row['mechanism'] for row in rows] == [CENTRAL_QUERY, MOMENTS]
-    assert 'class moments (query)' in run.statement_text.read_text()
+    assert [row['mechanism'] for row in rows] == [CENTRAL_QUERY, MOMENTS, FREQUENCY]
+    text = run.statement_text.read_text()
+    assert 'class moments (query)' in text and 'random frequencies (query)' in text
 
 
 def test_what_is_released_is_near_the_moments_of_the_private_images(config, run):
@@ -103,37 +111,66 @@ def test_what_is_released_is_near_the_moments_of_the_private_images(config, run)
         assert 0.3 < np.trace(covariance) / np.trace(np.cov(own.T)) < 1.1
 
 
+def test_mean_features_are_near_those_of_the_private_images_and_the_generator_near_them(config, run):
+    private, query = build.images(config, 'train'), build.frequency_query(config)
+    found, noise = dict(np.load(run.frequency)), query.noise(1.0, len(private.labels) / 10)
+    generator, weights = build.generator(config), artefacts.frequency(run)
+
+    def means(images, labels):
+        features = np.asarray(query.embed(images.reshape(len(images), -1).astype(np.float32) / 255))
+        return np.stack([features[labels == label].mean(axis=0) for label in range(10)])
+
+    real = means(private.images, private.labels)
+    sizes = np.bincount(private.labels)[:, None] / (len(private.labels) / 10)  # counts are public: not exact
+    assert np.std(found['embedding'] - sizes * real) == pytest.approx(noise, rel=0.1)
+    labels = np.repeat(np.arange(10), 200)
+    drawn = means(generator.draw(weights, labels, 1, 0), labels)
+    fresh = means(generator.draw(generator.init(jax.random.key(0)), labels, 1, 0), labels)
+    distances = [np.linalg.norm(each - real, axis=1).mean() for each in (drawn, fresh)]
+    assert distances[0] < 0.6 * distances[1]
+
+
 def test_a_run_without_them_has_the_same_central_images_and_the_plan_of_earlier_versions(
     config, run, tiny_config, tmp_path
 ):
-    plain = tiny_config(**STEPS | {'pretrain__moments_steps': 0})
+    plain = tiny_config(**STEPS | {'pretrain__moments_steps': 0, 'pretrain__frequency_steps': 0})
     pipeline.run(plain, tmp_path, 'central')
     workdir = WorkDir(tmp_path)
     for name, array in artefacts.central_images(workdir).items():
         np.testing.assert_array_equal(array, artefacts.central_images(run)[name])
-    assert not any('moments' in name for name in json.loads(workdir.plan.read_text()))
-    assert not workdir.moments.exists()
+    figures = json.loads(workdir.plan.read_text())
+    assert not any('moments' in name or 'frequency' in name for name in figures)
+    assert not workdir.moments.exists() and not workdir.frequency.exists()
     lines = run.ledger.read_text().splitlines()
     assert workdir.ledger.read_text().splitlines() == lines[:2]
 
 
 @pytest.mark.parametrize(
-    ('module', 'name', 'call'),
-    [(ledger_lib.Ledger, 'append', 3), (Keys, 'bind_release', 2)],
-    ids=['before the entry', 'before the release'],
+    ('module', 'name', 'call', 'last'),
+    [
+        (ledger_lib.Ledger, 'append', 3, 'moments'),
+        (Keys, 'bind_release', 2, 'moments'),
+        (ledger_lib.Ledger, 'append', 4, 'frequency'),
+        (Keys, 'bind_release', 3, 'frequency'),
+    ],
+    ids=['before the entry', 'before the release', 'before the last entry', 'before the last release'],
 )
 def test_a_query_that_was_stopped_is_asked_again_with_the_same_answer(
-    config, run, tmp_path, monkeypatch, module, name, call
+    config, run, tmp_path, monkeypatch, module, name, call, last
 ):
-    """And the query before it is not."""
+    """And the queries before it are not."""
     stopped(config, tmp_path, 'central', monkeypatch, module, name, call)
     workdir = WorkDir(tmp_path)
-    assert workdir.central_images.exists() and not workdir.moments.exists()
+    assert workdir.central_images.exists() and workdir.moments.exists() == (last == 'frequency')
+    assert not workdir.frequency.exists()
     with monkeypatch.context() as patches:
         patches.setattr('dpp_jax.stages.central.run', None)
+        if last == 'frequency':
+            patches.setattr('dpp_jax.stages.central.moments.run', None)
         pipeline.run(config, tmp_path, 'central')
-    for name, array in np.load(run.moments).items():
-        np.testing.assert_array_equal(array, np.load(workdir.moments)[name])
+    for expected, found in ((run.moments, workdir.moments), (run.frequency, workdir.frequency)):
+        for name, array in np.load(expected).items():
+            np.testing.assert_array_equal(array, np.load(found)[name])
     assert workdir.ledger.read_text() == run.ledger.read_text()
 
 
@@ -144,23 +181,25 @@ def test_pretraining_that_was_stopped_in_any_phase_ends_like_an_uninterrupted_on
     config.loop.checkpoint_every_seconds = 0.0
     stopped(config, tmp_path, 'pretrain', monkeypatch, pretrain, 'epoch_stream', 2)
     stopped(config, tmp_path, 'pretrain', monkeypatch, ClassMoments, 'draw', 3)
+    stopped(config, tmp_path, 'pretrain', monkeypatch, Generator, 'draw', 2)
     config.loop.checkpoint_every_seconds = 1000.0
     latest, _ = checkpoint.latest_training(WorkDir(tmp_path).checkpoints('pretrain'))
-    assert latest > 4 == 2 * 2  # in the second phase
+    assert latest > 8 == 2 * 2 + 4  # in the third phase
     pipeline.run(config, tmp_path, 'pretrain')
     found, expected = files_of(WorkDir(tmp_path)), files_of(run)
-    for name in ('central_images.npz', 'moments.npz'):
+    for name in ('central_images.npz', 'moments.npz', 'frequency.npz'):
         for key, array in expected[0][name].items():
             np.testing.assert_array_equal(found[0][name][key], array)
     assert found[0]['model'] == expected[0]['model'] and found[1] == expected[1]
 
 
-def test_damaged_moments_are_refused_before_pretraining(config, asked, tmp_path):
+@pytest.mark.parametrize(('name', 'array'), [('moments', 'means'), ('frequency', 'embedding')])
+def test_damaged_answers_are_refused_before_pretraining(config, asked, tmp_path, name, array):
     shutil.copytree(asked, tmp_path, dirs_exist_ok=True)
-    workdir = WorkDir(tmp_path)
-    arrays = dict(np.load(workdir.moments))
-    np.savez(workdir.moments, **arrays | {'means': 2 * arrays['means']})
-    with pytest.raises(ValueError, match='moments.npz is not what this run released'):
+    path = getattr(WorkDir(tmp_path), name)
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {array: 2 * arrays[array]})
+    with pytest.raises(ValueError, match=f'{name}.npz is not what this run released'):
         pipeline.run(config, tmp_path, 'pretrain')
 
 
@@ -181,3 +220,19 @@ def test_the_plan_tells_what_stands_out_and_warns_where_nothing_can(tiny_config,
     assert not warnings
     _, (warning,) = told(20.0)
     assert 'hardly an eigenvalue' in warning and 'moments.noise_multiplier=' in warning
+
+
+def test_the_plan_tells_the_noise_of_frequencies_and_warns_where_they_are_lost_in_it(tiny_config, tiny_model):
+    def told(sigma, steps=3):
+        config = tiny_config(frequency__enabled=True, frequency__noise_multiplier=sigma)
+        config.pretrain.frequency_steps = steps
+        made = build.plan(config, tiny_model)
+        (line,) = (text for text in plan_stage.text(config, made).splitlines() if text[:11] == 'frequencies')
+        return line, [text for text in plan_stage.warnings_of(config, made) if 'frequency.' in text]
+
+    line, warnings = told(20.0)
+    assert f'10,000 random features; noise of {20 / 143.7:.2g} in every direction' in line and not warnings
+    _, (warning,) = told(100.0)
+    assert 'hardly more than noise' in warning and 'frequency.noise_multiplier=43' in warning
+    _, (warning,) = told(20.0, steps=0)
+    assert 'no training uses the answer: pretrain.frequency_steps is 0' in warning

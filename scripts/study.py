@@ -81,7 +81,7 @@ def _frequency(config: ConfigDict) -> dict[str, Any]:
 
 
 def _after_mean(config: ConfigDict, changes: dict[str, Any]) -> dict[str, Any]:
-    """Return a query's row with a third of the passes over central images first, and half of its own steps."""
+    """Return a query's row with a third of the passes over central images first, and half of its steps."""
     steps = {name: count // 2 for name, count in changes.items() if name.endswith('_steps')}
     return {**changes, 'pretrain.epochs': config.pretrain.epochs // 3, **steps}
 

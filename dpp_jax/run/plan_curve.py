@@ -37,7 +37,7 @@ def points(budget: Budget) -> list[tuple[float, float, float]]:
         return dataclasses.replace(releases, mechanism=mechanism).event
 
     def noise_beside(asked, start: float) -> float:
-        return _search(lambda sigma: share(*before, asked, event(dp_sgd, sigma)), start)
+        return search(lambda sigma: share(*before, asked, event(dp_sgd, sigma)), start)
 
     own = _FACTORS.index(1)
     own_noise = query.mechanism.noise_multiplier
@@ -54,8 +54,8 @@ def points(budget: Budget) -> list[tuple[float, float, float]]:
     return sorted(found)
 
 
-def _search(relative: Callable[[float], float], sigma: float) -> float:
-    """Find the σ at which `relative` (ε / budget, falling in σ) is 1, by secants from a σ near it.
+def search(relative: Callable[[float], float], sigma: float) -> float:
+    """Find the σ (or factor of it) at which `relative` (ε / budget, falling in σ) is 1, by secants.
 
     Between logarithms of σ and of ε the curve is nearly a line. A step is at most a factor of two:
     distributions of privacy losses take memory in proportion to ε.

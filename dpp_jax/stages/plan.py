@@ -15,7 +15,7 @@ from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import accounting, queries
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS, SELECTION, Budget
-from dpp_jax.run import hours, imported, statement, statement_text, step_time, warnings
+from dpp_jax.run import hours, imported, split, statement, statement_text, step_time, warnings
 from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.run.plan import Plan
 from dpp_jax.run.sizes import Sizes
@@ -54,6 +54,9 @@ def run(
     if draft:
         print(f'DRAFT: {draft}.\n')
     print(text(config, plan))
+    found = split.of(plan.budget)
+    if found is not None:
+        print(f'split of ε     {split.words(found)}')
     if source:
         print('source         ' + source.replace('\n', '\n' + 15 * ' '))
     rate, is_measured = hours.rate(model)

@@ -155,6 +155,7 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     pretrain.frequency_steps = 0  # then: likewise, on images of the frequency query's generator
     pretrain.draws = 1  # noise draws per image
     pretrain.learning_rate = 3e-4  # of Adam
+    pretrain.schedule = 'constant'  # of the learning rate, as of finetune
     pretrain.ema_decay = 0.999  # of the averaged weights, after its warm-up
     pretrain.label_dropout = 0.1  # probability of training without the label
     pretrain.augmentation = 'rand_augment'  # rand_augment | affine | none
@@ -176,6 +177,9 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     finetune.draws = 32  # K, noise draws per image and step
     finetune.clip_norm = 1.0  # C, of the gradient of one image (or of all images of a group together)
     finetune.learning_rate = 3e-4  # of Adam
+    finetune.schedule = 'constant'  # of the learning rate: constant | linear | cosine, to 0 after all steps
+    # Take the noise, whose size is public, from the mean square that Adam divides by (DP-AdamBC).
+    finetune.noise_correction = False
     finetune.ema_decay = 0.999
     finetune.label_dropout = 0.1
     # Private images whose gradients a device holds at once; unset: as loop.images_at_once allows.

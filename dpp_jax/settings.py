@@ -21,6 +21,7 @@ from dpp_jax.interop import pytorch
 from dpp_jax.privacy import accounting, groups, queries
 from dpp_jax.run import artefacts, hours, imported
 from dpp_jax.run.folder import flatten
+from dpp_jax.training import optimizer
 
 
 def _registries() -> dict[str, Collection[str]]:
@@ -271,6 +272,7 @@ def _table() -> dict[str, _Rule]:
         'pretrain.frequency_steps': _whole(lambda n: n >= 0, 'a whole number, at least 0'),
         'pretrain.draws': _COUNT,
         'pretrain.learning_rate': _LEARNING_RATE,
+        'pretrain.schedule': _name_in(optimizer.SCHEDULES),
         'pretrain.ema_decay': _SHARE,
         'pretrain.label_dropout': _SHARE,
         'pretrain.augmentation': _name_in(known['augmentation']),
@@ -281,6 +283,8 @@ def _table() -> dict[str, _Rule]:
         'finetune.draws': _COUNT,
         'finetune.clip_norm': _SQUARABLE,
         'finetune.learning_rate': _LEARNING_RATE,
+        'finetune.schedule': _name_in(optimizer.SCHEDULES),
+        'finetune.noise_correction': _SWITCH,
         'finetune.ema_decay': _SHARE,
         'finetune.label_dropout': _SHARE,
         'finetune.microbatch': _unset_or(_COUNT),

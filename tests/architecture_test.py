@@ -23,7 +23,7 @@ ALLOWED = {
     'pages': LEAVES | {'run', 'configs'},
     'stages': LEAVES | {'training', 'evaluation', 'run', 'pages', 'interop'},
     'build': LEAVES | {'training', 'evaluation', 'run'},
-    'settings': LEAVES | {'evaluation', 'run', 'build', 'interop'},
+    'settings': LEAVES | {'training', 'evaluation', 'run', 'build', 'interop'},
     'gate': LEAVES | {'training', 'run', 'stages', 'build'},
     'derive': LEAVES | {'training', 'run', 'build'},
     'planning': LEAVES | {'training', 'run', 'stages', 'build', 'settings', 'gate', 'derive'},

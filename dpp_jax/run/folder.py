@@ -95,6 +95,9 @@ _NEW_SETTINGS = {
     'frequency.class_counts': 'public',
     'frequency.generator_steps': 1000,
     'pretrain.frequency_steps': 0,
+    'pretrain.schedule': 'constant',
+    'finetune.schedule': 'constant',
+    'finetune.noise_correction': False,
 }
 _PATH = '<path>'
 # Settings that hold paths, with what release/config.json says in their place.

@@ -1,7 +1,7 @@
 """How ε may be split between the queries and fine-tuning: a rule, and where a plan stands.
 
-The rule: all queries together raise the noise of fine-tuning by 5 %. That is what fine-tuning notices of them.
-Their share of ε says little: ε of parts do not add up, and 5 % more noise pays for a quarter of ε, often for
+The rule: all queries together raise the noise of fine-tuning by 5 %. That is what fine-tuning notices. Their
+share of ε says little: ε of parts do not add up, and 5 % more noise pays for a quarter of ε, often for
 more.
 """
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
-import optax
 
 from dpp_jax.data.images import Images
 from dpp_jax.diffusion.model import Model
@@ -19,6 +18,7 @@ from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.training import checkpoint, devices, hosts, loop, steps
+from dpp_jax.training import optimizer as optimizer_lib
 from dpp_jax.training import state as state_lib
 
 _ADVICE = (
@@ -66,7 +66,14 @@ def run(
     # version began, whose steps may be taken again.
     is_new = sampler.drawing == poisson.COUNT
     rows = sampler.capacity(1 if is_new else sizes.microbatch * devices.count())
-    optimizer = optax.adam(settings.learning_rate)
+    expected_batch_size = mechanism.sampling_probability * unit.used_images
+    noise = mechanism.noise_multiplier * mechanism.sensitivity / expected_batch_size
+    optimizer = optimizer_lib.make(
+        settings.learning_rate,
+        schedule=settings.schedule,
+        steps=releases.count,
+        noise=noise if settings.noise_correction else 0.0,
+    )
     dp_step = steps.make_dp_step(
         model.example_loss(
             draws=settings.draws,
@@ -77,7 +84,7 @@ def run(
         optimizer,
         mechanism,
         own_keys.noise,
-        expected_batch_size=mechanism.sampling_probability * unit.used_images,
+        expected_batch_size=expected_batch_size,
         rows=rows,
         capacity=share.count * capacity,
         microbatch=sizes.microbatch,

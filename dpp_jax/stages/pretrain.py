@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 import numpy as np
-import optax
 
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.budget import QUERIES
@@ -22,6 +21,7 @@ from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
 from dpp_jax.training import checkpoint, devices, hosts, loop, steps
+from dpp_jax.training import optimizer as optimizer_lib
 from dpp_jax.training import state as state_lib
 
 _ADVICE = (
@@ -71,7 +71,7 @@ def run(
     saved = hosts.from_first(lambda: artefacts.central_arrays(artefacts.central_images(workdir))[:2])
     images, labels = saved
     own_keys = keys.of_part('pretrain')
-    optimizer = optax.adam(settings.learning_rate)
+    optimizer = optimizer_lib.make(settings.learning_rate, schedule=settings.schedule, steps=total_steps)
 
     def phase(count: int, batch_size: int, augment: steps.Augmentation, batch_of: Callable) -> Phase:
         """Train on batches of `batch_size` rows, number → (images, labels, indices of the rows)."""

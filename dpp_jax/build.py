@@ -45,6 +45,7 @@ def model(config: ConfigDict) -> Model:
         blocks=settings.blocks,
         attention_resolutions=tuple(settings.attention_resolutions),
         dtype=jnp.dtype(settings.dtype),
+        patch=settings.patch,
     )
     return Model(
         network=network,

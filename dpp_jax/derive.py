@@ -298,7 +298,7 @@ def _image_size(case: _Case) -> tuple[int, str]:
     short = case.info.sides[1] if case.info.sides else min(known)
     most = min(short, _LARGEST_SIDE)
     levels = len(case.config.model.multipliers or _multipliers_for(most))
-    step = 2 ** (levels - 1)
+    step = case.config.model.patch * 2 ** (levels - 1)
     return max(step, most // step * step), (
         f'short sides have {short} pixels in the median; at most {_LARGEST_SIDE}, in steps of {step}'
     )
@@ -501,7 +501,7 @@ def _small_network() -> str:
 
 
 def _multipliers(case: _Case) -> tuple[tuple[int, ...], str]:
-    side = case.config.data.image_size
+    side = case.config.data.image_size // case.config.model.patch
     wanted, why = _multipliers_for(side), 'as celeba_64' if side > 32 else 'as digits_8 and mnist_28'
     while side % 2 ** (len(wanted) - 1):
         wanted, why = wanted[:-1], f'{side} pixels cannot be halved more often'
@@ -513,7 +513,8 @@ def _multipliers_for(side: int) -> tuple[int, ...]:
 
 
 def _attention(case: _Case) -> tuple[tuple[int, ...], str]:
-    side, levels = case.config.data.image_size, len(case.config.model.multipliers)
+    side = case.config.data.image_size // case.config.model.patch
+    levels = len(case.config.model.multipliers)
     if levels == 1:
         chosen = (side,) if side <= 16 else ()
         return chosen, 'there is one level'

@@ -263,6 +263,7 @@ def _table() -> dict[str, _Rule]:
         'model.blocks': _COUNT,
         'model.attention_resolutions': _sequence(_COUNT, 'whole numbers, each at least 1'),
         'model.denoiser': _name_in(known['denoiser']),
+        'model.patch': _COUNT,
         'model.dtype': _name_in(('float32', 'bfloat16')),
         # pretrain
         'pretrain.enabled': _SWITCH,
@@ -346,9 +347,9 @@ def _sampler(section: str, known: Collection[str]) -> dict[str, _Rule]:
     return {f'{section}.{name}': rule for name, rule in rows.items()}
 
 
-def _sides(image_size: int, multipliers: tuple[int, ...]) -> list[int]:
+def _sides(image_size: int, multipliers: tuple[int, ...], patch: int) -> list[int]:
     """Return the sizes that an image has in the network, the largest first."""
-    return [image_size // 2**level for level in range(len(multipliers))]
+    return [image_size // patch // 2**level for level in range(len(multipliers))]
 
 
 _RELATIONS = (
@@ -435,11 +436,12 @@ _RELATIONS = (
     ),
     _Relation(
         'data.image_size',
-        ('model.multipliers',),
-        lambda size, multipliers: size % 2 ** (len(multipliers) - 1) == 0,
-        lambda multipliers: (
-            f'divisible by {2 ** (len(multipliers) - 1)}, because model.multipliers = '
+        ('model.multipliers', 'model.patch'),
+        lambda size, multipliers, patch: size % (patch * 2 ** (len(multipliers) - 1)) == 0,
+        lambda multipliers, patch: (
+            f'divisible by {patch * 2 ** (len(multipliers) - 1)}, because model.multipliers = '
             f'{tuple(multipliers)} halves images {len(multipliers) - 1} times'
+            + (f', after model.patch = {patch}' if patch > 1 else '')
         ),
     ),
     _Relation(
@@ -525,8 +527,14 @@ _RELATIONS = (
         ),
     ),
     _Relation(
+        'model.patch',
+        ('imported.path',),
+        lambda patch, path: patch == 1 or not path,
+        lambda _: '1, because imported.path is of the PyTorch implementation, which has no patches',
+    ),
+    _Relation(
         'model.attention_resolutions',
-        ('data.image_size', 'model.multipliers'),
+        ('data.image_size', 'model.multipliers', 'model.patch'),
         lambda chosen, *network: set(chosen) <= set(_sides(*network)),
         lambda *network: f'a selection of {_sides(*network)}, the image sizes in the network',
     ),

@@ -30,8 +30,9 @@ class UNet(nn.Module):
         width: channels of the first level before its multiplier.
         multipliers: channels per level, in units of `width`; each further level halves the image.
         blocks: residual blocks per level.
-        attention_resolutions: image sizes, in pixels, at which blocks are followed by attention.
+        attention_resolutions: sizes in the network at which blocks are followed by attention.
         dtype: of activations and matrix products.
+        patch: p: blocks of p x p pixels are one pixel of C p² channels in the network, a p²-th of the work.
     """
 
     image_channels: int
@@ -41,6 +42,7 @@ class UNet(nn.Module):
     blocks: int = 2
     attention_resolutions: tuple[int, ...] = (14,)
     dtype: Any = jnp.float32
+    patch: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, c_noise: jax.Array, label: jax.Array) -> jax.Array:
@@ -58,6 +60,7 @@ class UNet(nn.Module):
             ValueError: images of this size cannot be halved, or never have an attention size.
         """
         self._check(x.shape)
+        x = _to_patches(x, self.patch)
         embedding = self._embed(c_noise, label)
         channels = [self.width * m for m in self.multipliers]
         last = len(channels) - 1
@@ -89,8 +92,9 @@ class UNet(nn.Module):
         assert not skips
 
         h = nn.silu(GroupNorm(dtype=self.dtype, name='norm_out')(h))
-        h = Conv3x3(self.image_channels, 0.0, dtype=self.dtype, name='conv_out')(h)
-        return _wide(h)
+        out = self.image_channels * self.patch**2
+        h = Conv3x3(out, 0.0, dtype=self.dtype, name='conv_out')(h)
+        return _from_patches(_wide(h), self.patch)
 
     def _block(self, features: int, name: str, resample: str = ''):
         """Return a residual block of this network."""
@@ -111,17 +115,36 @@ class UNet(nn.Module):
         """Raise an error for sizes that the network cannot take."""
         halvings = len(self.multipliers) - 1
         height, width = shape[1:3]
-        if height % 2**halvings or width % 2**halvings:
+        step = self.patch * 2**halvings
+        if height % step or width % step:
             raise ValueError(
-                f'image size is {height}x{width}; with multipliers {self.multipliers} it must be '
-                f'divisible by {2**halvings}'
+                f'image size is {height}x{width}; with multipliers {self.multipliers} and patch {self.patch} '
+                f'it must be divisible by {step}'
             )
-        sizes = [height // 2**level for level in range(halvings + 1)]
+        sizes = [height // self.patch // 2**level for level in range(halvings + 1)]
         if not set(self.attention_resolutions) <= set(sizes):
             raise ValueError(
                 f'attention_resolutions is {self.attention_resolutions}; it must be a selection of '
                 f'{sizes}, the sizes in the network'
             )
+
+
+def _to_patches(x: jax.Array, patch: int) -> jax.Array:
+    """Make one pixel of each block of patch x patch pixels: (n, H, W, C) → (n, H/p, W/p, p p C)."""
+    if patch == 1:
+        return x
+    n, height, width, channels = x.shape
+    blocks = x.reshape(n, height // patch, patch, width // patch, patch, channels)
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // patch, width // patch, -1)
+
+
+def _from_patches(x: jax.Array, patch: int) -> jax.Array:
+    """Undo `_to_patches`."""
+    if patch == 1:
+        return x
+    n, height, width, channels = x.shape
+    blocks = x.reshape(n, height, width, patch, patch, channels // patch**2)
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * patch, width * patch, -1)
 
 
 class ResidualBlock(nn.Module):

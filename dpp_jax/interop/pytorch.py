@@ -280,6 +280,8 @@ def _modules(model: Model) -> Iterator[tuple[str, str]]:
     net = model.network
     if not isinstance(net, unet.UNet):
         raise ValueError(f'the network is {type(net).__name__}; PyTorch checkpoints are of UNet alone')
+    if net.patch != 1:
+        raise ValueError(f'model.patch is {net.patch}; PyTorch checkpoints are of networks without patches')
     yield 'label_embedding', 'embedding'
     yield 'embed_0', 'dense'
     yield 'embed_1', 'dense'

@@ -95,6 +95,7 @@ _NEW_SETTINGS = {
     'frequency.class_counts': 'public',
     'frequency.generator_steps': 1000,
     'pretrain.frequency_steps': 0,
+    'model.patch': 1,
     'pretrain.schedule': 'constant',
     'finetune.schedule': 'constant',
     'finetune.noise_correction': False,

@@ -241,7 +241,8 @@ def _trial(model: Model, sizes: Sizes, *, draws: int, label_dropout: float) -> C
 def _by_rule(model: Model) -> int:
     """Return a power of two, from 4: what a CPU's caches hold, or a part of an accelerator's memory."""
     network, (height, width, _) = model.network, model.image_shape
-    layer = network.width * network.multipliers[0] * height * width * jnp.dtype(network.dtype).itemsize
+    pixels = height * width / network.patch**2
+    layer = network.width * network.multipliers[0] * pixels * jnp.dtype(network.dtype).itemsize
     if jax.default_backend() == 'cpu':
         fitting = max(1, devices.cores() / len(devices.local())) * _CACHE_BYTES_PER_CORE / layer
     else:

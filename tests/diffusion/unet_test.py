@@ -107,3 +107,23 @@ def test_bfloat16_gradients_of_every_parameter_are_near_float32(form, monkeypatc
         if 'key' in name and 'bias' in name:
             continue  # softmax does not depend on it: both are rounding errors
         assert np.linalg.norm(narrow - wide) < 0.05 * np.linalg.norm(wide), name
+
+
+def test_patches_lose_no_pixel_and_each_is_a_block():
+    image = jnp.arange(2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
+    patches = unet._to_patches(image, 4)
+    assert patches.shape == (2, 2, 2, 48)
+    np.testing.assert_array_equal(patches[1, 0, 1], image[1, :4, 4:].reshape(-1))
+    np.testing.assert_array_equal(unet._from_patches(patches, 4), image)
+
+
+def test_a_network_with_patches_sees_all_pixels_and_gives_an_image():
+    network, (x, *others) = make(size=16, patch=2)
+    variables = perturbed(quick_jit(network.init)(jax.random.key(1), x, *others))
+    apply = quick_jit(network.apply)
+    output = apply(variables, x, *others)
+    assert output.shape == x.shape
+    for pixel in ((0, 0), (7, 9), (15, 15)):
+        assert (apply(variables, x.at[0, *pixel].add(3.0), *others)[0] != output[0]).any()
+    with pytest.raises(ValueError, match=r'with multipliers \(1, 2\) and patch 2 it must be divisible by 4'):
+        make(size=10, patch=2)[0].init(jax.random.key(0), jnp.zeros((2, 10, 10, 1)), *others)

@@ -119,7 +119,6 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     # Width of the Gaussian kernel, over the root of the number of an image's values (pixels in [0, 1]).
     frequency.bandwidth = 0.366
     frequency.class_counts = 'public'  # public | noisy, as of query
-    frequency.generator_steps = 1000  # of the fit, which costs no privacy
 
     # --stage=import begins a run with a checkpoint of the PyTorch implementation (.pth or .safetensors), in
     # place of the stages that it has behind it. On the command line also config.import.path, and so on.
@@ -141,9 +140,9 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     model.width = 32  # channels of the first level
     model.multipliers = (2, 2)  # channels per level, in units of width
     model.blocks = 2  # residual blocks per level
-    model.attention_resolutions = (14,)  # in pixels
+    model.attention_resolutions = (14,)  # sizes of images in the network
     # Blocks of so many pixels squared are one pixel in the network, with as many more channels: 2 takes a
-    # quarter of the time. attention_resolutions are then sizes in the network.
+    # quarter of the time.
     model.patch = 1
     model.denoiser = 'edm'  # edm | vp | ve | v
     model.dtype = 'float32'  # of activations: float32 | bfloat16; parameters are float32
@@ -155,7 +154,9 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     pretrain.epochs = 2000
     # Then: steps, of batch_size each, on images drawn from the class moments, which are not augmented.
     pretrain.moments_steps = 0
-    pretrain.frequency_steps = 0  # then: likewise, on images of the frequency query's generator
+    # Then: likewise, on images of a generator, which is fitted to the answer of the frequency query.
+    pretrain.frequency_steps = 0
+    pretrain.generator_steps = 1000  # of that fit
     pretrain.draws = 1  # noise draws per image
     pretrain.learning_rate = 3e-4  # of Adam
     pretrain.schedule = 'constant'  # of the learning rate, as of finetune

@@ -3,7 +3,7 @@
     python -m dpp_jax.main --config=configs/mnist_28_hour.py:1 --workdir=runs/mnist_28_hour --stage=all
 
 Not the paper's settings (those are `mnist_28`): a second query asks for class moments, the diffusion model
-pre-trains on images drawn from them, the network works on patches of 2x2 pixels, and fine-tuning takes as many
+pre-trains on images drawn from them, the network works on patches of 2x2 pixels, fine-tuning takes as many
 steps as fit into its time.
 """
 

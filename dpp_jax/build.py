@@ -146,7 +146,7 @@ def drawings(config: ConfigDict) -> dict[str, artefacts.Drawing]:
             draw=lambda answer, *batch: ClassMoments(**answer).draw(own, *batch),
         )
     if config.frequency.enabled:
-        found[FREQUENCY] = artefacts.Drawing(load=artefacts.frequency, draw=generator(config).draw)
+        found[FREQUENCY] = artefacts.Drawing(load=artefacts.generator, draw=generator(config).draw)
     return found
 
 

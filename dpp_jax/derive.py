@@ -297,8 +297,9 @@ def _image_size(case: _Case) -> tuple[int, str]:
         )
     short = case.info.sides[1] if case.info.sides else min(known)
     most = min(short, _LARGEST_SIDE)
-    levels = len(case.config.model.multipliers or _multipliers_for(most))
-    step = case.config.model.patch * 2 ** (levels - 1)
+    patch = case.config.model.patch
+    levels = len(case.config.model.multipliers or _multipliers_for(most // patch))
+    step = patch * 2 ** (levels - 1)
     return max(step, most // step * step), (
         f'short sides have {short} pixels in the median; at most {_LARGEST_SIDE}, in steps of {step}'
     )
@@ -519,7 +520,8 @@ def _attention(case: _Case) -> tuple[tuple[int, ...], str]:
         chosen = (side,) if side <= 16 else ()
         return chosen, 'there is one level'
     chosen = side // 2 if side <= 32 or levels == 2 else side // 4
-    return (chosen,), f'{"half" if chosen == side // 2 else "a quarter"} of data.image_size'
+    what = 'data.image_size' if case.config.model.patch == 1 else 'data.image_size / model.patch'
+    return (chosen,), f'{"half" if chosen == side // 2 else "a quarter"} of {what}'
 
 
 # ---- pre-training -------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from dpp_jax.stages import (
     report,
 )
 from dpp_jax.stages.central import frequency, moments
+from dpp_jax.stages.pretrain import generator
 from dpp_jax.training import devices, hosts, preemption, progress
 
 # What the others make stays in private/, but for a selection by private images.
@@ -338,12 +339,18 @@ class Run(RealImages):
             frequency.run(
                 *self._private_stage,
                 query=build.frequency_query(self.config),
-                generator=build.generator(self.config),
                 releases=budget.of(FREQUENCY),
                 **shared,
             )
 
     def pretrain(self) -> None:
+        if self.config.pretrain.frequency_steps:
+            generator.run(
+                *self._stage,
+                generator=build.generator(self.config),
+                embed=build.frequency_query(self.config).embed,
+                class_names=build.class_names(self.config),
+            )
         pretrain.run(
             *self._stage,
             model=self.model,

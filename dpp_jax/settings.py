@@ -243,7 +243,6 @@ def _table() -> dict[str, _Rule]:
         'frequency.noise_multiplier': _POSITIVE,
         'frequency.epsilon_share': _unset_or(_INSIDE),
         'frequency.sampling_probability': _PROBABILITY,
-        'frequency.generator_steps': _COUNT,
         # imported, export
         'imported.path': _Rule(
             lambda path: isinstance(path, str) and '://' not in path,
@@ -271,6 +270,7 @@ def _table() -> dict[str, _Rule]:
         'pretrain.epochs': _whole(lambda n: n >= 0, 'a whole number, at least 0'),
         'pretrain.moments_steps': _whole(lambda n: n >= 0, 'a whole number, at least 0'),
         'pretrain.frequency_steps': _whole(lambda n: n >= 0, 'a whole number, at least 0'),
+        'pretrain.generator_steps': _COUNT,
         'pretrain.draws': _COUNT,
         'pretrain.learning_rate': _LEARNING_RATE,
         'pretrain.schedule': _name_in(optimizer.SCHEDULES),

@@ -264,6 +264,7 @@ def released():
         'central_images.',
         'moments.',
         'frequency.',
+        'generator.',
         'model/',
         'over_finetuning.',
         'report.html',

@@ -73,8 +73,8 @@ def test_neighbors_release_the_same_files_and_differ_only_by_what_noise_went_int
     def config():
         found = quick_config(dp__relation=relation, dp__accountant=accountant)
         found.moments.update(enabled=True, frequencies=4, noise_multiplier=20.0)
-        found.frequency.update(enabled=True, features=16, noise_multiplier=20.0, generator_steps=5)
-        found.pretrain.update(moments_steps=2, frequency_steps=2)
+        found.frequency.update(enabled=True, features=16, noise_multiplier=20.0)
+        found.pretrain.update(moments_steps=2, frequency_steps=2, generator_steps=5)
         return found
 
     one = run(config(), tmp_path / 'one', make_images())

@@ -90,7 +90,7 @@ class Generator:
         return jax.jit(self.pixels)
 
     def fitting(
-        self, embedding: np.ndarray, embed: Callable, *, steps: int, learning_rate: float, images: int
+        self, embed: Callable, *, steps: int, learning_rate: float, images: int
     ) -> tuple[Callable, Callable]:
         """Return how weights are fitted to released mean features: (start, step).
 
@@ -99,20 +99,21 @@ class Generator:
         |expected mean|² in the mean, but for a constant: few images in a step do not draw them together.
 
         Args:
-            embedding: (classes, F) float32, mean features of every class, with noise.
             embed: pixels (n, H W C) → features (n, F) of norm 1.
             steps: of Adam, whose learning rate falls to 0 as a cosine does.
             learning_rate: of the first step.
             images: of all classes together in a step, at least; each class has at least 8.
 
         Returns:
-            start: key → state; step: (state, key) → state, whose first element is the weights.
+            start: key → state; step: (state, key, embedding) → state, whose first element is the weights.
+            embedding: (classes, F) float32, the mean features of every class, with noise. It is an argument:
+            a program, which is kept, holds no data.
         """
         each = max(8, -(-images // self.classes))
         labels = np.repeat(np.arange(self.classes), each)
         optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
-        def loss(weights, normal):
+        def loss(weights, normal, embedding):
             found = embed(self.pixels(weights, normal, labels))
             means = found.reshape((self.classes, each, -1)).mean(axis=1)
             products = jnp.sum(means * embedding)
@@ -123,9 +124,10 @@ class Generator:
             return weights, optimizer.init(weights)
 
         @jax.jit
-        def step(state, key):
+        def step(state, key, embedding):
             weights, moments = state
-            gradient = jax.grad(loss)(weights, jax.random.normal(key, (len(labels), self.inputs)))
+            normal = jax.random.normal(key, (len(labels), self.inputs))
+            gradient = jax.grad(loss)(weights, normal, embedding)
             updates, moments = optimizer.update(gradient, moments)
             return optax.apply_updates(weights, updates), moments
 

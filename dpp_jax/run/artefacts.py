@@ -22,7 +22,6 @@ from dpp_jax.training import checkpoint
 
 PyTree = Any
 _REAL_IMAGES = 12  # of a class, that the private page shows
-GENERATOR = 'generator/'  # before the names of its weights, in frequency.npz
 # What selection.json holds.
 _SELECTION = {
     'images': [int],
@@ -153,16 +152,30 @@ def _unchecked_moments(workdir: WorkDir) -> dict[str, np.ndarray]:
     )
 
 
-def frequency(workdir: WorkDir) -> dict[str, Any]:
-    """Load the weights of the generator that was fitted to the answer of the frequency query.
+def frequency(workdir: WorkDir) -> np.ndarray:
+    """Load what the frequency query released, (classes, F) float32.
 
     Raises:
         FileNotFoundError, ValueError: it is not there, damaged, or not what this run released.
     """
     found = _unchecked_frequency(workdir)
     digests.check(workdir, 'frequency.npz', all_arrays(found))
-    weights = {name.removeprefix(GENERATOR): found[name] for name in found if name.startswith(GENERATOR)}
-    return traverse_util.unflatten_dict(weights, sep='/')
+    return found['embedding']
+
+
+def generator(workdir: WorkDir) -> dict[str, Any]:
+    """Load the weights of the generator that was fitted to the answer of the frequency query.
+
+    Raises:
+        FileNotFoundError, ValueError: they are not there, damaged, or not those that this run made.
+    """
+    found = _unchecked_generator(workdir)
+    digests.check(workdir, 'generator.npz', all_arrays(found))
+    return traverse_util.unflatten_dict(found, sep='/')
+
+
+def _unchecked_generator(workdir: WorkDir) -> dict[str, np.ndarray]:
+    return files.read_npz(workdir.generator, 'Delete the file and run --stage=pretrain: it fits it again')
 
 
 def _unchecked_frequency(workdir: WorkDir) -> dict[str, np.ndarray]:
@@ -219,6 +232,8 @@ def check_inputs(workdir: WorkDir, shapes: PyTree, stages: Collection[str]) -> N
         moments(workdir)
     if 'pretrain' in stages and workdir.frequency.exists():
         frequency(workdir)
+    if 'pretrain' in stages and workdir.generator.exists():
+        generator(workdir)
     for training, stage in (('pretrain', 'finetune'), ('finetune', 'generate')):
         if stage in stages and files.is_whole(workdir.model(training)):
             weights(workdir, training, shapes)
@@ -232,6 +247,8 @@ def _released(workdir: WorkDir, shapes: PyTree) -> Iterator[tuple[str, list[np.n
         yield 'moments.npz', all_arrays(_unchecked_moments(workdir))
     with contextlib.suppress(OSError, ValueError):
         yield 'frequency.npz', all_arrays(_unchecked_frequency(workdir))
+    with contextlib.suppress(OSError, ValueError):
+        yield 'generator.npz', all_arrays(_unchecked_generator(workdir))
     for training in ('pretrain', 'finetune'):
         with contextlib.suppress(OSError, ValueError):
             yield f'model/{training}', jax.tree.leaves(_unchecked_weights(workdir, training, shapes))

@@ -93,8 +93,8 @@ _NEW_SETTINGS = {
     'frequency.features': 10_000,
     'frequency.bandwidth': 0.366,
     'frequency.class_counts': 'public',
-    'frequency.generator_steps': 1000,
     'pretrain.frequency_steps': 0,
+    'pretrain.generator_steps': 1000,
     'model.patch': 1,
     'pretrain.schedule': 'constant',
     'finetune.schedule': 'constant',
@@ -139,6 +139,7 @@ class WorkDir:
         self.central_images = self.release / 'central_images.npz'
         self.moments = self.release / 'moments.npz'
         self.frequency = self.release / 'frequency.npz'
+        self.generator = self.release / 'generator.npz'
         self.digests = self.release / 'digests.json'
         self.imported = self.release / 'imported.json'
         self.synthetic = self.release / 'synthetic'
@@ -358,6 +359,7 @@ class WorkDir:
             if folder.exists():
                 files.move_folder(folder, aside / name)
         self.exported('pretrain').unlink(missing_ok=True)
+        self.generator.unlink(missing_ok=True)
         # Last: if this is interrupted, the next command does the rest.
         files.write_json(self.own_config, {'_note': PRIVATE_NOTE, **settings}, mode=0o600)
         files.write_json(self.config, without_paths(settings))

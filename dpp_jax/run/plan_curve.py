@@ -1,19 +1,17 @@
 """What a larger share of ε for the query costs fine-tuning, as a picture."""
 
-from collections.abc import Callable
 import dataclasses
 import io
-import math
 
 from matplotlib.figure import Figure
 
 from dpp_jax.privacy import accounting
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, Budget
+from dpp_jax.run.split import search
 
 # Noise of the query, relative to the plan's: some of it beyond every budget, which is left out.
 _FACTORS = (4, 2, 1, 1 / 2, 1 / 4)
 _LARGEST_SHARE = 0.9
-_TOLERANCE = 1e-3  # relative, of ε: less than the width of a line
 
 
 def points(budget: Budget) -> list[tuple[float, float, float]]:
@@ -52,24 +50,6 @@ def points(budget: Budget) -> list[tuple[float, float, float]]:
             sigma = noise_beside(asked, sigma)
             found.append((own_share, factor * own_noise, sigma))
     return sorted(found)
-
-
-def search(relative: Callable[[float], float], sigma: float) -> float:
-    """Find the σ (or factor of it) at which `relative` (ε / budget, falling in σ) is 1, by secants.
-
-    Between logarithms of σ and of ε the curve is nearly a line. A step is at most a factor of two:
-    distributions of privacy losses take memory in proportion to ε.
-    """
-    x, slope, before = math.log(sigma), -1.0, None
-    for _ in range(20):
-        y = math.log(relative(math.exp(x)))
-        if abs(y) < _TOLERANCE:
-            break
-        if before is not None:
-            slope = min((y - before[1]) / (x - before[0]), -0.05)
-        before = x, y
-        x -= max(-math.log(2), min(math.log(2), y / slope))
-    return math.exp(x)
 
 
 def draw(budget: Budget, title: str) -> bytes:

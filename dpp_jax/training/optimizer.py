@@ -1,7 +1,6 @@
 """The optimizer of the network's weights: Adam, a schedule of its learning rate, a correction for noise."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +39,6 @@ def make(
     return optax.chain(_scale_by_corrected_adam(noise**2), optax.scale_by_learning_rate(rate))
 
 
-class _CorrectedState(NamedTuple):
-    count: jax.Array
-    mu: optax.Updates
-    nu: optax.Updates
-
-
 def _scale_by_corrected_adam(variance: float) -> optax.GradientTransformation:
     """Make `optax.scale_by_adam` less the noise's share of the mean square.
 
@@ -53,12 +46,8 @@ def _scale_by_corrected_adam(variance: float) -> optax.GradientTransformation:
     """
     plain = optax.scale_by_adam(b1=_B1, b2=_B2, eps=_EPS)
 
-    def init(params):
-        state = plain.init(params)
-        return _CorrectedState(state.count, state.mu, state.nu)
-
     def update(updates, state, params=None):
-        _, new = plain.update(updates, optax.ScaleByAdamState(*state), params)
+        _, new = plain.update(updates, state, params)
         first, second = (1 - decay ** new.count.astype(jnp.float32) for decay in (_B1, _B2))
 
         def scaled(mean, square):
@@ -66,6 +55,6 @@ def _scale_by_corrected_adam(variance: float) -> optax.GradientTransformation:
             corrected = jnp.maximum(corrected - variance, 0.1 * corrected)
             return mean / first / (jnp.sqrt(corrected) + _EPS)
 
-        return jax.tree.map(scaled, new.mu, new.nu), _CorrectedState(new.count, new.mu, new.nu)
+        return jax.tree.map(scaled, new.mu, new.nu), new
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(plain.init, update)

@@ -26,10 +26,10 @@ def test_a_fitted_generator_has_the_features_that_it_was_given_and_varies():
         [query.embed(np.float32(images[labels == k]).reshape(-1, 36)).mean(0) for k in (0, 1)]
     )
     generator = Generator(image_shape=SHAPE, classes=2, width=32)
-    start, step = generator.fitting(embedding, query.embed, steps=300, learning_rate=5e-3, images=64)
+    start, step = generator.fitting(query.embed, steps=300, learning_rate=5e-3, images=64)
     state = start(jax.random.key(0))
     for number in range(300):
-        state = step(state, jax.random.key(number))
+        state = step(state, jax.random.key(number), embedding)
     wanted = np.repeat([0, 1], 200)
     drawn = generator.draw(state[0], wanted, 5, 0)
     assert drawn.dtype == np.uint8 and drawn.shape == (400, *SHAPE)

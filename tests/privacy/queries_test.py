@@ -421,17 +421,25 @@ def test_frequencies_in_parts_are_those_of_all_rows_at_once(monkeypatch):
     mask = np.arange(90) < 77
     expected = flat(query.sums(images, labels, mask))
     monkeypatch.setattr(frequency, '_FEATURES_AT_ONCE', 64 * 13)
-    np.testing.assert_allclose(flat(query.sums(images, labels, mask)), expected, atol=1e-5)
+    np.testing.assert_array_equal(flat(query.sums(images, labels, mask)), expected)
+
+
+@pytest.mark.parametrize('dimensions', [20, 784, 12288])
+def test_directions_are_whole_numbers_whose_products_with_pixels_are_exact(dimensions):
+    whole, unit = frequency._directions(50, dimensions)
+    np.testing.assert_array_equal(whole, np.round(whole))
+    assert 255 * np.abs(whole).sum(axis=0, dtype=np.float64).max() <= 2**24
+    assert np.std(unit * whole) == pytest.approx(1, abs=0.05) and unit <= 0.5
 
 
 def test_noise_of_frequencies_is_as_large_as_the_query_says():
     query = FrequencyQuery(classes=4, dimensions=DIMENSIONS, features=1000, class_counts='noisy')
     key = NoiseKey(identifier='k', keys=jax.random.split(jax.random.key(1), 4))
-    total = np.zeros((4, 1000), np.float32), np.full(4, 50 * query._weights[1], np.float32)
+    total = np.zeros((4, 1000), np.float32), np.full(4, 5000 * query._weights[1], np.float32)
     noisy, _ = make_mechanism(query, noise_multiplier=0.5).noisy(
         lambda total: (total, None), key, then=lambda noisy, *_: query.estimate(noisy, 0.0)
     )(0, total)
-    assert np.std(noisy) == pytest.approx(query.noise(0.5, 50.0), rel=0.05)
+    assert np.std(noisy) == pytest.approx(query.noise(0.5, 5000.0), rel=0.05)
 
 
 def test_a_vector_that_is_not_finite_counts_as_the_center():
@@ -561,6 +569,7 @@ def central_images(query, release, arrays, members, indices, processes, number, 
         ('mean', {'clip_norm': 1.5, 'class_counts': 'noisy', 'pixel_center': 0.5}),
         ('mode', {'bins': 2}),
         ('moments', {'clip_norm': 300.0, 'class_counts': 'noisy'}),
+        ('frequency', {'features': 50, 'class_counts': 'noisy'}),
     ],
 )
 def test_central_images_are_the_same_bits_on_any_devices_of_any_processes(kind, own, m):

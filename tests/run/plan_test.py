@@ -103,7 +103,7 @@ def test_a_figure_that_the_guarantee_rests_on_is_that_of_the_config(saved, name)
         return {**figures, name: other.get(name) or value * 2}
 
     with pytest.raises(ValueError, match=f'plan.json has {name} = .*; this config gives'):
-        saved(change, evaluate__selection='private_noisy', **_MOMENTS)
+        saved(change, evaluate__selection='private_noisy', frequency__enabled=True, **_MOMENTS)
 
 
 @pytest.mark.parametrize('name', _NEEDED)

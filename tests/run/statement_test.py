@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, MECHANISMS, MOMENTS, SELECTION, Budget, Releases
+from dpp_jax.privacy.budget import (
+    CENTRAL_QUERY,
+    DP_SGD,
+    FREQUENCY,
+    MECHANISMS,
+    MOMENTS,
+    SELECTION,
+    Budget,
+    Releases,
+)
 from dpp_jax.privacy.ledger import Ledger
 from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import statement, statement_text
@@ -116,7 +125,13 @@ def check_lost(workdir, *others):
 
 @pytest.mark.parametrize(
     'name, stage',
-    [(CENTRAL_QUERY, 'central'), (MOMENTS, 'central'), (DP_SGD, 'finetune'), (SELECTION, 'evaluate')],
+    [
+        (CENTRAL_QUERY, 'central'),
+        (MOMENTS, 'central'),
+        (FREQUENCY, 'central'),
+        (DP_SGD, 'finetune'),
+        (SELECTION, 'evaluate'),
+    ],
 )
 def test_a_lost_release_is_repeated_only_if_the_keys_tell_what_it_was(tmp_path, name, stage):
     workdir = WorkDir(tmp_path)

@@ -185,6 +185,24 @@ def power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
+def as_it_is(values: jax.Array) -> jax.Array:
+    """Keep the compiler from joining what is computed before and after: in one program, but not in another.
+
+    Contributions are cut to whole numbers, which a last bit decides: it must not depend on the rows at once.
+    """
+    return jax.lax.optimization_barrier(values)
+
+
+def sum_in_order(values: jax.Array) -> jax.Array:
+    """Add up float32 values along the last axis by halves: in the same order whatever the other axes are."""
+    values = as_it_is(values)
+    while (size := values.shape[-1]) > 1:
+        half = size // 2
+        rest = values[..., 2 * half :]
+        values = jnp.concatenate([values[..., :half] + values[..., half : 2 * half], rest], axis=-1)
+    return values[..., 0]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adder:
     """Adds up values per class in [0, classes), over all devices; class `classes` is left out.

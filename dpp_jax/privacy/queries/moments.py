@@ -9,7 +9,14 @@ import numpy as np
 
 from dpp_jax.privacy import checks, groups
 from dpp_jax.privacy.clipping import clip_weights
-from dpp_jax.privacy.queries.common import COUNT_WEIGHT, Query, along, power_of_two
+from dpp_jax.privacy.queries.common import (
+    COUNT_WEIGHT,
+    Query,
+    along,
+    as_it_is,
+    power_of_two,
+    sum_in_order,
+)
 
 # Of a contribution's squared norm, that its mean has; the second moment has the rest.
 MEAN_SHARE = 0.2
@@ -88,11 +95,11 @@ class MomentsQuery(Query):
             if mask.shape[1] > 1:
                 # What is clipped is what is added up, with all rounding. With public counts no group is
                 # longer than Δ but by rounding.
-                each = _as_it_is(groups.sum_by_class(each, labels, mask))
-                norms = jnp.sqrt(_sum_in_order(jnp.square(each).reshape((len(mask), -1))))
+                each = as_it_is(groups.sum_by_class(each, labels, mask))
+                norms = jnp.sqrt(sum_in_order(jnp.square(each).reshape((len(mask), -1))))
                 weights, _ = clip_weights(norms[:, None], mask.any(axis=1), bound / most)
                 each = along(weights[:, None], each) * each
-            return _as_it_is(each), jnp.where(mask, labels, self.classes)
+            return as_it_is(each), jnp.where(mask, labels, self.classes)
 
         width = labels.shape[1] * self.dimensions * (self.dimensions + 3) // 2
         at_once = max(1, _PRODUCTS_AT_ONCE // width)
@@ -105,11 +112,11 @@ class MomentsQuery(Query):
         vectors = images.reshape((*mask.shape, -1)).astype(jnp.float32)
         if self.center is not None:
             vectors = vectors - jnp.asarray(self.center)[jnp.minimum(labels, self.classes - 1)]
-        norms = jnp.sqrt(_sum_in_order(jnp.square(vectors)))
+        norms = jnp.sqrt(sum_in_order(jnp.square(vectors)))
         scales, _ = clip_weights(norms.reshape((-1, 1)), mask.ravel(), self.clip_norm * (1 - 1e-5))
-        scales = _as_it_is(along(scales.reshape(mask.shape), vectors))
+        scales = as_it_is(along(scales.reshape(mask.shape), vectors))
         # 0 · NaN is NaN: what does not count is replaced.
-        return _as_it_is(scales / self.clip_norm * jnp.where(scales > 0, vectors, 0))
+        return as_it_is(scales / self.clip_norm * jnp.where(scales > 0, vectors, 0))
 
     def _contributions(self, unit: jax.Array, mask: jax.Array, factor: float) -> jax.Array:
         """Compute `factor` times what each image adds to its class, (n, m, d + d (d + 1) / 2 + 1)."""
@@ -127,11 +134,11 @@ class MomentsQuery(Query):
         of_mean, of_second, _ = self._weights
         counts, (rows, columns) = self.counts(noisy), np.triu_indices(self.dimensions)
         # Fewer than one image in a class of the sample: whatever is divided by is as good as any.
-        sizes = expected_size / self.classes if counts is None else jnp.maximum(_as_it_is(counts), 1)[:, None]
-        inverse = _as_it_is(1 / jnp.asarray(sizes, jnp.float32))
+        sizes = expected_size / self.classes if counts is None else jnp.maximum(as_it_is(counts), 1)[:, None]
+        inverse = as_it_is(1 / jnp.asarray(sizes, jnp.float32))
         each = np.where(rows == columns, 1, 1 / OFF_DIAGONAL) * (self.clip_norm**2 / of_second)
-        means = _as_it_is(noisy[0] * inverse) * (self.clip_norm / of_mean)
-        off = _as_it_is(noisy[1] * inverse) * each.astype(np.float32)
+        means = as_it_is(noisy[0] * inverse) * (self.clip_norm / of_mean)
+        off = as_it_is(noisy[1] * inverse) * each.astype(np.float32)
         whole = jnp.zeros((self.classes, self.dimensions, self.dimensions), jnp.float32)
         return means, whole.at[:, rows, columns].set(off).at[:, columns, rows].set(off)
 
@@ -145,21 +152,3 @@ class MomentsQuery(Query):
         of_mean, of_second, _ = self._weights
         noise = noise_multiplier * self.sensitivity * self.clip_norm / images
         return noise / of_mean, noise * self.clip_norm / of_second * math.sqrt(0.5)
-
-
-def _as_it_is(values: jax.Array) -> jax.Array:
-    """Keep the compiler from joining what is computed before and after: in one program, but not in another.
-
-    Contributions are cut to whole numbers, which a last bit decides: it must not depend on the rows at once.
-    """
-    return jax.lax.optimization_barrier(values)
-
-
-def _sum_in_order(values: jax.Array) -> jax.Array:
-    """Add up float32 values along the last axis by halves: in the same order whatever the other axes are."""
-    values = _as_it_is(values)
-    while (size := values.shape[-1]) > 1:
-        half = size // 2
-        rest = values[..., 2 * half :]
-        values = jnp.concatenate([values[..., :half] + values[..., half : 2 * half], rest], axis=-1)
-    return values[..., 0]

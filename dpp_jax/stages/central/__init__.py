@@ -2,7 +2,8 @@
 
 What is asked, its sensitivity and its noise stand in `privacy/queries` and `privacy/mechanism.py`. This
 stage samples and records the answers (`asking`). Here: a few noisy central images (DP-FETA, section 4.1), and
-images made of them by the method's deterministic chain. In `moments`: class moments around them.
+images made of them by the method's deterministic chain. In `moments`: class moments around them. In
+`frequency`: mean random features.
 """
 
 from collections.abc import Callable, Sequence

@@ -164,7 +164,7 @@ def finished_run(tmp_path_factory):
     from dpp_jax.run.folder import WorkDir
 
     config = make_tiny_config(generate__png_tree=True, generate__separate_classifier_images=True)
-    config.finetune.snapshots = 2
+    config.finetune.update(snapshots=2, schedule='cosine', noise_correction=True)
     config.generate.classifier_sampler.update(name='ddim', steps=3)
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own

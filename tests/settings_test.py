@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from dpp_jax import build, settings
-from dpp_jax.configs import camelyon_32, celeba_32, default, digits_8, fmnist_28, mnist_14, mnist_28
+from dpp_jax.configs import (
+    camelyon_32,
+    celeba_32,
+    default,
+    digits_8,
+    fmnist_28,
+    mnist_14,
+    mnist_28,
+    mnist_28_hour,
+)
 from dpp_jax.privacy import calibration, queries
 
 # What a query checks itself, by kind and name, with the value that its class has without a setting.
@@ -111,7 +120,9 @@ def test_settings_of_groups_out_of_range_are_named(change, text):
 
 @pytest.mark.parametrize('epsilon', ['1', '10'])
 @pytest.mark.parametrize(
-    'module', [default, camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28], ids=str
+    'module',
+    [default, camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28, mnist_28_hour],
+    ids=str,
 )
 def test_the_configs_here_are_allowed(module, epsilon):
     settings.check(module.get_config(epsilon))
@@ -165,6 +176,15 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
             {'frequency__enabled': True, 'frequency__features': 7},
             r'config.frequency.features is 7; it must be an even whole number in \[2, 100000\]',
         ),
+        (
+            {'frequency__enabled': True, 'pretrain__enabled': False},
+            'config.frequency.enabled is True; it must be False, because pretrain.enabled is False',
+        ),
+        (
+            {'model__patch': 3},
+            r'config.data.image_size is 8; it must be divisible by \d+, because .* after model.patch = 3',
+        ),
+        ({'pretrain__schedule': 'step'}, "config.pretrain.schedule is 'step'; it must be 'constant' or"),
         (
             {'pretrain__frequency_steps': 3},
             'config.pretrain.frequency_steps is 3; it must be 0, because frequency.enabled is False',

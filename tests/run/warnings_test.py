@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from dpp_jax import build
-from dpp_jax.configs import camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28
+from dpp_jax.configs import camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28, mnist_28_hour
 from dpp_jax.privacy.mechanism import GaussianMechanism, NoiseKey
 from dpp_jax.run import warnings
 from dpp_jax.stages import plan
 
-CONFIGS = (camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28)
+CONFIGS = (camelyon_32, celeba_32, digits_8, fmnist_28, mnist_14, mnist_28, mnist_28_hour)
 
 
 def found(config):

@@ -59,6 +59,7 @@ def test_processes_take_the_same_steps_with_the_rows_of_their_own_shares(
 def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share, team=1):
     """Run the stage in one process; its settings and batches."""
     config = tiny_config(pretrain__enabled=False, finetune__devices_per_image=team)
+    config.finetune.update(schedule='linear', noise_correction=True)
     config.seed = None
     workdir, plan = WorkDir(tmp_path), build.plan(config, tiny_model)
     releases, sizes = plan.budget.of(DP_SGD), build.sizes(config, tiny_model)
@@ -68,7 +69,12 @@ def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share, team=1):
     labels = rng.integers(0, 10, count)
     own = share.own(np.arange(count))
     ledger, keys = Ledger(workdir.ledger), Keys(workdir.keys, config.seed)
-    seen, settings = [], {}
+    seen, settings, optimizers = [], {}, []
+    make_optimizer = finetune.optimizer_lib.make
+
+    def record_optimizer(rate, **named):
+        optimizers.append({'rate': rate, **named})
+        return make_optimizer(rate, **named)
 
     def fake_step(loss, optimizer, mechanism, noise_key, **named):
         settings.update(named, mechanism=mechanism, noise_key=noise_key)
@@ -84,6 +90,7 @@ def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share, team=1):
         return mechanism.noisy(None, noise_key, then=None, compiled=lambda _: program)
 
     monkeypatch.setattr(steps, 'make_dp_step', fake_step)
+    monkeypatch.setattr(finetune.optimizer_lib, 'make', record_optimizer)
     monkeypatch.setattr(finetune.loop, 'train', Loop.train)
     recorded_before_release = []
 
@@ -113,6 +120,10 @@ def check_steps(tiny_config, tiny_model, tmp_path, monkeypatch, share, team=1):
     assert mechanism.sampling_probability == figures['sampling_probability']
     assert mechanism.sensitivity == config.finetune.clip_norm
     assert settings['devices_per_image'] == team
+    (optimizer,) = optimizers
+    noise = mechanism.noise_multiplier * mechanism.sensitivity / settings['expected_batch_size']
+    expected = {'rate': config.finetune.learning_rate, 'schedule': 'linear', 'steps': figures['steps']}
+    assert optimizer == {**expected, 'noise': pytest.approx(noise)}
     assert settings['noise_key'].identifier == own_keys.noise.identifier
     assert settings['expected_batch_size'] == pytest.approx(mechanism.sampling_probability * count)
     assert settings['expected_batch_size'] == pytest.approx(plan.expected_batch_size)

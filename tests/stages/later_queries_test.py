@@ -19,7 +19,12 @@ from dpp_jax.stages import plan as plan_stage
 from dpp_jax.stages import pretrain
 from dpp_jax.training import checkpoint
 
-STEPS = {'pretrain__epochs': 2, 'pretrain__moments_steps': 4, 'pretrain__frequency_steps': 3}
+STEPS = {
+    'pretrain__epochs': 2,
+    'pretrain__moments_steps': 4,
+    'pretrain__frequency_steps': 3,
+    'pretrain__schedule': 'cosine',
+}
 
 
 @pytest.fixture(scope='module')

@@ -2,8 +2,8 @@
 
     python -m dpp_jax.main --config=configs/mnist_14.py:10 --workdir=runs/mnist_14 --stage=all
 
-Without guidance, seed 2 (tuned on seed 1): CNN 90.2 %, MLP 87.5 %, logistic regression 87.3 % on the 10,000 real
-test images; FID with features of a small CNN 44.3 (real test images: 0.8).
+Without guidance, seed 2 (tuned on seed 1): CNN 90.2 %, MLP 87.5 %, logistic regression 87.3 % on the 10,000
+real test images; FID with features of a small CNN 44.3 (real test images: 0.8).
 """
 
 from ml_collections import ConfigDict

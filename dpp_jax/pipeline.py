@@ -319,21 +319,18 @@ class Run(RealImages):
 
     def central(self) -> None:
         budget = self.plan.budget
-        shared = {
-            'unit': self.plan.unit,
-            'share': self.share,
-            'class_names': build.class_names(self.config),
-        }
+        shared = {'unit': self.plan.unit, 'share': self.share}
+        with_names = {**shared, 'class_names': build.class_names(self.config)}
         if not self.released[CENTRAL_QUERY]:
             query, releases = build.query(self.config), budget.of(CENTRAL_QUERY)
-            central.run(*self._private_stage, query=query, releases=releases, **shared)
+            central.run(*self._private_stage, query=query, releases=releases, **with_names)
         if budget.of(MOMENTS) and not self.released[MOMENTS]:
             moments.run(
                 *self._private_stage,
                 query=build.moments_query(self.config),
                 frequencies=build.frequencies(self.config),
                 releases=budget.of(MOMENTS),
-                **shared,
+                **with_names,
             )
         if budget.of(FREQUENCY) and not self.released[FREQUENCY]:
             frequency.run(

@@ -1,6 +1,6 @@
 """The frequency query: one release. What is made of it, stage `pretrain` makes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -30,12 +30,11 @@ def run(
     releases: Releases,
     unit: Unit,
     share: Share = WHOLE,
-    class_names: Sequence[str] = (),
 ) -> None:
     """Ask the query and save its noisy answer in release/.
 
     Args:
-        config: the settings.
+        config: as of the other queries; nothing of it is needed.
         workdir: to write to.
         keys: of the run.
         ledger: gets the query before its answer is used; None but in process 0.
@@ -45,9 +44,8 @@ def run(
         releases: the budget's query.
         unit: of privacy.
         share: the units of this process.
-        class_names: there is no picture.
     """
-    del config, class_names
+    del config
     ((embedding, counts),) = asking.answers(
         keys,
         ledger,

@@ -145,6 +145,9 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     # quarter of the time.
     model.patch = 1
     model.denoiser = 'edm'  # edm | vp | ve | v
+    # What the denoiser is around: none (the scaled noised image alone, as the paper) | moments (the best
+    # linear denoiser of the class moments, which the network sees and corrects; with moments.enabled).
+    model.around = 'none'
     model.dtype = 'float32'  # of activations: float32 | bfloat16; parameters are float32
 
     config.pretrain = pretrain = ConfigDict()  # on central images: costs no privacy

@@ -15,7 +15,7 @@ from dpp_jax.data.frequencies import Frequencies
 from dpp_jax.data.generator import Generator
 from dpp_jax.data.images import Images
 from dpp_jax.data.preparation import Preparation
-from dpp_jax.diffusion import denoiser, sampler
+from dpp_jax.diffusion import around, denoiser, sampler
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.evaluation import classifiers, needs, trainer
@@ -28,7 +28,7 @@ from dpp_jax.privacy.mechanism import GaussianMechanism
 from dpp_jax.run import already_spent, artefacts, hours, imported, step_time
 from dpp_jax.run import plan as plan_lib
 from dpp_jax.run import sizes as sizes_lib
-from dpp_jax.run.folder import flatten
+from dpp_jax.run.folder import WorkDir, flatten
 from dpp_jax.training import devices
 
 _SAMPLER_STEPS_OF_SNAPSHOTS = 18
@@ -52,7 +52,15 @@ def model(config: ConfigDict) -> Model:
         image_shape=(data.image_size, data.image_size, data.channels),
         classes=data.classes,
         kind=denoiser.make_kind(settings.denoiser),
+        around=config.moments.frequencies if settings.around == MOMENTS else None,
     )
+
+
+def told(config: ConfigDict, workdir: WorkDir) -> around.Around | None:
+    """Return what the model's denoiser is told: it follows from what the run released."""
+    if config.model.around != MOMENTS:
+        return None
+    return around.of_moments(artefacts.moments(workdir), frequencies(config))
 
 
 def class_names(config: ConfigDict) -> tuple[str, ...]:

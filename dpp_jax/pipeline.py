@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from dpp_jax import build, derive, files, gate, planning, settings
 from dpp_jax.data import sources
 from dpp_jax.data.images import Images
+from dpp_jax.diffusion.around import Around
 from dpp_jax.gate import IMPORT, STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS, SELECTION
 from dpp_jax.privacy.shares import Share
@@ -355,6 +356,7 @@ class Run(RealImages):
             sizes=self._sizes,
             total_steps=self.plan.pretrain_steps,
             drawings=build.drawings(self.config),
+            told=self._told,
         )
 
     def finetune(self) -> None:
@@ -367,6 +369,7 @@ class Run(RealImages):
             model=self.model,
             sizes=sizes,
             share=self.share,
+            told=self._told,
         )
 
     def generate(self) -> None:
@@ -376,6 +379,7 @@ class Run(RealImages):
             *self._stage,
             images=self.images,
             model=self.model,
+            told=self._told,
             samplers=build.samplers(self.config),
             sizes=self._sizes,
             class_names=build.class_names(self.config),
@@ -422,6 +426,12 @@ class Run(RealImages):
         if self.config.imported.path and self.done[IMPORT]:
             steps[imported.KINDS[self.config.imported.kind]] = artefacts.imported_step(self.workdir)
         export_checkpoint.run(self.config, self.workdir, model=self.model, steps=steps)
+
+    def _told(self) -> Around | None:
+        """What the denoiser is told; the same bits in all processes."""
+        if self.model.around is None:
+            return None
+        return Around(**hosts.from_first(lambda: build.told(self.config, self.workdir)._asdict()))
 
     @property
     def _private_stage(self) -> tuple:

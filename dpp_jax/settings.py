@@ -263,6 +263,7 @@ def _table() -> dict[str, _Rule]:
         'model.attention_resolutions': _sequence(_COUNT, 'whole numbers, each at least 1'),
         'model.denoiser': _name_in(known['denoiser']),
         'model.patch': _COUNT,
+        'model.around': _name_in(('none', 'moments')),
         'model.dtype': _name_in(('float32', 'bfloat16')),
         # pretrain
         'pretrain.enabled': _SWITCH,
@@ -475,6 +476,12 @@ _RELATIONS = (
                 ),
             ),
         )
+    ),
+    _Relation(
+        'model.around',
+        ('moments.enabled',),
+        lambda around, asked: asked or around == 'none',
+        lambda _: "'none', because moments.enabled is False: there are no moments for the denoiser",
     ),
     _Relation(
         'pretrain.epochs',

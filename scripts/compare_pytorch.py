@@ -109,6 +109,7 @@ def compare(chosen: flags.FlagValues) -> dict:
     # In this process results count, not time; speed has processes of its own. Networks are small, and threads
     # that wait for each other on a busy machine take a hundred times as long.
     torch.set_num_threads(1)
+    config.model.around = 'none'  # the other side knows nothing of it
     model = build.model(config)
     with jax.default_device(jax.local_devices(backend='cpu')[0]):
         params = _weights(chosen.checkpoint, model)

@@ -80,11 +80,20 @@ class Frequencies:
         found = blocks.reshape((-1, height * width * channels)) @ self.basis
         return (found / (255 * k * k)).astype(np.float32)
 
+    @functools.cached_property
+    def synthesis(self) -> np.ndarray:
+        """What makes an image of frequencies, (H W C, count) float64: pixels in [0, 1] before the cut."""
+        small = self.basis.T.reshape((-1, *self._shape)).astype(np.float32)
+        return self._enlarged(small).reshape(self.count, -1).T.astype(np.float64)
+
+    def _enlarged(self, small: np.ndarray) -> np.ndarray:
+        """Return averaged images (n, h, w, C) in their whole size."""
+        return resize.bilinear(small, self.image_shape[:2]) if self.average_down > 1 else small
+
     def images(self, coefficients: np.ndarray) -> np.ndarray:
         """Return the images (n, H, W, C) uint8 of frequencies (n, count): what leaves [0, 1] is cut off."""
         small = (coefficients @ self.basis.T).astype(np.float32).reshape((-1, *self._shape))
-        whole = resize.bilinear(small, self.image_shape[:2]) if self.average_down > 1 else small
-        return np.round(255 * np.clip(whole, 0, 1)).astype(np.uint8)
+        return np.round(255 * np.clip(self._enlarged(small), 0, 1)).astype(np.uint8)
 
 
 def _cosines(size: int) -> np.ndarray:

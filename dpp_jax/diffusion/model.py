@@ -11,14 +11,17 @@ How it goes:
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpp_jax.diffusion import around as around_lib
 from dpp_jax.diffusion import loss as loss_lib
 from dpp_jax.diffusion import microbatch, unet
+from dpp_jax.diffusion.around import Around
 from dpp_jax.diffusion.denoiser import Denoise, Kind
 
 PyTree = Any
@@ -35,25 +38,46 @@ class Model:
         image_shape: (H, W, C).
         classes: number of classes; label `classes` means "no class".
         kind: of denoiser, see `diffusion.denoiser`.
+        around: r of the class moments that the denoiser is around, see `diffusion.around`; None: of none.
+            They are told in every call (`told`): programs are the same for all.
     """
 
     network: nn.Module
     image_shape: tuple[int, int, int]
     classes: int
     kind: Kind
+    around: int | None = None
 
     def init(self, key: jax.Array) -> PyTree:
         """Return fresh parameters (float32)."""
-        return _init(self.network, self.image_shape, key)
+        return _init(self.network, self._input_shape, key)
 
     def shapes(self) -> PyTree:
         """Return the parameters' shapes and dtypes without making them."""
-        return jax.tree.map(lambda leaf: leaf, _shapes(self.network, self.image_shape))
+        return jax.tree.map(lambda leaf: leaf, _shapes(self.network, self._input_shape))
 
-    def denoiser(self, params: PyTree) -> Denoise:
-        """Return D(x (n, H, W, C), sigma (n,), label (n,)) with these parameters."""
+    @property
+    def _input_shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.image_shape
+        return height, width, channels * (1 if self.around is None else 2)
+
+    def stand_in(self) -> Around | None:
+        """Return what is told, in its shapes alone: for measuring speed and memory."""
+        if self.around is None:
+            return None
+        pixels = math.prod(self.image_shape)
+        return around_lib.stand_in(classes=self.classes, pixels=pixels, size=self.around)
+
+    def denoiser(self, params: PyTree, told: Around | None = None) -> Denoise:
+        """Return D(x (n, H, W, C), sigma (n,), label (n,)) with these parameters.
+
+        Raises:
+            ValueError: the denoiser is around class moments, and they are not told; or the other way round.
+        """
+        if (told is None) != (self.around is None):
+            raise ValueError(f'around is {self.around}, and class moments are {"not " * (told is None)}told')
         network = lambda x, c_noise, label: self.network.apply({'params': params}, x, c_noise, label)
-        return self.kind.denoiser(network)
+        return self.kind.denoiser(network) if told is None else told.denoiser(self.kind, network)
 
     def drawing(self, *, draws: int, label_dropout: float) -> Callable:
         """Return (label (), key) → everything random of `draws` noised images, leaves (draws, ...)."""
@@ -67,9 +91,11 @@ class Model:
             no_class=self.classes,
         )
 
-    def errors(self, params: PyTree, image: jax.Array, drawn: loss_lib.Drawn) -> jax.Array:
+    def errors(
+        self, params: PyTree, image: jax.Array, drawn: loss_lib.Drawn, told: Around | None = None
+    ) -> jax.Array:
         """Return (n,) losses of n noised images: of one image (H, W, C), or of as many (n, H, W, C)."""
-        return loss_lib.errors(self.kind, self.denoiser(params), image, drawn)
+        return loss_lib.errors(self.kind, self.denoiser(params, told), image, drawn)
 
     def example_loss(
         self, *, draws: int, label_dropout: float, draws_at_once: int | None = None, shares: int = 1
@@ -78,6 +104,8 @@ class Model:
 
         At most `draws_at_once` (None: all) pass through the network together, value and gradient, in
         equal parts. It changes rounding only.
+
+        A denoiser around class moments takes them as the keyword `told`.
 
         With `shares` > 1, a divisor of `draws`, the function takes one argument more, the number of a share:
         it returns the mean loss of these draws / shares draws. The mean over all shares is the loss above:
@@ -91,15 +119,17 @@ class Model:
         own = draws // shares
         parts = microbatch.count(own, draws_at_once or own)
         draw = self.drawing(draws=draws, label_dropout=label_dropout)
-        error = lambda params, image, drawn: self.errors(params, image, drawn).mean()
+        error = lambda params, shared, drawn: self.errors(params, shared[0], drawn, shared[1]).mean()
         mean_error = microbatch.mean(error, parts)
         if shares == 1:
-            return lambda params, image, label, key: mean_error(params, image, draw(label, key))
+            return lambda params, image, label, key, told=None: mean_error(
+                params, (image, told), draw(label, key)
+            )
 
-        def of_share(params, image, label, key, share):
+        def of_share(params, image, label, key, share, told=None):
             # All are drawn, which takes next to no time beside the network's pass over them.
             cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, share * own, own)
-            return mean_error(params, image, jax.tree.map(cut, draw(label, key)))
+            return mean_error(params, (image, told), jax.tree.map(cut, draw(label, key)))
 
         return of_share
 

@@ -157,6 +157,8 @@ def measured(
     """
     path = devices.cache_folder() / 'images_at_once.json'
     described = repr((devices.kind(), model.network, model.image_shape, draws, microbatch))
+    if model.around is not None:
+        described += f' around {model.around}'
     if images_at_once:
         described += f' {images_at_once}'
     name = hashlib.sha256(described.encode()).hexdigest()
@@ -207,16 +209,18 @@ def _trial(model: Model, sizes: Sizes, *, draws: int, label_dropout: float) -> C
     loss = model.example_loss(draws=draws, label_dropout=label_dropout, draws_at_once=sizes.draws)
     n = 2 * sizes.microbatch  # on each device: they share caches and memory
     all_of_them = (len(devices.local()), n)
+    params = FlatParams.of(model.init(jax.random.key(0)))  # as a step has them
     arguments = (
-        devices.replicate(FlatParams.of(model.init(jax.random.key(0)))),  # as a step has them
+        devices.replicate((params, model.stand_in())),
         jax.random.uniform(jax.random.key(1), all_of_them + model.image_shape, minval=-1.0),
         jnp.zeros(all_of_them, jnp.int32),
         jax.random.split(jax.random.key(2), all_of_them),
     )
 
-    def clipped_sum(params, *examples):
+    def clipped_sum(given, *examples):
+        params, told = given
         return clipped_gradient_sum(
-            lambda params, example: loss(params.tree(), *example),
+            lambda params, example: loss(params.tree(), *example, told=told),
             params,
             examples,
             jnp.ones(n, bool),

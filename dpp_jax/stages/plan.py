@@ -1,6 +1,7 @@
 """Stage `plan`: what a run spends and needs, and what cannot work. It touches no image."""
 
 from collections.abc import Collection, Iterable
+import functools
 import math
 import sys
 from typing import Any
@@ -414,12 +415,14 @@ def _memory(config: ConfigDict, model: Model, sizes: Sizes) -> int:
     # One part's: the gradient of a part is finished before the next part starts.
     loss = model.example_loss(draws=sizes.draws, label_dropout=config.finetune.label_dropout)
 
-    def residuals(params, images, labels, keys):
-        return jax.vjp(lambda p: jax.vmap(loss, (None, 0, 0, 0))(p, images, labels, keys), params)
+    def residuals(params, told, images, labels, keys):
+        of_example = functools.partial(loss, told=told)
+        return jax.vjp(lambda p: jax.vmap(of_example, (None, 0, 0, 0))(p, images, labels, keys), params)
 
     kept = jax.eval_shape(
         residuals,
         shapes,
+        model.stand_in(),
         jax.ShapeDtypeStruct((n,) + model.image_shape, jnp.float32),
         jax.ShapeDtypeStruct((n,), jnp.int32),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n)),

@@ -70,6 +70,7 @@ def main(argv):
 
 def benchmark(config) -> None:
     """Measure, print and write, on the devices in use."""
+    config.model.around = 'none'  # next to no work, and what is compared knows nothing of it
     model, settings = build.model(config), config.finetune
     settings.devices_per_image = 1  # what is compared knows no other; scaling.py measures those
     if not config.loop.images_at_once:  # as for a long training

@@ -201,7 +201,7 @@ def generation(config, model, sizes, params) -> Work:
     contender = timing.compiled(
         f'generation ({settings.name})',
         generate.sample_function(model, sampler, at_once),
-        devices.replicate(params),
+        (devices.replicate(params), None),
         devices.deal(np.arange(images, dtype=np.int32)),
         jax.random.key(1),
     )

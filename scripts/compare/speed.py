@@ -302,7 +302,7 @@ def build_ours(task: Task, work: str, form: Form, batch: int) -> tuple[Callable,
         if work == SAMPLING:
             sampler = build.samplers(task.config)['images']
             sample = generate.sample_function(model, sampler, form.at_once)
-            index, params = np.arange(batch), devices.replicate(task.params)
+            index, params = np.arange(batch), (devices.replicate(task.params), None)
 
             def call():
                 generate.sample_images(

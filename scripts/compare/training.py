@@ -190,7 +190,7 @@ def sample_ours(task: Task, params: PyTree, seed: int, number: int) -> np.ndarra
     sample = generate.sample_function(task.model, build.samplers(task.config)['images'], at_once)
     return generate.sample_images(
         sample,
-        devices.replicate(params),
+        (devices.replicate(params), None),
         jax.random.key(1000 + seed),
         np.arange(number),
         batch_size=task.config.generate.batch_size,

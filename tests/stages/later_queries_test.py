@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpp_jax import build, pipeline
+from dpp_jax import build, library, pipeline, settings
 from dpp_jax.data.class_moments import ClassMoments
 from dpp_jax.data.generator import Generator
 from dpp_jax.privacy import ledger as ledger_lib
@@ -242,3 +242,56 @@ def test_the_plan_tells_the_noise_of_frequencies_and_warns_where_they_are_lost_i
     assert 'hardly more than noise' in warning and 'frequency.noise_multiplier=43' in warning
     _, (warning,) = told(20.0, steps=0)
     assert 'no training uses the answer: pretrain.frequency_steps is 0' in warning
+
+
+@pytest.fixture(scope='module')
+def around(tiny_config, tmp_path_factory):
+    """A finished run whose denoiser is around the class moments."""
+    config = tiny_config(
+        moments__enabled=True,
+        moments__frequencies=10,
+        moments__clip_norm=1.0,
+        moments__noise_multiplier=0.5,
+        model__around='moments',
+        dp__epsilon=20.0,
+        finetune__snapshots=1,
+        **{name: STEPS[name] for name in ('pretrain__epochs', 'pretrain__moments_steps')},
+    )
+    root = tmp_path_factory.mktemp('around')
+    for stage in ('central', 'pretrain', 'finetune', 'generate'):
+        pipeline.run(config, root, stage)
+    return config, WorkDir(root)
+
+
+def test_a_model_around_moments_is_trained_with_what_was_released(around):
+    config, workdir = around
+    model, told = build.model(config), build.told(config, workdir)
+    weights = artefacts.weights(workdir, 'finetune', model.shapes())['ema_params']
+    x = jax.random.normal(jax.random.key(0), (10, *model.image_shape))
+    denoised = model.denoiser(weights, told)(x, jax.numpy.full(10, 3.0), jax.numpy.arange(10))
+    off = model.denoiser(weights, model.stand_in())(x, jax.numpy.full(10, 3.0), jax.numpy.arange(10))
+    assert np.isfinite(denoised).all() and np.abs(denoised - off).mean() > 0.05
+    assert workdir.over_finetuning.exists()
+
+
+def test_a_released_model_around_moments_draws_the_images_of_its_run(around):
+    _, workdir = around
+    images, labels = library.load(workdir.root).sample(20, seed=3)
+    assert images.shape == (20, 8, 8, 1) and images.std() > 5 and (labels == np.arange(20) % 10).all()
+    (workdir.moments).rename(workdir.moments.with_suffix('.away'))
+    try:
+        with pytest.raises(FileNotFoundError, match='moments'):
+            library.load(workdir.root)
+    finally:
+        workdir.moments.with_suffix('.away').rename(workdir.moments)
+
+
+def test_a_model_around_moments_is_no_pytorch_model(around):
+    config, workdir = around
+    with pytest.raises(ValueError, match='model.around'):
+        pipeline.run(config, workdir.root, 'export')
+
+
+def test_a_denoiser_around_moments_needs_them(tiny_config):
+    with pytest.raises(ValueError, match=r'model\.around.*moments\.enabled is False'):
+        settings.check(tiny_config(model__around='moments'))

@@ -10,6 +10,7 @@ import numpy as np
 
 from dpp_jax import files
 from dpp_jax.data import image_grid
+from dpp_jax.diffusion.around import Around
 from dpp_jax.diffusion.model import Model
 from dpp_jax.pages import card, release_page
 from dpp_jax.run import artefacts
@@ -32,6 +33,7 @@ def run(
     *,
     images: artefacts.SyntheticImages,
     model: Model,
+    told: Callable[[], Around | None],
     samplers: dict[str, Callable],
     sizes: Sizes,
     class_names: Sequence[str],
@@ -46,6 +48,7 @@ def run(
         keys: of the run.
         images: where they go; process 0 alone writes there.
         model: whose weights are loaded.
+        told: gives what its denoiser is told.
         samplers: 'images', 'classifier_images' and 'over_finetuning' → (denoise, z, label, noise) → images.
         sizes: what is in work at once.
         class_names: in the order of labels.
@@ -56,9 +59,8 @@ def run(
     # First: it may refuse.
     labels = hosts.from_first(lambda: default_labels(config, workdir, settings.images))
     numbers = sampling.image_numbers(labels, model.classes)
-    params = devices.replicate(
-        hosts.from_first(lambda: artefacts.weights(workdir, 'finetune', model.shapes())['ema_params'])
-    )
+    weights = hosts.from_first(lambda: artefacts.weights(workdir, 'finetune', model.shapes())['ema_params'])
+    params = devices.replicate((weights, told()))
     over_finetuning.run(
         workdir,
         sampling.sample_function(model, samplers['over_finetuning'], sizes.images),

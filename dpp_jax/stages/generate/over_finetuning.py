@@ -36,7 +36,7 @@ def run(
         workdir: to read from and write to; in process 0.
         sample: a `sampling.sample_function`.
         key: gives that of the noise, the same for all steps.
-        released: averaged weights of the released model, on the devices.
+        released: averaged weights of the released model, and what it is told, on the devices.
         last_step: after which they are.
         classes: number of classes.
         class_names: of them.
@@ -47,13 +47,14 @@ def run(
     if steps and not has_picture:
         labels = np.repeat(np.arange(min(classes, _MOST_CLASSES), dtype=np.int32), _IMAGES_PER_CLASS)
         numbers = sampling.image_numbers(labels, classes)
-        flat, own_key, found = FlatParams.of(devices.first(released)), key(), []
+        flat, own_key, found = FlatParams.of(devices.first(released[0])), key(), []
         with progress.bar(len(steps) + 1, 'snapshots', 'step') as bar:
             for step in [*steps, None]:
                 params = released
                 if step is not None:
                     vector = hosts.from_first(lambda step=step: _read(workdir, step, flat.vector))
-                    params = devices.replicate(jax.tree.unflatten(jax.tree.structure(flat), [vector]).tree())
+                    weights = jax.tree.unflatten(jax.tree.structure(flat), [vector]).tree()
+                    params = devices.replicate(weights), released[1]
                 images = sampling.sample_images(
                     sample, params, own_key, numbers, batch_size=len(numbers), at_once=at_once
                 )

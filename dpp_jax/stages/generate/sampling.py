@@ -82,7 +82,7 @@ def labels_by_share(total: int, shares: np.ndarray) -> np.ndarray:
 
 
 def sample_function(model: Model, sampler: Callable, at_once: int) -> Callable:
-    """Make (params, index (n,) int32, key) → (n, H, W, C) uint8, for devices.
+    """Make ((params, told), index (n,) int32, key) → (n, H, W, C) uint8, for devices.
 
     At most `at_once` images, in equal groups, go through the sampler together.
 
@@ -99,7 +99,7 @@ def sample_function(model: Model, sampler: Callable, at_once: int) -> Callable:
             )(image_keys)
 
         images = sampler(
-            model.denoiser(params), noise(0), index % model.classes, noise=lambda i: noise(i + 1)
+            model.denoiser(*params), noise(0), index % model.classes, noise=lambda i: noise(i + 1)
         )
         return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 

@@ -1,0 +1,100 @@
+"""A denoiser around class moments: what is known of each class need not be learned by the network.
+
+D(x; σ, y) = G(x; σ, y) + c_out(σ) F([c_in(σ) x, G / σ_data]; c_noise(σ), y), where
+
+    G(x; σ, y) = m + f/(f + σ²) (x - m) + Q V diag(λ/(λ + σ²) - f/(f + σ²)) Vᵀ Qᵀ (x - m)
+
+is the best linear denoiser of a class with mean m and covariance Q V diag(λ - f) Vᵀ Qᵀ + f I: for normal
+images it is E[x₀ | x]. It has the released class moments in the place of N(0, σ_data²), whose best denoiser
+is EDM's c_skip x (Karras et al. 2022, appendix B.6). At high noise, where the class of an image is decided,
+little is left for the network. The network sees G beside the noised image.
+
+Everything here follows from what a query released: post-processing.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpp_jax.data.class_moments import ClassMoments
+from dpp_jax.data.frequencies import Frequencies
+from dpp_jax.diffusion.denoiser import SIGMA_DATA, Denoise, Kind, Network
+
+# Variance of a value in [-1, 1] that the moments do not tell (f): eigenvalues below the noise's edge, and
+# frequencies that nobody asked for. Public; not tuned.
+REST = 0.02
+_EXACT = jax.lax.Precision.HIGHEST  # an accelerator's short products would be an error in every image
+
+
+class Around(NamedTuple):
+    """Normal distributions of images in [-1, 1], one for each class, and one for "no class".
+
+    Attributes:
+        means: (classes + 1, d) float32, m.
+        basis: (d, r) float32, Q: orthonormal columns.
+        vectors: (classes + 1, r, r) float32, V: orthonormal columns.
+        values: (classes + 1, r) float32, λ ≥ f, the variances along the columns of Q V.
+    """
+
+    means: np.ndarray
+    basis: np.ndarray
+    vectors: np.ndarray
+    values: np.ndarray
+
+    def denoise(self, x: jax.Array, sigma: jax.Array, label: jax.Array) -> jax.Array:
+        """Return G(x; σ, y): x (n, H, W, C), sigma (n,), label (n,) → (n, H, W, C) float32."""
+        noise = jnp.square(sigma)[:, None]
+        mean, vectors, values = (jnp.asarray(leaf)[label] for leaf in (self.means, self.vectors, self.values))
+        away = x.reshape(len(x), -1).astype(jnp.float32) - mean
+        inside = jnp.matmul(away, self.basis, precision=_EXACT)
+        along = jnp.einsum('nij,ni->nj', vectors, inside, precision=_EXACT)
+        rest = REST / (REST + noise)
+        along = along * (values / (values + noise) - rest)
+        inside = jnp.einsum('nij,nj->ni', vectors, along, precision=_EXACT)
+        found = mean + rest * away + jnp.matmul(inside, jnp.transpose(self.basis), precision=_EXACT)
+        return found.reshape(x.shape)
+
+    def denoiser(self, kind: Kind, network: Network) -> Denoise:
+        """Return D around a network whose input has twice the channels: the noised image, and G."""
+
+        def denoise(x, sigma, label):
+            known = self.denoise(x, sigma, label)
+            over_pixels = sigma[:, None, None, None]
+            seen = jnp.concatenate([kind.c_in(over_pixels) * x, known / SIGMA_DATA], axis=-1)
+            return known + kind.c_out(over_pixels) * network(seen, kind.c_noise(sigma), label)
+
+        return denoise
+
+
+def of_moments(moments: ClassMoments, frequencies: Frequencies) -> Around:
+    """Make the distributions of images from class moments; "no class" has mean and covariance of all.
+
+    Every class counts equally there, as in pre-training.
+    """
+    # An image is linear in its frequencies, but for what is cut to [0, 1].
+    synthesis = frequencies.synthesis
+    basis, triangle = np.linalg.qr(synthesis)
+    factors = 2 * triangle @ moments.factors.astype(np.float64)
+    covariances = factors @ factors.transpose(0, 2, 1)
+    means = 2 * moments.means.astype(np.float64) @ synthesis.T - 1
+    away = 2 * (moments.means - moments.means.mean(0)).astype(np.float64) @ triangle.T
+    covariances = np.concatenate([covariances, (covariances.mean(0) + away.T @ away / len(away))[None]])
+    values, vectors = np.linalg.eigh(covariances)
+    return Around(
+        means=np.concatenate([means, means.mean(0)[None]]).astype(np.float32),
+        basis=basis.astype(np.float32),
+        vectors=vectors.astype(np.float32),
+        values=(np.maximum(values, 0) + REST).astype(np.float32),
+    )
+
+
+def stand_in(*, classes: int, pixels: int, size: int) -> Around:
+    """Return distributions of the right shapes that nothing was asked for: for measuring speed and memory."""
+    return Around(
+        means=np.zeros((classes + 1, pixels), np.float32),
+        basis=np.eye(pixels, size, dtype=np.float32),
+        vectors=np.tile(np.eye(size, dtype=np.float32), (classes + 1, 1, 1)),
+        values=np.ones((classes + 1, size), np.float32),
+    )

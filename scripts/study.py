@@ -98,6 +98,7 @@ ROWS: dict[str, Callable[[ConfigDict], dict[str, Any]]] = {
         'query.pixel_center': 0.0,
     },
     'moments': _moments,
+    'around moments': lambda config: {**_moments(config), 'model.around': 'moments'},
     'frequency': _frequency,
     'mean → moments': lambda config: _after_mean(config, _moments(config)),
     'mean → frequency': lambda config: _after_mean(config, _frequency(config)),

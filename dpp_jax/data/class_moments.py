@@ -6,6 +6,8 @@ import numpy as np
 
 from dpp_jax.data.frequencies import Frequencies
 
+_LEAST = 1e-4  # 0.01² of a pixel in [0, 1]
+
 
 class ClassMoments(NamedTuple):
     """Mean and covariance of the frequencies of each class.
@@ -13,10 +15,12 @@ class ClassMoments(NamedTuple):
     Attributes:
         means: (classes, k) float32.
         factors: (classes, k, k) float32; the covariance is factor factorᵀ.
+        rest: () float32, the variance along a direction that a covariance leaves out, in the mean over all.
     """
 
     means: np.ndarray
     factors: np.ndarray
+    rest: np.ndarray
 
     def draw(self, frequencies: Frequencies, labels: np.ndarray, key: int, number: int) -> np.ndarray:
         """Draw one image for each label, (n, H, W, C) uint8.
@@ -65,10 +69,25 @@ def fit(
     edges = edge(second_noise, size)[:, None]
     above = np.maximum(np.square(values) - np.square(edges), 0)
     kept = np.where(values > edges, (values + np.sqrt(above)) / 2, 0)
-    return ClassMoments(
-        means=(centers + shifts).astype(np.float32),
-        factors=(vectors * np.sqrt(kept)[:, None, :]).astype(np.float32),
-    )
+    means = (centers + shifts).astype(np.float32)
+    factors = (vectors * np.sqrt(kept)[:, None, :]).astype(np.float32)
+    return ClassMoments(means=means, factors=factors, rest=left_out(means - centers, seconds, factors))
+
+
+def left_out(shifts: np.ndarray, seconds: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Estimate the variance along a direction that covariances leave out, () float32, at least 1e-4.
+
+    Noise hides these eigenvalues one by one, and hardly their sum: the noise in a trace is that of k numbers.
+
+    Args:
+        shifts: (classes, k), means minus centers.
+        seconds: (classes, k, k), noisy second moments around the centers.
+        factors: (classes, k, k) of the covariances.
+    """
+    traces = np.einsum('cii->c', seconds) - np.sum(np.square(shifts), axis=1)
+    directions = factors.shape[1] - np.any(factors != 0, axis=1).sum(axis=1)
+    left = np.sum(traces - np.sum(np.square(factors), axis=(1, 2)))
+    return np.float32(max(left / max(directions.sum(), 1), _LEAST))
 
 
 def edge(second_noise: np.ndarray | float, size: int) -> np.ndarray | float:

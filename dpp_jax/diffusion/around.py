@@ -4,7 +4,8 @@ D(x; σ, y) = G(x; σ, y) + c_out(σ) F([c_in(σ) x, G / σ_data]; c_noise(σ), 
 
     G(x; σ, y) = m + f/(f + σ²) (x - m) + Q V diag(λ/(λ + σ²) - f/(f + σ²)) Vᵀ Qᵀ (x - m)
 
-is the best linear denoiser of a class with mean m and covariance Q V diag(λ - f) Vᵀ Qᵀ + f I: for normal
+is the best linear denoiser of a class with mean m and covariance Q V diag(λ - f) Vᵀ Qᵀ + f I, where f is the
+variance that the moments leave out (`ClassMoments.rest`), taken to be the same in all directions: for normal
 images it is E[x₀ | x]. It has the released class moments in the place of N(0, σ_data²), whose best denoiser
 is EDM's c_skip x (Karras et al. 2022, appendix B.6). At high noise, where the class of an image is decided,
 little is left for the network. The network sees G beside the noised image.
@@ -22,9 +23,6 @@ from dpp_jax.data.class_moments import ClassMoments
 from dpp_jax.data.frequencies import Frequencies
 from dpp_jax.diffusion.denoiser import SIGMA_DATA, Denoise, Kind, Network
 
-# Variance of a value in [-1, 1] that the moments do not tell (f): eigenvalues below the noise's edge, and
-# frequencies that nobody asked for. Public; not tuned.
-REST = 0.02
 _EXACT = jax.lax.Precision.HIGHEST  # an accelerator's short products would be an error in every image
 
 
@@ -36,12 +34,14 @@ class Around(NamedTuple):
         basis: (d, r) float32, Q: orthonormal columns.
         vectors: (classes + 1, r, r) float32, V: orthonormal columns.
         values: (classes + 1, r) float32, λ ≥ f, the variances along the columns of Q V.
+        rest: () float32, f.
     """
 
     means: np.ndarray
     basis: np.ndarray
     vectors: np.ndarray
     values: np.ndarray
+    rest: np.ndarray
 
     def denoise(self, x: jax.Array, sigma: jax.Array, label: jax.Array) -> jax.Array:
         """Return G(x; σ, y): x (n, H, W, C), sigma (n,), label (n,) → (n, H, W, C) float32."""
@@ -50,7 +50,7 @@ class Around(NamedTuple):
         away = x.reshape(len(x), -1).astype(jnp.float32) - mean
         inside = jnp.matmul(away, self.basis, precision=_EXACT)
         along = jnp.einsum('nij,ni->nj', vectors, inside, precision=_EXACT)
-        rest = REST / (REST + noise)
+        rest = self.rest / (self.rest + noise)
         along = along * (values / (values + noise) - rest)
         inside = jnp.einsum('nij,nj->ni', vectors, along, precision=_EXACT)
         found = mean + rest * away + jnp.matmul(inside, jnp.transpose(self.basis), precision=_EXACT)
@@ -82,11 +82,13 @@ def of_moments(moments: ClassMoments, frequencies: Frequencies) -> Around:
     away = 2 * (moments.means - moments.means.mean(0)).astype(np.float64) @ triangle.T
     covariances = np.concatenate([covariances, (covariances.mean(0) + away.T @ away / len(away))[None]])
     values, vectors = np.linalg.eigh(covariances)
+    rest = np.float32(4 * moments.rest)
     return Around(
         means=np.concatenate([means, means.mean(0)[None]]).astype(np.float32),
         basis=basis.astype(np.float32),
         vectors=vectors.astype(np.float32),
-        values=(np.maximum(values, 0) + REST).astype(np.float32),
+        values=(np.maximum(values, 0) + rest).astype(np.float32),
+        rest=rest,
     )
 
 
@@ -97,4 +99,5 @@ def stand_in(*, classes: int, pixels: int, size: int) -> Around:
         basis=np.eye(pixels, size, dtype=np.float32),
         vectors=np.tile(np.eye(size, dtype=np.float32), (classes + 1, 1, 1)),
         values=np.ones((classes + 1, size), np.float32),
+        rest=np.float32(0.1),
     )

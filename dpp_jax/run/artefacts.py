@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dpp_jax import files
+from dpp_jax.data import class_moments
 from dpp_jax.data.class_moments import ClassMoments
 from dpp_jax.diffusion.model import Model
 from dpp_jax.run import digests
@@ -141,7 +142,9 @@ def moments(workdir: WorkDir) -> ClassMoments:
     """
     found = _unchecked_moments(workdir)
     digests.check(workdir, 'moments.npz', all_arrays(found))
-    return ClassMoments(means=found['means'], factors=found['factors'])
+    shifts = found['means'] - found['centers']
+    rest = class_moments.left_out(shifts, found['seconds'], found['factors'])
+    return ClassMoments(means=found['means'], factors=found['factors'], rest=rest)
 
 
 def _unchecked_moments(workdir: WorkDir) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from dpp_jax.data.class_moments import ClassMoments
 from dpp_jax.data.frequencies import Frequencies
 
 K = 40
+REST = np.float32(0.01)  # no image is drawn with it
 
 
 def symmetric_noise(rng, classes=1):
@@ -56,6 +57,14 @@ def test_the_error_falls_with_the_noise():
     assert errors[0] < 0.5 * np.linalg.norm(0.05 * noise)  # what is cut off was noise
 
 
+def test_the_variance_that_noise_hides_is_known_all_the_same():
+    rng = np.random.default_rng(4)
+    true = np.diag([1.0, 0.5, *np.full(K - 2, 0.01)])
+    found = fitted(true + 0.02 * symmetric_noise(rng, 20), 0.02)
+    assert np.any(found.factors != 0, axis=1).sum(axis=1).mean() < 4  # 0.01 is far below the edge, 0.25
+    np.testing.assert_allclose(found.rest, 0.01, rtol=0.15)
+
+
 def test_a_shift_is_shrunk_where_it_is_noise_and_leaves_the_second_moment():
     rng = np.random.default_rng(3)
     noise = 0.1 * rng.standard_normal(K)
@@ -73,7 +82,7 @@ def test_images_have_the_mean_and_covariance_of_their_class_and_batches_are_thei
     frequencies = Frequencies(image_shape=(4, 4, 1), average_down=1, count=6)
     rng = np.random.default_rng(4)
     means = frequencies.coefficients(rng.integers(110, 140, (2, 4, 4, 1), np.uint8))
-    moments = ClassMoments(means, np.float32(0.02 * rng.standard_normal((2, 6, 6))))
+    moments = ClassMoments(means, np.float32(0.02 * rng.standard_normal((2, 6, 6))), REST)
     labels = np.arange(20_000) % 2
     images = moments.draw(frequencies, labels, 7, 0)
     assert images.shape == (20_000, 4, 4, 1) and images.dtype == np.uint8
@@ -88,7 +97,7 @@ def test_images_have_the_mean_and_covariance_of_their_class_and_batches_are_thei
 
 def test_what_leaves_the_gray_range_is_cut():
     frequencies = Frequencies(image_shape=(4, 4, 1), average_down=2, count=1)
-    bright = ClassMoments(np.full((1, 1), 9.0, np.float32), np.zeros((1, 1, 1), np.float32))
+    bright = ClassMoments(np.full((1, 1), 9.0, np.float32), np.zeros((1, 1, 1), np.float32), REST)
     dark = bright._replace(means=-bright.means)
     assert (bright.draw(frequencies, np.zeros(3, int), 1, 0) == 255).all()
     assert (dark.draw(frequencies, np.zeros(3, int), 1, 0) == 0).all()

@@ -11,7 +11,7 @@ from dpp_jax.data.frequencies import Frequencies
 from dpp_jax.diffusion import around
 from tests.conftest import make_tiny_config
 
-CLASSES, SIDE = 3, 8
+CLASSES, SIDE, REST = 3, 8, 0.005
 
 
 @pytest.fixture(scope='module', params=[(64, 1), (20, 1), (9, 2)])
@@ -24,9 +24,8 @@ def frequencies(request):
 def moments(frequencies):
     rng, k = np.random.default_rng(0), frequencies.count
     factors = rng.normal(size=(CLASSES, k, k)) / k
-    return ClassMoments(
-        means=rng.normal(size=(CLASSES, k)).astype(np.float32), factors=factors.astype(np.float32)
-    )
+    means = rng.normal(size=(CLASSES, k))
+    return ClassMoments(means.astype(np.float32), factors.astype(np.float32), np.float32(REST))
 
 
 def covariance_of_images(moments, frequencies, label):
@@ -41,7 +40,7 @@ def test_it_is_the_best_linear_denoiser_of_each_class(moments, frequencies, sigm
     x = np.random.default_rng(1).normal(size=(CLASSES, SIDE, SIDE, 1)).astype(np.float32)
     denoised = found.denoise(x, np.full(CLASSES, sigma, np.float32), np.arange(CLASSES))
     for label in range(CLASSES):
-        own = covariance_of_images(moments, frequencies, label) + around.REST * np.eye(SIDE**2)
+        own = covariance_of_images(moments, frequencies, label) + 4 * REST * np.eye(SIDE**2)
         mean = 2 * frequencies.synthesis @ moments.means[label] - 1
         wanted = mean + own @ np.linalg.solve(own + sigma**2 * np.eye(SIDE**2), x[label].ravel() - mean)
         np.testing.assert_allclose(denoised[label].ravel(), wanted, rtol=2e-4, atol=2e-4)
@@ -55,7 +54,7 @@ def test_no_class_has_mean_and_covariance_of_all_classes(moments, frequencies):
     drawn = moments.means[labels] + (moments.factors[labels] @ normal)[..., 0]
     images = 2 * drawn @ frequencies.synthesis.T - 1
     scaled = found.basis @ found.vectors[-1]
-    covariance = scaled @ np.diag(found.values[-1] - around.REST) @ scaled.T
+    covariance = scaled @ np.diag(found.values[-1] - 4 * REST) @ scaled.T
     np.testing.assert_allclose(found.means[-1], images.mean(0), atol=0.1)
     np.testing.assert_allclose(covariance, np.cov(images.T), atol=0.06 * np.abs(covariance).max())
 

@@ -96,7 +96,8 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     query.post_process = True  # median filter, and sharpening of gray images
 
     # Also, after the central images and around them: per class the noisy mean and second moment of the lowest
-    # frequencies of a cosine transform, of which images are drawn (pretrain.moments_steps).
+    # frequencies of a cosine transform, of which images are drawn (pretrain.moments_steps,
+    # generate.moments_share).
     config.moments = moments = ConfigDict()
     moments.enabled = False  # needs pretrain.enabled
     moments.noise_multiplier = 10.0  # as of query
@@ -204,6 +205,9 @@ def get_config(epsilon: str = '10') -> ConfigDict:
     # proportion to the noisy counts that the query released; needs query.class_counts = 'noisy').
     generate.class_counts = 'balanced'
     generate.class_shares = ()  # with shares: a number > 0 for each class; public
+    # Share of the images of each class, in [0, 1), that are drawn from the class moments in place of the
+    # diffusion model: classifiers may gain. Needs moments.enabled. In images.npz, `source` is 1 for them.
+    generate.moments_share = 0.0
     generate.batch_size = 500  # images per device at once
     generate.sampler = sampler()  # of the images for FID
     # The paper tunes a second sampler for the images that train the classifiers.

@@ -166,7 +166,7 @@ class Released:
         sampler: str | Mapping[str, Any] | None = None,
         seed: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw images.
+        """Draw images from the diffusion model, also where the run has others too (`generate.moments_share`).
 
         Args:
             n: how many images, at least 1.

@@ -288,7 +288,8 @@ class Run(RealImages):
             self.workdir.pretrain_again(flatten(self.config.to_dict()), self.changed)
         self.workdir.record(flatten(self.config.to_dict()))
         plan_lib.save(self.workdir.plan, self.plan)
-        artefacts.check_inputs(self.workdir, self.model.shapes(), todo)
+        draws = bool(self.config.generate.moments_share)
+        artefacts.check_inputs(self.workdir, self.model.shapes(), todo, draws_moments=draws)
         artefacts.write_parameters(self.workdir, self.model)
 
     def _check(self, todo: list[str]) -> None:
@@ -385,6 +386,7 @@ class Run(RealImages):
             class_names=build.class_names(self.config),
             last_step=self.plan.budget.count(DP_SGD),
             privacy=privacy,
+            drawing=build.drawings(self.config).get(MOMENTS),
         )
 
     def evaluate(self) -> None:

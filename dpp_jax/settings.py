@@ -296,6 +296,7 @@ def _table() -> dict[str, _Rule]:
         'generate.images': _COUNT,
         'generate.class_counts': _name_in(('balanced', 'shares', 'query')),
         'generate.class_shares': _sequence(_POSITIVE, 'finite numbers > 0, one for each class'),
+        'generate.moments_share': _SHARE,
         'generate.batch_size': _COUNT,
         **_sampler('generate.sampler', known['sampler']),
         'generate.separate_classifier_images': _SWITCH,
@@ -590,6 +591,25 @@ _RELATIONS = (
             "'balanced' or 'shares': no query releases counts here (that takes pretrain.enabled = True, "
             "query.kind = 'mean', query.class_counts = 'noisy' and imported.path = '')"
         ),
+    ),
+    # With a checkpoint or without pre-training, moments.enabled must be False: that is told with this.
+    _Relation(
+        'generate.moments_share',
+        ('imported.path',),
+        lambda share, path: share == 0 or not path,
+        lambda _: '0, because imported.path has a model that was trained without class moments',
+    ),
+    _Relation(
+        'generate.moments_share',
+        ('pretrain.enabled',),
+        lambda share, has_query: share == 0 or has_query,
+        lambda _: '0, because pretrain.enabled is False: no query asks for class moments',
+    ),
+    _Relation(
+        'generate.moments_share',
+        ('moments.enabled',),
+        lambda share, asked: share == 0 or asked,
+        lambda _: '0, because moments.enabled is False: there are no class moments to draw images from',
     ),
     _Relation(
         'evaluate.selection',

@@ -189,6 +189,17 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting():
             {'pretrain__frequency_steps': 3},
             'config.pretrain.frequency_steps is 3; it must be 0, because frequency.enabled is False',
         ),
+        ({'generate__moments_share': 1.0}, r'config.generate.moments_share is 1.0; .* a number in \[0, 1\)'),
+        ({'generate__moments_share': -0.1}, 'config.generate.moments_share is -0.1; it must be a number in'),
+        (
+            {'generate__moments_share': 0.3},
+            'config.generate.moments_share is 0.3; it must be 0, because moments.enabled is False',
+        ),
+        (
+            {'generate__moments_share': 0.3, 'moments__enabled': True, 'pretrain__enabled': False},
+            '(?s)moments.enabled is True.*\nconfig.generate.moments_share is 0.3; it must be 0, because '
+            'pretrain.enabled is False',
+        ),
         ({'data__source': 'digitz'}, "data.source is 'digitz'; it must be 'digits' or 'folder:<path>'"),
         ({'data__source': 'tfds:'}, "data.source is 'tfds:'"),
         ({'data__source': 'digits:'}, "data.source is 'digits:'"),

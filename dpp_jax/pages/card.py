@@ -12,12 +12,12 @@ from dpp_jax.run import artefacts, statement_text
 from dpp_jax.run.folder import RELEASE_NOTE, WorkDir
 
 
-def in_short(name: str, count: int, privacy: dict[str, Any]) -> str:
+def in_short(name: str, data: dict[str, np.ndarray], privacy: dict[str, Any]) -> str:
     """Return the claim in a few sentences of plain text.
 
     Args:
         name: of the run.
-        count: number of images.
+        data: the images, as of `artefacts.SyntheticImages.load`.
         privacy: the statement, see `run.statement`.
     """
     epsilon, delta = accounting.format_epsilon(privacy['epsilon']), accounting.format_exact(privacy['delta'])
@@ -26,7 +26,7 @@ def in_short(name: str, count: int, privacy: dict[str, Any]) -> str:
         ', if what the owner of the imported checkpoint declares is true' if privacy['declared'] else ''
     )
     return (
-        f'{holds}{count:,} synthetic images ({name}), drawn from a diffusion model that was trained under '
+        f'{holds}{len(data["images"]):,} synthetic images ({name}), {settings_text.drawn_from(data)} under '
         f'(ε = {epsilon}, δ = {delta})-differential privacy{condition}. '
         f'Unit of privacy: {privacy["unit_of_privacy"]}; {privacy["neighboring_relation"]}.'
     )
@@ -57,7 +57,7 @@ def _text(
     lines = [
         f'# {settings["name"]}: synthetic images',
         '',
-        in_short(settings['name'], len(pixels), privacy),
+        in_short(settings['name'], data, privacy),
         '',
         'The whole statement, with what is covered and what is assumed: `privacy_statement.md`. What it is '
         'computed from: `ledger.jsonl`. Everything at a glance: `report.html`.',
@@ -84,7 +84,7 @@ def _text(
         '## How to load them',
         '',
     ]
-    for title, program in loading.snippets(images, 'class_names' in data):
+    for title, program in loading.snippets(images, data):
         lines += [f'{title}:', '', '```python', program.strip(), '```', '']
     lines += [
         '## What they are not',

@@ -1,19 +1,24 @@
 """How the images of a run are loaded: the lines that the page and the card show."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from dpp_jax import files
 from dpp_jax.run import artefacts
 
 
-def snippets(images: artefacts.SyntheticImages, has_names: bool) -> list[tuple[str, str]]:
+def snippets(images: artefacts.SyntheticImages, arrays: Collection[str]) -> list[tuple[str, str]]:
     """Return (title, lines of Python) for each form that is there, with paths as seen beside release/.
 
     Args:
         images: of the run.
-        has_names: whether the npz file has names of classes; that of an earlier version does not.
+        arrays: names of what the npz file holds; that of an earlier version has no names of classes.
     """
-    names = "names = data['class_names']\n" if has_names else ''
+    names = "names = data['class_names']\n" if 'class_names' in arrays else ''
+    if 'source' in arrays:
+        names += (
+            "source = data['source']  # uint8 (n,): 0 = drawn from the model, 1 = from the class moments\n"
+        )
     found = [
         (
             'NumPy',

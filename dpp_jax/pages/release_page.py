@@ -88,6 +88,7 @@ def add_images(
         'Synthetic images',
         page.paragraph(
             f'The first of each class, of {len(pixels):,} in all: not chosen by anybody. {_per_class(counts)}'
+            + _of_moments(data)
         ),
         images_by_class(made, pixels, labels, class_names, columns_of(len(class_names), pixels.shape[2])),
     )
@@ -128,6 +129,16 @@ def _per_class(counts: np.ndarray) -> str:
     if least == most:
         return f'{most:,} of each class.'
     return f'Between {least:,} and {most:,} of a class.'
+
+
+def _of_moments(data: dict[str, np.ndarray]) -> str:
+    """Say how many images do not come from the model, if any do not."""
+    if 'source' not in data:
+        return ''
+    return (
+        f' {int(data["source"].sum()):,} of all are drawn from the class moments, the others from the '
+        'diffusion model.'
+    )
 
 
 def _add_central(made: page.Page, central: dict[str, np.ndarray], class_names: Sequence[str]) -> None:
@@ -194,10 +205,9 @@ def add_settings(
     made: page.Page, workdir: WorkDir, settings: dict[str, Any], images: artefacts.SyntheticImages
 ) -> None:
     """Add how to load the images, and the settings."""
-    has_names = 'class_names' in images.load(images.paths['images'])
     parts = [
         f'<h3>{page.inline(title)}</h3>{page.code(lines)}'
-        for title, lines in loading.snippets(images, has_names)
+        for title, lines in loading.snippets(images, images.load(images.paths['images']))
     ]
     made.add('Load the images', *parts)
     changed, same = settings_text.compared(settings)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from dpp_jax import files
 from dpp_jax.configs import default
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS
@@ -61,6 +63,21 @@ def of_import(settings: dict[str, Any]) -> list[str]:
     ]
 
 
+def drawn_from(data: dict[str, np.ndarray]) -> str:
+    """Say what images are drawn from, in words before "under" or "with differential privacy".
+
+    Args:
+        data: as of `artefacts.SyntheticImages.load`.
+    """
+    if 'source' not in data:
+        return 'drawn from a diffusion model that was trained'
+    of_moments, total = int(data['source'].sum()), len(data['source'])
+    return (
+        f'{total - of_moments:,} drawn from a diffusion model and {of_moments:,} from class moments (a '
+        'normal distribution for each class), both made'
+    )
+
+
 def how_made(settings: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
     """Say in a few lines how the images came to be.
 
@@ -107,4 +124,10 @@ def how_made(settings: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
         f'Sampling from the averaged weights ({settings["generate.sampler.name"]}, '
         f'{settings["generate.sampler.steps"]} steps).'
     )
+    share = settings.get('generate.moments_share', 0)
+    if share:
+        lines.append(
+            f'In place of {100 * share:.4g} % of the images of each class: images drawn from the class '
+            'moments, which costs no further privacy. `source` in `images.npz` is 1 for them, else 0.'
+        )
     return lines

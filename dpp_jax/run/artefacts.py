@@ -33,6 +33,7 @@ _CLASSIFIER_IMAGES = 'classifier_images'
 _NEW_OF_IMAGES = {
     'generate.class_counts': 'balanced',
     'generate.class_shares': [],
+    'generate.moments_share': 0.0,
     'generate.sampler.guidance_min': 0.0,
     'generate.sampler.guidance_max': 1000.0,
     'generate.classifier_sampler.guidance_min': 0.0,
@@ -221,8 +222,16 @@ def imported_step(workdir: WorkDir) -> int:
     return files.read_json(workdir.imported, advice, {'step': int})['step']
 
 
-def check_inputs(workdir: WorkDir, shapes: PyTree, stages: Collection[str]) -> None:
+def check_inputs(
+    workdir: WorkDir, shapes: PyTree, stages: Collection[str], *, draws_moments: bool = False
+) -> None:
     """Check what is there and will be read by these stages, before any of them runs.
+
+    Args:
+        workdir: to look into.
+        shapes: of the network's parameters.
+        stages: that will run.
+        draws_moments: whether `generate` also draws images from the class moments.
 
     Raises:
         ValueError: it is damaged, or not what this run released.
@@ -231,7 +240,8 @@ def check_inputs(workdir: WorkDir, shapes: PyTree, stages: Collection[str]) -> N
         digests.begin(workdir, dict(_released(workdir, shapes)))
     if 'pretrain' in stages and workdir.central_images.exists():
         central_images(workdir)
-    if 'pretrain' in stages and workdir.moments.exists():
+    reads_moments = 'pretrain' in stages or (draws_moments and 'generate' in stages)
+    if reads_moments and workdir.moments.exists():
         moments(workdir)
     if 'pretrain' in stages and workdir.frequency.exists():
         frequency(workdir)
@@ -443,7 +453,11 @@ class SyntheticImages:
             files.write_json(self._settings_file, self.settings)
 
     def load(self, path: Path) -> dict[str, np.ndarray]:
-        """Load `images` (n, H, W, C) uint8 and `labels` (n,) of one of `paths`; and `class_names`, if new."""
+        """Load `images` (n, H, W, C) uint8 and `labels` (n,) of one of `paths`; and `class_names`, if new.
+
+        With `generate.moments_share` also `source` (n,) uint8: 0 = drawn from the model, 1 = from the class
+        moments.
+        """
         return files.read_npz(path, 'Run --stage=generate to replace the file')
 
     def identity(self) -> dict[str, list[int]] | None:

@@ -50,12 +50,12 @@ class MomentsQuestion:
     Attributes:
         query: what is asked.
         images_per_class: a public number.
-        steps: of pre-training, on images drawn from them.
+        is_used: whether the model, its pre-training or the synthetic images depend on them.
     """
 
     query: MomentsQuery
     images_per_class: float
-    steps: int
+    is_used: bool
 
     @property
     def most(self) -> float:
@@ -203,7 +203,7 @@ def _moments(budget: Budget, question: MomentsQuestion | None) -> str | None:
     releases = budget.of(MOMENTS)
     if releases is None:
         return None
-    if not question.steps:
+    if not question.is_used:
         return _unused(budget, MOMENTS)
     share = question.edge(releases) / question.most
     if share <= _MOST_EDGE:

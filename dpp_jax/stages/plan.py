@@ -139,12 +139,18 @@ def text(config: ConfigDict, plan: Plan) -> str:
         f'network        {plan.parameters:,} parameters, denoiser {config.model.denoiser}',
         *_trainings(config, plan),
         f'generation     {config.generate.images:,} images, {config.generate.sampler.name} '
-        f'with {config.generate.sampler.steps} steps',
+        f'with {config.generate.sampler.steps} steps{_moments_share(config)}',
         *_moments(config, plan),
         *_frequency(config, plan),
         *_selection(plan),
     ]
     return '\n'.join(lines)
+
+
+def _moments_share(config: ConfigDict) -> str:
+    """Say how many of the images do not come from the model, if any do not."""
+    share = config.generate.moments_share
+    return f'; in place of {100 * share:.4g} %, images drawn from the class moments' if share else ''
 
 
 def _moments(config: ConfigDict, plan: Plan) -> list[str]:
@@ -172,9 +178,9 @@ def _moments_question(config: ConfigDict, plan: Plan) -> warnings.MomentsQuestio
         images_per_group=plan.unit.images_per_group,
     )
     per_class = plan.unit.used_images / classes
-    return warnings.MomentsQuestion(
-        query=query, images_per_class=per_class, steps=config.pretrain.moments_steps
-    )
+    steps, share = config.pretrain.moments_steps, config.generate.moments_share
+    is_used = bool(steps or share or config.model.around == MOMENTS)
+    return warnings.MomentsQuestion(query=query, images_per_class=per_class, is_used=is_used)
 
 
 def _frequency(config: ConfigDict, plan: Plan) -> list[str]:
@@ -348,8 +354,9 @@ def _time(
     chosen = [settings.sampler]
     if settings.separate_classifier_images:
         chosen.append(settings.classifier_sampler)
+    sampled = math.ceil(settings.images * (1 - settings.moments_share))
     evaluations = sum(
-        hours.evaluations(settings.images, steps=s.steps, name=s.name, guidance=s.guidance) for s in chosen
+        hours.evaluations(sampled, steps=s.steps, name=s.name, guidance=s.guidance) for s in chosen
     )
     rate *= devices.count() / len(devices.local())
     parts = {

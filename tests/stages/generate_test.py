@@ -1,5 +1,6 @@
-"""Parts that an interrupted run left; labels; forms in which images are written, each read back."""
+"""Parts that an interrupted run left; labels; images of class moments; forms of images, each read back."""
 
+import html
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from dpp_jax import files, pipeline, settings
+from dpp_jax import build, files, pipeline, settings
+from dpp_jax.data.class_moments import ClassMoments
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.stages import generate
-from dpp_jax.stages.generate import exports, sampling
+from dpp_jax.stages import plan as plan_stage
+from dpp_jax.stages.generate import exports, moments, sampling
 from dpp_jax.training.state import FlatParams
 
 
@@ -282,3 +285,156 @@ def test_snapshots_are_shown_change_no_weight_and_are_deleted(copied_run, tiny_m
     assert more['steps'].tolist() == [0, 2, 7, 23]
     np.testing.assert_array_equal(more['images'][[0, 2, 3]], found['images'])
     assert not workdir.snapshots.exists()
+
+
+@pytest.mark.parametrize('share', [0.0, 0.01, 0.1, 0.25, 0.29, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize('shares', [[1, 1, 1], [50, 10, 1], [1]])
+def test_every_class_has_the_share_of_moments_images_from_its_beginning_on(share, shares):
+    labels = sampling.labels_by_share(301, sampling.with_two_of_each(np.array(shares, float), 301))
+    chosen = moments.places(labels, len(shares), share)
+    assert chosen.shape == (301,) and chosen.dtype == bool
+    for label in range(len(shares)):
+        of_class = chosen[labels == label]
+        images = np.arange(1, len(of_class) + 1)
+        wanted = np.minimum(np.floor(images * share + 0.5), images - 1)  # one of the model is always there
+        np.testing.assert_array_equal(np.cumsum(of_class), wanted)
+
+
+def test_a_moments_image_keeps_its_pixels_whatever_else_is_drawn(tiny_config):
+    config = tiny_config(moments__enabled=True, moments__frequencies=10)
+    rng = np.random.default_rng(0)
+    answer = ClassMoments(np.float32(rng.random((3, 10))), np.float32(0.1 * rng.standard_normal((3, 10, 10))))
+    draw = lambda *batch: answer.draw(build.frequencies(config), *batch)
+
+    def filled(labels, key=7):
+        chosen = moments.places(labels, 3, 0.75)
+        images = np.full(((~chosen).sum(), 8, 8, 1), 99, np.uint8)
+        found = moments.fill(images, chosen, labels, draw, key)
+        assert (found[~chosen] == 99).all()
+        return [found[chosen & (labels == label)] for label in range(3)]
+
+    many, few, one = filled(np.arange(600) % 3), filled(np.arange(90) % 3), filled(np.full(100, 2))
+    assert len({image.tobytes() for images in many for image in images}) == 450
+    for label in range(3):
+        np.testing.assert_array_equal(many[label][: len(few[label])], few[label])
+    np.testing.assert_array_equal(many[2][: len(one[2])], one[2])
+    assert (filled(np.arange(90) % 3, key=8)[0] != few[0]).any()
+
+
+@pytest.fixture(scope='module')
+def trained(quick_config, tmp_path_factory):
+    """Config and folder of a run with class moments, of which no training draws; fine-tuned."""
+    config = quick_config(moments__enabled=True, moments__frequencies=10, moments__clip_norm=1.0)
+    config.moments.noise_multiplier = 2.0
+    root = tmp_path_factory.mktemp('trained')
+    for stage in ('central', 'pretrain', 'finetune'):
+        pipeline.run(config, root, stage)
+    return config, root
+
+
+@pytest.fixture
+def generated(trained, tmp_path):
+    """A function: name, settings of generation → config, and the work directory after it."""
+    config, root = trained
+
+    def generate(name, **changes):
+        shutil.copytree(root, tmp_path / name)
+        changed = config.copy_and_resolve_references()
+        changed.generate.update(changes)
+        pipeline.run(changed, tmp_path / name, 'generate')
+        return changed, WorkDir(tmp_path / name)
+
+    return generate
+
+
+def arrays_of(workdir, name='images'):
+    return files.read_npz(workdir.synthetic / f'{name}.npz', '')
+
+
+def test_a_share_of_the_images_comes_from_the_class_moments_and_the_others_are_what_they_were(generated):
+    plain, of_moments = generated('plain')[1], generated('moments', moments_share=0.25)[1]
+    before, found = arrays_of(plain), arrays_of(of_moments)
+    assert 'source' not in before and 'generate/moments' not in plain.keys.read_text()
+    source = found['source']
+    assert source.dtype == np.uint8 and source.sum() == 10
+    assert np.bincount(found['labels'][source == 1]).tolist() == [1] * 10
+    np.testing.assert_array_equal(found['labels'], before['labels'])
+    model = source == 0
+    # But for rounding: other images are sampled with them.
+    assert np.abs(found['images'][model].astype(int) - before['images'][model]).max() <= 1
+    pixels = np.abs(found['images'][~model].astype(int) - before['images'][~model])
+    assert pixels.max(axis=(1, 2, 3)).min() > 1
+
+    for page in (of_moments.card, of_moments.release_page):
+        text = page.read_text(encoding='utf-8')
+        assert '25 % of the images of each class' in text and "data['source']" in html.unescape(text)
+    assert '10 of all are drawn from the class moments' in of_moments.release_page.read_text(encoding='utf-8')
+    assert '30 drawn from a diffusion model and 10 from class' in of_moments.card.read_text(encoding='utf-8')
+    for page in (plain.card, plain.release_page):
+        assert 'of the images of each class' not in page.read_text(encoding='utf-8')
+
+
+def test_neither_a_restart_nor_the_batch_size_changes_moments_images(generated, monkeypatch):
+    """The run ends between sampling and drawing, and goes on with other batches."""
+    config, whole = generated('whole', moments_share=0.5, separate_classifier_images=True)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(ClassMoments, 'draw', stop)
+        generated('stopped', moments_share=0.5, separate_classifier_images=True, batch_size=1)
+    stopped = WorkDir(whole.root.parent / 'stopped')
+    assert len(files.names(stopped.synthetic / '.parts_images')) == 3  # of 20 images on 8 devices
+    assert not (stopped.synthetic / 'images.npz').exists()
+    pipeline.run(config, stopped.root, 'generate')
+    sets = [arrays_of(whole, name) for name in ('images', 'classifier_images')]
+    for name, expected in zip(('images', 'classifier_images'), sets):
+        found = arrays_of(stopped, name)
+        drawn = expected['source'] == 1
+        assert drawn.sum() == 20
+        np.testing.assert_array_equal(found['source'], expected['source'])
+        np.testing.assert_array_equal(found['images'][drawn], expected['images'][drawn])
+        assert np.abs(found['images'].astype(int) - expected['images']).max() <= 1
+    drawn = sets[0]['source'] == 1
+    assert (sets[0]['images'][drawn] != sets[1]['images'][drawn]).any(axis=(1, 2, 3)).all()
+
+
+def test_another_share_never_replaces_images_and_damaged_moments_are_refused(generated):
+    config, workdir = generated('run', moments_share=0.25)
+    config.generate.moments_share = 0.5
+    with pytest.raises(ValueError, match=r'(?s)belongs to other settings:.*config.generate.moments_share'):
+        pipeline.run(config, workdir.root, 'generate')
+    shutil.rmtree(workdir.synthetic)
+    answer = dict(np.load(workdir.moments))
+    np.savez(workdir.moments, **answer | {'means': 2 * answer['means']})
+    with pytest.raises(ValueError, match='moments.npz is not what this run released'):
+        pipeline.run(config, workdir.root, 'generate')
+    assert not workdir.synthetic.exists()
+
+
+def test_images_of_an_earlier_version_have_no_share(generated):
+    config, workdir = generated('run')
+    recorded = files.read_json(workdir.synthetic / 'settings.json', '')
+    del recorded['generate.moments_share']
+    files.write_json(workdir.synthetic / 'settings.json', recorded)
+    before = (workdir.synthetic / 'images.npz').read_bytes()
+    pipeline.run(config, workdir.root, 'generate')
+    assert (workdir.synthetic / 'images.npz').read_bytes() == before
+
+
+def test_the_plan_tells_the_share_and_moments_are_then_used(quick_config, quick_model):
+    config = quick_config(moments__enabled=True, moments__frequencies=4, moments__noise_multiplier=0.5)
+    told = lambda: (
+        plan_stage.text(config, build.plan(config, quick_model)),
+        plan_stage.warnings_of(config, build.plan(config, quick_model)),
+    )
+    text, warnings = told()
+    assert 'in place of' not in text and any('moments_steps is 0' in warning for warning in warnings)
+    config.generate.moments_share = 0.3
+    text, warnings = told()
+    assert 'in place of 30 %, images drawn from the class moments' in text
+    assert not any('moments' in warning for warning in warnings)

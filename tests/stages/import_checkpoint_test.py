@@ -341,6 +341,11 @@ def test_a_checkpoint_of_another_network_and_a_missing_library_are_told(importin
             'no query releases counts here',
         ),
         (
+            {'generate__moments_share': 0.3, 'moments__enabled': True},
+            '(?s)moments.enabled is True; .*\nconfig.generate.moments_share is 0.3; it must be 0, because '
+            'imported.path has a model',
+        ),
+        (
             {
                 'dp__unit': 'group',
                 'dp__images_per_group': 2,

@@ -12,15 +12,17 @@ from dpp_jax import files
 from dpp_jax.data import image_grid
 from dpp_jax.diffusion.around import Around
 from dpp_jax.diffusion.model import Model
-from dpp_jax.pages import card, release_page
+from dpp_jax.pages import card, release_page, settings_text
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.run.sizes import Sizes
-from dpp_jax.stages.generate import exports, over_finetuning, sampling
+from dpp_jax.stages.generate import exports, moments, over_finetuning, sampling
 from dpp_jax.training import devices, hosts
 
 PICTURE_COLUMNS = 12
+# Keys of what is drawn from the class moments, by purpose of the images.
+_MOMENTS_KEYS = {'images': 'generate/moments', 'classifier_images': 'generate/classifier_moments'}
 # For programs that sample themselves.
 image_labels, sample_function = sampling.image_labels, sampling.sample_function
 sample_images = sampling.sample_images
@@ -39,8 +41,11 @@ def run(
     class_names: Sequence[str],
     last_step: int,
     privacy: dict[str, Any],
+    drawing: artefacts.Drawing | None = None,
 ) -> None:
     """Sample every set of images with the averaged weights of the fine-tuned model, and write the page.
+
+    With `generate.moments_share`, some images of every set are drawn from the class moments instead.
 
     Args:
         config: the settings.
@@ -54,11 +59,16 @@ def run(
         class_names: in the order of labels.
         last_step: of fine-tuning.
         privacy: the statement, see `run.statement`.
+        drawing: how images are drawn from the class moments; None: there are none.
     """
     settings = config.generate
     # First: it may refuse.
     labels = hosts.from_first(lambda: default_labels(config, workdir, settings.images))
-    numbers = sampling.image_numbers(labels, model.classes)
+    draw = None
+    if settings.moments_share:
+        draw = functools.partial(drawing.draw, hosts.from_first(lambda: drawing.load(workdir)))
+    of_moments = moments.places(labels, model.classes, settings.moments_share)
+    numbers = sampling.image_numbers(labels, model.classes)[~of_moments]
     weights = hosts.from_first(lambda: artefacts.weights(workdir, 'finetune', model.shapes())['ema_params'])
     params = devices.replicate((weights, told()))
     over_finetuning.run(
@@ -93,7 +103,9 @@ def run(
             title='generate' if name == 'images' else 'generate (2)',
         )
         show = functools.partial(over_finetuning.show, workdir, f'synthetic {name.replace("_", " ")}')
-        save = functools.partial(_save, path, pixels, labels, class_names, unfinished)
+        key = keys.of_part(_MOMENTS_KEYS[name]).order if draw else None
+        arrays = functools.partial(_arrays, pixels, labels, of_moments, draw, key)
+        save = functools.partial(_save, path, arrays, class_names, unfinished)
         hosts.at_first(lambda show=show, save=save: show({last_step: save()}))
     hosts.at_first(lambda: _export(config, workdir, images, class_names, privacy))
 
@@ -130,17 +142,37 @@ def default_labels(config: ConfigDict, workdir: WorkDir, total: int) -> np.ndarr
     return sampling.labels_by_share(total, sampling.with_two_of_each(shares, settings.images))
 
 
+def _arrays(
+    pixels: np.ndarray, labels: np.ndarray, of_moments: np.ndarray, draw: Callable | None, key: int | None
+) -> dict[str, np.ndarray]:
+    """Return what is written: images with labels and, if others are among the model's, where each comes from.
+
+    Args:
+        pixels: (m, H, W, C) uint8, of the model.
+        labels: (n,) integers, of all.
+        of_moments: (n,) bool, which images are drawn from the class moments.
+        draw: how, see `moments.fill`; None: none is.
+        key: 128 bits.
+    """
+    if draw is None:
+        return {'images': pixels, 'labels': labels}
+    images = moments.fill(pixels, of_moments, labels, draw, key)
+    return {'images': images, 'labels': labels, 'source': of_moments.astype(np.uint8)}
+
+
 def _save(
-    path: Path, pixels: np.ndarray, labels: np.ndarray, class_names: Sequence[str], unfinished: Path
+    path: Path, arrays: Callable[[], dict[str, np.ndarray]], class_names: Sequence[str], unfinished: Path
 ) -> np.ndarray:
     """Write images with labels and a picture; the parts that they were made of are not needed any more.
 
     Returns:
         The picture, uint8 (height, width, C).
     """
-    picture = image_grid.rows_by_class(pixels, labels, len(class_names), PICTURE_COLUMNS, class_names)
+    found = arrays()
+    shown = found['images'], found['labels'], len(class_names), PICTURE_COLUMNS, class_names
+    picture = image_grid.rows_by_class(*shown)
     files.write_bytes(path.with_suffix('.png'), image_grid.png(picture))
-    files.write_npz(path, images=pixels, labels=labels, class_names=np.array(class_names))
+    files.write_npz(path, **found, class_names=np.array(class_names))
     files.remove_folder(unfinished)
     return picture
 
@@ -159,9 +191,10 @@ def _export(
         exports.write_png_tree(images.png_tree, *arrays)
     if config.generate.tfds and not files.is_whole(images.tfds):
         # No ε: what is released later may change it.
+        origin = settings_text.drawn_from(data)
         description = (
-            f'{len(data["images"]):,} synthetic images ({config.name}), drawn from a diffusion model that '
-            'was trained with differential privacy. What holds: privacy_statement.md of the run'
+            f'{len(data["images"]):,} synthetic images ({config.name}), {origin} with differential privacy. '
+            'What holds: privacy_statement.md of the run'
         )
         exports.write_tfds(images.tfds, *arrays, name=config.name, description=description)
     if config.generate.dpimagebench and not files.is_whole(images.dpimagebench):

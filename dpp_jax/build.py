@@ -60,7 +60,7 @@ def told(config: ConfigDict, workdir: WorkDir) -> around.Around | None:
     """Return what the model's denoiser is told: it follows from what the run released."""
     if config.model.around != MOMENTS:
         return None
-    return around.of_moments(artefacts.moments(workdir), frequencies(config))
+    return around.of_moments(*artefacts.moments(workdir), frequencies(config).synthesis)
 
 
 def class_names(config: ConfigDict) -> tuple[str, ...]:

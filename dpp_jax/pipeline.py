@@ -288,8 +288,9 @@ class Run(RealImages):
             self.workdir.pretrain_again(flatten(self.config.to_dict()), self.changed)
         self.workdir.record(flatten(self.config.to_dict()))
         plan_lib.save(self.workdir.plan, self.plan)
-        draws = bool(self.config.generate.moments_share)
-        artefacts.check_inputs(self.workdir, self.model.shapes(), todo, draws_moments=draws)
+        reading = ('generate',) if self.config.generate.moments_share else ()
+        reading = reading if self.model.around is None else ('finetune', 'generate')
+        artefacts.check_inputs(self.workdir, self.model.shapes(), todo, more_read_moments=reading)
         artefacts.write_parameters(self.workdir, self.model)
 
     def _check(self, todo: list[str]) -> None:

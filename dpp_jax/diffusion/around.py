@@ -5,7 +5,7 @@ D(x; σ, y) = G(x; σ, y) + c_out(σ) F([c_in(σ) x, G / σ_data]; c_noise(σ), 
     G(x; σ, y) = m + f/(f + σ²) (x - m) + Q V diag(λ/(λ + σ²) - f/(f + σ²)) Vᵀ Qᵀ (x - m)
 
 is the best linear denoiser of a class with mean m and covariance Q V diag(λ - f) Vᵀ Qᵀ + f I, where f is the
-variance that the moments leave out (`ClassMoments.rest`), taken to be the same in all directions: for normal
+variance that the moments leave out (`data.class_moments`), taken to be the same in all directions: for normal
 images it is E[x₀ | x]. It has the released class moments in the place of N(0, σ_data²), whose best denoiser
 is EDM's c_skip x (Karras et al. 2022, appendix B.6). At high noise, where the class of an image is decided,
 little is left for the network. The network sees G beside the noised image.
@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpp_jax.data.class_moments import ClassMoments
-from dpp_jax.data.frequencies import Frequencies
 from dpp_jax.diffusion.denoiser import SIGMA_DATA, Denoise, Kind, Network
 
 _EXACT = jax.lax.Precision.HIGHEST  # an accelerator's short products would be an error in every image
@@ -68,21 +66,26 @@ class Around(NamedTuple):
         return denoise
 
 
-def of_moments(moments: ClassMoments, frequencies: Frequencies) -> Around:
+def of_moments(means: np.ndarray, factors: np.ndarray, rest: np.ndarray, synthesis: np.ndarray) -> Around:
     """Make the distributions of images from class moments; "no class" has mean and covariance of all.
 
     Every class counts equally there, as in pre-training.
+
+    Args:
+        means: (classes, r), of the frequencies of images with pixels in [0, 1].
+        factors: (classes, r, r), the covariance is factor factorᵀ.
+        rest: (), variance along a direction that covariances leave out.
+        synthesis: (d, r), what makes an image of frequencies. It is linear, but for the cut to [0, 1].
     """
-    # An image is linear in its frequencies, but for what is cut to [0, 1].
-    synthesis = frequencies.synthesis
     basis, triangle = np.linalg.qr(synthesis)
-    factors = 2 * triangle @ moments.factors.astype(np.float64)
+    factors = 2 * triangle @ factors.astype(np.float64)
     covariances = factors @ factors.transpose(0, 2, 1)
-    means = 2 * moments.means.astype(np.float64) @ synthesis.T - 1
-    away = 2 * (moments.means - moments.means.mean(0)).astype(np.float64) @ triangle.T
+    means = means.astype(np.float64)
+    away = 2 * (means - means.mean(0)) @ triangle.T
+    means = 2 * means @ synthesis.T - 1
     covariances = np.concatenate([covariances, (covariances.mean(0) + away.T @ away / len(away))[None]])
     values, vectors = np.linalg.eigh(covariances)
-    rest = np.float32(4 * moments.rest)
+    rest = np.float32(4 * rest)
     return Around(
         means=np.concatenate([means, means.mean(0)[None]]).astype(np.float32),
         basis=basis.astype(np.float32),

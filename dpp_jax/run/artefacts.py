@@ -223,7 +223,7 @@ def imported_step(workdir: WorkDir) -> int:
 
 
 def check_inputs(
-    workdir: WorkDir, shapes: PyTree, stages: Collection[str], *, draws_moments: bool = False
+    workdir: WorkDir, shapes: PyTree, stages: Collection[str], *, more_read_moments: Collection[str] = ()
 ) -> None:
     """Check what is there and will be read by these stages, before any of them runs.
 
@@ -231,7 +231,7 @@ def check_inputs(
         workdir: to look into.
         shapes: of the network's parameters.
         stages: that will run.
-        draws_moments: whether `generate` also draws images from the class moments.
+        more_read_moments: stages that read the class moments, beside `pretrain`.
 
     Raises:
         ValueError: it is damaged, or not what this run released.
@@ -240,8 +240,7 @@ def check_inputs(
         digests.begin(workdir, dict(_released(workdir, shapes)))
     if 'pretrain' in stages and workdir.central_images.exists():
         central_images(workdir)
-    reads_moments = 'pretrain' in stages or (draws_moments and 'generate' in stages)
-    if reads_moments and workdir.moments.exists():
+    if {'pretrain', *more_read_moments} & set(stages) and workdir.moments.exists():
         moments(workdir)
     if 'pretrain' in stages and workdir.frequency.exists():
         frequency(workdir)

@@ -36,7 +36,7 @@ def covariance_of_images(moments, frequencies, label):
 
 @pytest.mark.parametrize('sigma', [0.01, 0.5, 20.0])
 def test_it_is_the_best_linear_denoiser_of_each_class(moments, frequencies, sigma):
-    found = around.of_moments(moments, frequencies)
+    found = around.of_moments(*moments, frequencies.synthesis)
     x = np.random.default_rng(1).normal(size=(CLASSES, SIDE, SIDE, 1)).astype(np.float32)
     denoised = found.denoise(x, np.full(CLASSES, sigma, np.float32), np.arange(CLASSES))
     for label in range(CLASSES):
@@ -47,7 +47,7 @@ def test_it_is_the_best_linear_denoiser_of_each_class(moments, frequencies, sigm
 
 
 def test_no_class_has_mean_and_covariance_of_all_classes(moments, frequencies):
-    found = around.of_moments(moments, frequencies)
+    found = around.of_moments(*moments, frequencies.synthesis)
     rng = np.random.default_rng(2)
     labels = np.arange(30000) % CLASSES
     normal = rng.normal(size=(len(labels), frequencies.count, 1))
@@ -60,7 +60,7 @@ def test_no_class_has_mean_and_covariance_of_all_classes(moments, frequencies):
 
 
 def test_without_noise_an_image_stays_and_with_all_of_it_the_mean_is_left(moments, frequencies):
-    found = around.of_moments(moments, frequencies)
+    found = around.of_moments(*moments, frequencies.synthesis)
     x = np.random.default_rng(3).normal(size=(CLASSES, SIDE, SIDE, 1)).astype(np.float32)
     labels = np.arange(CLASSES)
     np.testing.assert_allclose(found.denoise(x, np.full(CLASSES, 1e-4), labels), x, atol=1e-3)

@@ -15,7 +15,7 @@ from dpp_jax.data.frequencies import Frequencies
 from dpp_jax.data.generator import Generator
 from dpp_jax.data.images import Images
 from dpp_jax.data.preparation import Preparation
-from dpp_jax.diffusion import around, denoiser, sampler
+from dpp_jax.diffusion import class_gaussians, denoiser, sampler
 from dpp_jax.diffusion import model as model_lib
 from dpp_jax.diffusion.model import Model
 from dpp_jax.evaluation import classifiers, needs, trainer
@@ -52,15 +52,15 @@ def model(config: ConfigDict) -> Model:
         image_shape=(data.image_size, data.image_size, data.channels),
         classes=data.classes,
         kind=denoiser.make_kind(settings.denoiser),
-        around=config.moments.frequencies if settings.around == MOMENTS else None,
+        directions=config.moments.frequencies if settings.around == MOMENTS else None,
     )
 
 
-def told(config: ConfigDict, workdir: WorkDir) -> around.Around | None:
-    """Return what the model's denoiser is told: it follows from what the run released."""
+def gaussians(config: ConfigDict, workdir: WorkDir) -> class_gaussians.ClassGaussians | None:
+    """Return the class moments that the model's denoiser is around: they follow from the release."""
     if config.model.around != MOMENTS:
         return None
-    return around.of_moments(*artefacts.moments(workdir), frequencies(config).synthesis)
+    return class_gaussians.of_moments(*artefacts.moments(workdir), frequencies(config).synthesis)
 
 
 def class_names(config: ConfigDict) -> tuple[str, ...]:

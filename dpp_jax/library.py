@@ -120,8 +120,8 @@ class Released:
         settings.check(self._config)
         self._model = build.model(self._config)
         weights = artefacts.weights(self._folder, 'finetune', self._model.shapes())
-        told = build.told(self._config, self._folder)
-        self._params = devices.replicate((weights['ema_params'], told))
+        gaussians = build.gaussians(self._config, self._folder)
+        self._params = devices.replicate((weights['ema_params'], gaussians))
         self._at_once = build.sizes(self._config, self._model).images
         self._programs = {}  # settings of a sampler → its program
         self.classes = build.class_names(self._config)

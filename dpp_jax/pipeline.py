@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from dpp_jax import build, derive, files, gate, planning, settings
 from dpp_jax.data import sources
 from dpp_jax.data.images import Images
-from dpp_jax.diffusion.around import Around
+from dpp_jax.diffusion.class_gaussians import ClassGaussians
 from dpp_jax.gate import IMPORT, STAGES
 from dpp_jax.privacy.budget import CENTRAL_QUERY, DP_SGD, FREQUENCY, MOMENTS, SELECTION
 from dpp_jax.privacy.shares import Share
@@ -289,7 +289,7 @@ class Run(RealImages):
         self.workdir.record(flatten(self.config.to_dict()))
         plan_lib.save(self.workdir.plan, self.plan)
         reading = ('generate',) if self.config.generate.moments_share else ()
-        reading = reading if self.model.around is None else ('finetune', 'generate')
+        reading = reading if self.model.directions is None else ('finetune', 'generate')
         artefacts.check_inputs(self.workdir, self.model.shapes(), todo, more_read_moments=reading)
         artefacts.write_parameters(self.workdir, self.model)
 
@@ -358,7 +358,7 @@ class Run(RealImages):
             sizes=self._sizes,
             total_steps=self.plan.pretrain_steps,
             drawings=build.drawings(self.config),
-            told=self._told,
+            gaussians=self._gaussians,
         )
 
     def finetune(self) -> None:
@@ -371,7 +371,7 @@ class Run(RealImages):
             model=self.model,
             sizes=sizes,
             share=self.share,
-            told=self._told,
+            gaussians=self._gaussians,
         )
 
     def generate(self) -> None:
@@ -381,7 +381,7 @@ class Run(RealImages):
             *self._stage,
             images=self.images,
             model=self.model,
-            told=self._told,
+            gaussians=self._gaussians,
             samplers=build.samplers(self.config),
             sizes=self._sizes,
             class_names=build.class_names(self.config),
@@ -422,7 +422,18 @@ class Run(RealImages):
         hosts.at_first(write)
 
     def clean(self) -> None:
-        clean.run(self.workdir, self.model, is_finished=self.done['finetune'], last=self._write_statement)
+        def more():
+            self._gaussians()
+            if self.config.generate.moments_share:
+                artefacts.moments(self.workdir)
+
+        clean.run(
+            self.workdir,
+            self.model,
+            is_finished=self.done['finetune'],
+            more=more,
+            last=self._write_statement,
+        )
 
     def export(self) -> None:
         steps = {'pretrain': self.plan.pretrain_steps, 'finetune': self.plan.budget.count(DP_SGD)}
@@ -430,11 +441,13 @@ class Run(RealImages):
             steps[imported.KINDS[self.config.imported.kind]] = artefacts.imported_step(self.workdir)
         export_checkpoint.run(self.config, self.workdir, model=self.model, steps=steps)
 
-    def _told(self) -> Around | None:
-        """What the denoiser is told; the same bits in all processes."""
-        if self.model.around is None:
+    def _gaussians(self) -> ClassGaussians | None:
+        """What the denoiser is around; the same bits in all processes."""
+        if self.model.directions is None:
             return None
-        return Around(**hosts.from_first(lambda: build.told(self.config, self.workdir)._asdict()))
+        return ClassGaussians(
+            **hosts.from_first(lambda: build.gaussians(self.config, self.workdir)._asdict())
+        )
 
     @property
     def _private_stage(self) -> tuple:

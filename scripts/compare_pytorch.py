@@ -272,6 +272,7 @@ def _training(chosen: flags.FlagValues) -> dict:
 def _training_config(chosen: flags.FlagValues):
     """Read the config of the training; with --quick it is far too small to learn anything."""
     config = command_line.load_config(command_line.find_config(chosen.training))
+    config.model.around = 'none'  # the other side knows nothing of it
     if chosen.quick:
         config.model.update(width=8, multipliers=(1,), attention_resolutions=(config.data.image_size,))
         config.pretrain.update(epochs=10, draws=1)

@@ -150,7 +150,7 @@ def noised_images(config: ConfigDict) -> tuple[float, float]:
 def changes_of(row: str, name: str, epsilon: str) -> dict[str, Any]:
     """Return what a row changes, with the epochs of fine-tuning that make its work that of the config."""
     config = load(name, epsilon)
-    changes = ROWS[row](config)
+    changes = {'model.around': 'none', **ROWS[row](config)}
     if 'finetune.epochs' in changes:
         return changes
     before, epoch = noised_images(config)

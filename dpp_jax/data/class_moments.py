@@ -71,10 +71,13 @@ def fit(
     kept = np.where(values > edges, (values + np.sqrt(above)) / 2, 0)
     means = (centers + shifts).astype(np.float32)
     factors = (vectors * np.sqrt(kept)[:, None, :]).astype(np.float32)
-    return ClassMoments(means=means, factors=factors, rest=left_out(means - centers, seconds, factors))
+    rest = left_out(means - centers, seconds, factors, 1 / np.maximum(second_noise, 1e-30))
+    return ClassMoments(means=means, factors=factors, rest=rest)
 
 
-def left_out(shifts: np.ndarray, seconds: np.ndarray, factors: np.ndarray) -> np.ndarray:
+def left_out(
+    shifts: np.ndarray, seconds: np.ndarray, factors: np.ndarray, counts: np.ndarray | float = 1.0
+) -> np.ndarray:
     """Estimate the variance along a direction that covariances leave out, () float32, at least 1e-4.
 
     Noise hides these eigenvalues one by one, and hardly their sum: the noise in a trace is that of k numbers.
@@ -83,11 +86,14 @@ def left_out(shifts: np.ndarray, seconds: np.ndarray, factors: np.ndarray) -> np
         shifts: (classes, k), means minus centers.
         seconds: (classes, k, k), noisy second moments around the centers.
         factors: (classes, k, k) of the covariances.
+        counts: (classes,) > 0, what sums of the classes were divided by, in any unit: noise falls with it.
     """
     traces = np.einsum('cii->c', seconds) - np.sum(np.square(shifts), axis=1)
     directions = factors.shape[1] - np.any(factors != 0, axis=1).sum(axis=1)
-    left = np.sum(traces - np.sum(np.square(factors), axis=(1, 2)))
-    return np.float32(max(left / max(directions.sum(), 1), _LEAST))
+    left = traces - np.sum(np.square(factors), axis=(1, 2))
+    weights = np.square(counts / np.max(counts)) * np.ones(len(left))
+    mean = np.sum(weights * left) / max(np.sum(weights * directions), 1e-30)
+    return np.asarray(max(mean, _LEAST), np.float32)
 
 
 def edge(second_noise: np.ndarray | float, size: int) -> np.ndarray | float:

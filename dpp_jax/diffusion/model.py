@@ -18,10 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpp_jax.diffusion import around as around_lib
+from dpp_jax.diffusion import class_gaussians, microbatch, unet
 from dpp_jax.diffusion import loss as loss_lib
-from dpp_jax.diffusion import microbatch, unet
-from dpp_jax.diffusion.around import Around
+from dpp_jax.diffusion.class_gaussians import ClassGaussians
 from dpp_jax.diffusion.denoiser import Denoise, Kind
 
 PyTree = Any
@@ -38,15 +37,15 @@ class Model:
         image_shape: (H, W, C).
         classes: number of classes; label `classes` means "no class".
         kind: of denoiser, see `diffusion.denoiser`.
-        around: r of the class moments that the denoiser is around, see `diffusion.around`; None: of none.
-            They are told in every call (`told`): programs are the same for all.
+        directions: r of the class moments that the denoiser is around, see `diffusion.class_gaussians`; None:
+            it is around none. They are an argument (`gaussians`): programs are the same for all.
     """
 
     network: nn.Module
     image_shape: tuple[int, int, int]
     classes: int
     kind: Kind
-    around: int | None = None
+    directions: int | None = None
 
     def init(self, key: jax.Array) -> PyTree:
         """Return fresh parameters (float32)."""
@@ -59,25 +58,26 @@ class Model:
     @property
     def _input_shape(self) -> tuple[int, int, int]:
         height, width, channels = self.image_shape
-        return height, width, channels * (1 if self.around is None else 2)
+        return height, width, channels * (1 if self.directions is None else 2)
 
-    def stand_in(self) -> Around | None:
-        """Return what is told, in its shapes alone: for measuring speed and memory."""
-        if self.around is None:
+    def stand_in(self) -> ClassGaussians | None:
+        """Return class moments in their shapes alone: for measuring speed and memory."""
+        if self.directions is None:
             return None
         pixels = math.prod(self.image_shape)
-        return around_lib.stand_in(classes=self.classes, pixels=pixels, size=self.around)
+        return class_gaussians.stand_in(classes=self.classes, pixels=pixels, size=self.directions)
 
-    def denoiser(self, params: PyTree, told: Around | None = None) -> Denoise:
+    def denoiser(self, params: PyTree, gaussians: ClassGaussians | None = None) -> Denoise:
         """Return D(x (n, H, W, C), sigma (n,), label (n,)) with these parameters.
 
         Raises:
-            ValueError: the denoiser is around class moments, and they are not told; or the other way round.
+            ValueError: the denoiser is around class moments, and they are not given; or the other way round.
         """
-        if (told is None) != (self.around is None):
-            raise ValueError(f'around is {self.around}, and class moments are {"not " * (told is None)}told')
+        if (gaussians is None) != (self.directions is None):
+            wanted = 'None' if self.directions is None else 'those of the class moments'
+            raise ValueError(f'gaussians must be {wanted}: directions is {self.directions}')
         network = lambda x, c_noise, label: self.network.apply({'params': params}, x, c_noise, label)
-        return self.kind.denoiser(network) if told is None else told.denoiser(self.kind, network)
+        return self.kind.denoiser(network) if gaussians is None else gaussians.denoiser(self.kind, network)
 
     def drawing(self, *, draws: int, label_dropout: float) -> Callable:
         """Return (label (), key) → everything random of `draws` noised images, leaves (draws, ...)."""
@@ -92,10 +92,10 @@ class Model:
         )
 
     def errors(
-        self, params: PyTree, image: jax.Array, drawn: loss_lib.Drawn, told: Around | None = None
+        self, params: PyTree, image: jax.Array, drawn: loss_lib.Drawn, gaussians: ClassGaussians | None = None
     ) -> jax.Array:
         """Return (n,) losses of n noised images: of one image (H, W, C), or of as many (n, H, W, C)."""
-        return loss_lib.errors(self.kind, self.denoiser(params, told), image, drawn)
+        return loss_lib.errors(self.kind, self.denoiser(params, gaussians), image, drawn)
 
     def example_loss(
         self, *, draws: int, label_dropout: float, draws_at_once: int | None = None, shares: int = 1
@@ -105,7 +105,7 @@ class Model:
         At most `draws_at_once` (None: all) pass through the network together, value and gradient, in
         equal parts. It changes rounding only.
 
-        A denoiser around class moments takes them as the keyword `told`.
+        A denoiser around class moments takes them as the keyword `gaussians`.
 
         With `shares` > 1, a divisor of `draws`, the function takes one argument more, the number of a share:
         it returns the mean loss of these draws / shares draws. The mean over all shares is the loss above:
@@ -122,14 +122,14 @@ class Model:
         error = lambda params, shared, drawn: self.errors(params, shared[0], drawn, shared[1]).mean()
         mean_error = microbatch.mean(error, parts)
         if shares == 1:
-            return lambda params, image, label, key, told=None: mean_error(
-                params, (image, told), draw(label, key)
+            return lambda params, image, label, key, gaussians=None: mean_error(
+                params, (image, gaussians), draw(label, key)
             )
 
-        def of_share(params, image, label, key, share, told=None):
+        def of_share(params, image, label, key, share, gaussians=None):
             # All are drawn, which takes next to no time beside the network's pass over them.
             cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, share * own, own)
-            return mean_error(params, (image, told), jax.tree.map(cut, draw(label, key)))
+            return mean_error(params, (image, gaussians), jax.tree.map(cut, draw(label, key)))
 
         return of_share
 

@@ -282,7 +282,7 @@ def _modules(model: Model) -> Iterator[tuple[str, str]]:
         raise ValueError(f'the network is {type(net).__name__}; PyTorch checkpoints are of UNet alone')
     if net.patch != 1:
         raise ValueError(f'model.patch is {net.patch}; PyTorch checkpoints are of networks without patches')
-    if model.around is not None:
+    if model.directions is not None:
         raise ValueError("model.around is 'moments'; denoisers of PyTorch checkpoints are around nothing")
     yield 'label_embedding', 'embedding'
     yield 'embed_0', 'dense'

@@ -144,7 +144,9 @@ def moments(workdir: WorkDir) -> ClassMoments:
     found = _unchecked_moments(workdir)
     digests.check(workdir, 'moments.npz', all_arrays(found))
     shifts = found['means'] - found['centers']
-    rest = class_moments.left_out(shifts, found['seconds'], found['factors'])
+    rest = class_moments.left_out(
+        shifts, found['seconds'], found['factors'], np.maximum(found.get('counts', 1.0), 1.0)
+    )
     return ClassMoments(means=found['means'], factors=found['factors'], rest=rest)
 
 

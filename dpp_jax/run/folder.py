@@ -96,6 +96,7 @@ _NEW_SETTINGS = {
     'pretrain.frequency_steps': 0,
     'pretrain.generator_steps': 1000,
     'model.patch': 1,
+    'model.around': 'none',
     'pretrain.schedule': 'constant',
     'finetune.schedule': 'constant',
     'finetune.noise_correction': False,

@@ -98,7 +98,8 @@ def _path():
 
 
 def _name(model: Model) -> str:
-    return repr((devices.kind(), model.network, model.image_shape))
+    around = () if model.directions is None else (model.directions,)
+    return repr((devices.kind(), model.network, model.image_shape, *around))
 
 
 def _read() -> dict[str, float]:

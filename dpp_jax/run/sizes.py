@@ -157,8 +157,8 @@ def measured(
     """
     path = devices.cache_folder() / 'images_at_once.json'
     described = repr((devices.kind(), model.network, model.image_shape, draws, microbatch))
-    if model.around is not None:
-        described += f' around {model.around}'
+    if model.directions is not None:
+        described += f' around {model.directions}'
     if images_at_once:
         described += f' {images_at_once}'
     name = hashlib.sha256(described.encode()).hexdigest()
@@ -218,9 +218,9 @@ def _trial(model: Model, sizes: Sizes, *, draws: int, label_dropout: float) -> C
     )
 
     def clipped_sum(given, *examples):
-        params, told = given
+        params, gaussians = given
         return clipped_gradient_sum(
-            lambda params, example: loss(params.tree(), *example, told=told),
+            lambda params, example: loss(params.tree(), *example, gaussians=gaussians),
             params,
             examples,
             jnp.ones(n, bool),

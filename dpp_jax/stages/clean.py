@@ -8,13 +8,21 @@ from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir
 
 
-def run(workdir: WorkDir, model: Model, *, is_finished: bool, last: Callable[[], object]) -> None:
+def run(
+    workdir: WorkDir,
+    model: Model,
+    *,
+    is_finished: bool,
+    more: Callable[[], object],
+    last: Callable[[], object],
+) -> None:
     """Delete private/; what is in release/ can be sampled from and published.
 
     Args:
         workdir: to clean.
         model: whose weights must be readable in release/.
         is_finished: whether the model is released.
+        more: reads what sampling needs beside the weights.
         last: called before anything is deleted.
 
     Raises:
@@ -27,10 +35,11 @@ def run(workdir: WorkDir, model: Model, *, is_finished: bool, last: Callable[[],
         )
     try:
         artefacts.weights(workdir, 'finetune', model.shapes())
+        more()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f'--stage=clean deleted nothing: the released model cannot be read, and {workdir.private} can '
-            f'restore it. {error}'
+            '--stage=clean deleted nothing: the released model, or class moments that it needs, cannot be '
+            f'read, and {workdir.private} can restore it. {error}'
         ) from error
     last()
     workdir.delete_private()

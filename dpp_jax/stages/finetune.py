@@ -6,7 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dpp_jax.data.images import Images
-from dpp_jax.diffusion.around import Around
+from dpp_jax.diffusion.class_gaussians import ClassGaussians
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy import poisson
 from dpp_jax.privacy.budget import DP_SGD, Releases
@@ -42,7 +42,7 @@ def run(
     model: Model,
     sizes: Sizes,
     share: Share = WHOLE,
-    told: Callable[[], Around | None] = lambda: None,
+    gaussians: Callable[[], ClassGaussians | None] = lambda: None,
 ) -> None:
     """Take the budget's steps; save weights and averaged weights in release/.
 
@@ -58,7 +58,7 @@ def run(
         model: to train.
         sizes: what is in work at once.
         share: the units of this process.
-        told: gives what the model's denoiser is told.
+        gaussians: gives what the model's denoiser is around.
     """
     settings, mechanism = config.finetune, releases.mechanism
     own_keys = keys.of_mechanism(DP_SGD, ledger)
@@ -95,7 +95,7 @@ def run(
         devices_per_image=sizes.devices_per_image,
     )
 
-    known = devices.replicate(told())
+    known = devices.replicate(gaussians())
     snapshot_steps = _snapshot_steps(releases.count, settings.snapshots)
 
     def keep(state, number):
@@ -118,7 +118,7 @@ def run(
             own=batches.own,
         )
         used = steps.used_microbatches(share.largest(indices), sizes.microbatch, team)
-        on_devices = {**devices.deal_own(batch, team), 'told': known}
+        on_devices = {**devices.deal_own(batch, team), 'gaussians': known}
         result, entry = dp_step(number, state, on_devices, used)
         # The devices compute on meanwhile. No process goes on before the line is on the disk.
         hosts.at_first(lambda: ledger.append(entry))

@@ -422,8 +422,8 @@ def _memory(config: ConfigDict, model: Model, sizes: Sizes) -> int:
     # One part's: the gradient of a part is finished before the next part starts.
     loss = model.example_loss(draws=sizes.draws, label_dropout=config.finetune.label_dropout)
 
-    def residuals(params, told, images, labels, keys):
-        of_example = functools.partial(loss, told=told)
+    def residuals(params, gaussians, images, labels, keys):
+        of_example = functools.partial(loss, gaussians=gaussians)
         return jax.vjp(lambda p: jax.vmap(of_example, (None, 0, 0, 0))(p, images, labels, keys), params)
 
     kept = jax.eval_shape(

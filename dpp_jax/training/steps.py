@@ -7,7 +7,7 @@ A batch is a dict of arrays with a leading row axis: image (n, H, W, C) uint8, l
 index (n,) int32 (the image's number in its set), position (n,) int32 (the row's number in the logical
 batch), mask (n,) bool (False: padding). Where the unit of privacy is a group of at most m images, a row is a
 group: image (n, m, H, W, C), label and index (n, m), and present (n, m) bool (False: nobody's place). Beside
-them, `told` is what every loss is told (see `Model.denoiser`), the same on every device; None: nothing.
+them, `gaussians` is what the denoiser is around, if anything (`Model.denoiser`), the same on every device.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from dpp_jax.training import devices
 from dpp_jax.training.state import TrainState, apply_gradient
 
 PyTree = Any
-# (params, image (H, W, C) in [-1, 1], label (), key[, number of a share of the draws], told=None) → scalar
+# (params, image (H, W, C) in [-1, 1], label (), key[, number of a share of the draws][, gaussians]) → scalar
 ExampleLoss = Callable[..., jax.Array]
 # (key, image float32 0..255) → the same
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
@@ -96,7 +96,7 @@ def make_pretrain_step(
 
     Args:
         draw: (label (), key) → what is random of one image's noised images, leaves (K, ...).
-        errors: (params, images (n, H, W, C) in [-1, 1], rows of draws (n, ...), told) → losses (n,).
+        errors: (params, images (n, H, W, C) in [-1, 1], rows of draws (n, ...), gaussians) → losses (n,).
         optimizer: of the weights.
         augment: of every image, before it is noised.
         ema_decay: of the averaged weights.
@@ -120,15 +120,15 @@ def make_pretrain_step(
             'drawn': jax.tree.map(lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), drawn),
         }
 
-        def part_loss(params, told, part):
-            losses = errors(params, part['image'], part['drawn'], told)
+        def part_loss(params, gaussians, part):
+            losses = errors(params, part['image'], part['drawn'], gaussians)
             return jnp.sum(jnp.where(part['mask'], losses, 0))
 
         rows, number = _in_equal_parts(rows, images_at_once)
         mean_of_parts = parts_lib.mean(part_loss, number)
         total, gradient = jax.value_and_grad(
             # The vector is taken apart and its gradient put together here, not for every part.
-            lambda params: number * mean_of_parts(params.tree(), batch.get('told'), rows)
+            lambda params: number * mean_of_parts(params.tree(), batch.get('gaussians'), rows)
         )(state.params)
         count = jnp.sum(rows['mask'])
         total, gradient, count = jax.lax.psum((total, gradient, count), devices.AXIS)
@@ -206,16 +206,16 @@ def make_dp_step(
     team = Team(axis=devices.AXIS, size=devices_per_image) if devices_per_image > 1 else None
 
     def clipped_sum(draw_key, state: TrainState, batch: dict, microbatches: jax.Array):
-        told = batch.get('told')
-        loss_told = loss if told is None else functools.partial(loss, told=told)
-        batch = {name: leaf for name, leaf in batch.items() if name != 'told'}
+        gaussians = batch.get('gaussians')
+        own_loss = loss if gaussians is None else functools.partial(loss, gaussians=gaussians)
+        batch = {name: leaf for name, leaf in batch.items() if name != 'gaussians'}
 
         def image_loss(params, example):
             # By the image's own number: who else is in the batch must not change its draws.
             example_key = jax.random.fold_in(draw_key, example['index'])
             image = to_model_range(example['image'])
             share = () if team is None else (team.place,)
-            return loss_told(params, image, example['label'], example_key, *share)
+            return own_loss(params, image, example['label'], example_key, *share)
 
         def example_loss(params, example):
             of_row = image_loss if example['label'].ndim == 0 else functools.partial(_group_loss, image_loss)

@@ -17,7 +17,7 @@ from dpp_jax.run.folder import WorkDir
 from dpp_jax.run.keys import Keys
 from dpp_jax.stages import plan as plan_stage
 from dpp_jax.stages import pretrain
-from dpp_jax.training import checkpoint
+from dpp_jax.training import checkpoint, steps
 
 STEPS = {
     'pretrain__epochs': 2,
@@ -263,27 +263,70 @@ def around(tiny_config, tmp_path_factory):
     return config, WorkDir(root)
 
 
-def test_a_model_around_moments_is_trained_with_what_was_released(around):
+def test_what_moments_are_changes_what_is_denoised(around):
     config, workdir = around
-    model, told = build.model(config), build.told(config, workdir)
+    model, gaussians = build.model(config), build.gaussians(config, workdir)
     weights = artefacts.weights(workdir, 'finetune', model.shapes())['ema_params']
     x = jax.random.normal(jax.random.key(0), (10, *model.image_shape))
-    denoised = model.denoiser(weights, told)(x, jax.numpy.full(10, 3.0), jax.numpy.arange(10))
+    denoised = model.denoiser(weights, gaussians)(x, jax.numpy.full(10, 3.0), jax.numpy.arange(10))
     off = model.denoiser(weights, model.stand_in())(x, jax.numpy.full(10, 3.0), jax.numpy.arange(10))
     assert np.isfinite(denoised).all() and np.abs(denoised - off).mean() > 0.05
     assert workdir.over_finetuning.exists()
 
 
-def test_a_released_model_around_moments_draws_the_images_of_its_run(around):
-    _, workdir = around
-    images, labels = library.load(workdir.root).sample(20, seed=3)
-    assert images.shape == (20, 8, 8, 1) and images.std() > 5 and (labels == np.arange(20) % 10).all()
-    (workdir.moments).rename(workdir.moments.with_suffix('.away'))
-    try:
-        with pytest.raises(FileNotFoundError, match='moments'):
-            library.load(workdir.root)
-    finally:
-        workdir.moments.with_suffix('.away').rename(workdir.moments)
+def test_a_released_model_around_moments_draws_images_of_their_classes_from_release_alone(around, tmp_path):
+    config, workdir = around
+    shutil.copytree(workdir.release, tmp_path / 'release')
+    images, labels = library.load(tmp_path / 'release').sample(200, seed=3)
+    means = build.gaussians(config, workdir).means[:-1]
+    away = images.reshape(200, 1, -1) / 127.5 - 1 - means
+    nearest = np.square(away).mean(-1).argmin(1)
+    assert (nearest == labels).mean() > 0.2  # 0.1 by chance; the network has hardly learned
+
+
+def test_without_its_moments_a_model_is_not_loaded_and_what_can_restore_them_is_not_deleted(around, tmp_path):
+    config, workdir = around
+    shutil.copytree(workdir.root, tmp_path, dirs_exist_ok=True)
+    copy = WorkDir(tmp_path)
+    copy.moments.unlink()
+    with pytest.raises(FileNotFoundError, match='moments'):
+        library.load(tmp_path)
+    with pytest.raises(ValueError, match='clean deleted nothing'):
+        pipeline.run(config, tmp_path, 'clean')
+    assert copy.keys.exists()
+
+
+def test_both_trainings_are_given_the_released_moments(around, monkeypatch, tmp_path):
+    config, workdir = around
+    shutil.copytree(workdir.root, tmp_path, dirs_exist_ok=True)
+    given = []
+    for name in ('make_pretrain_step', 'make_dp_step'):
+        monkeypatch.setattr(steps, name, _noting(getattr(steps, name), given))
+    for training in ('pretrain', 'finetune'):
+        shutil.rmtree(tmp_path / 'release/model' / training)
+        shutil.rmtree(tmp_path / 'private/resume' / training)
+        pipeline.run(config, tmp_path, training)
+    wanted = build.gaussians(config, workdir)
+    assert len(given) > 4
+    for found in given:
+        jax.tree.map(
+            lambda one, all_of_them: np.testing.assert_array_equal(one, all_of_them[0]), wanted, found
+        )
+
+
+def _noting(make, given):
+    """Make steps that also note what the denoiser is around."""
+
+    def noting(*args, **settings):
+        step = make(*args, **settings)
+
+        def noted(*of_step):
+            given.extend(jax.device_get(part['gaussians']) for part in of_step if isinstance(part, dict))
+            return step(*of_step)
+
+        return noted
+
+    return noting
 
 
 def test_a_model_around_moments_is_no_pytorch_model(around):

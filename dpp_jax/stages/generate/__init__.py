@@ -10,7 +10,7 @@ import numpy as np
 
 from dpp_jax import files
 from dpp_jax.data import image_grid
-from dpp_jax.diffusion.around import Around
+from dpp_jax.diffusion.class_gaussians import ClassGaussians
 from dpp_jax.diffusion.model import Model
 from dpp_jax.pages import card, release_page, settings_text
 from dpp_jax.run import artefacts
@@ -35,7 +35,7 @@ def run(
     *,
     images: artefacts.SyntheticImages,
     model: Model,
-    told: Callable[[], Around | None],
+    gaussians: Callable[[], ClassGaussians | None],
     samplers: dict[str, Callable],
     sizes: Sizes,
     class_names: Sequence[str],
@@ -53,7 +53,7 @@ def run(
         keys: of the run.
         images: where they go; process 0 alone writes there.
         model: whose weights are loaded.
-        told: gives what its denoiser is told.
+        gaussians: gives what its denoiser is around.
         samplers: 'images', 'classifier_images' and 'over_finetuning' → (denoise, z, label, noise) → images.
         sizes: what is in work at once.
         class_names: in the order of labels.
@@ -70,7 +70,7 @@ def run(
     of_moments = moments.places(labels, model.classes, settings.moments_share)
     numbers = sampling.image_numbers(labels, model.classes)[~of_moments]
     weights = hosts.from_first(lambda: artefacts.weights(workdir, 'finetune', model.shapes())['ema_params'])
-    params = devices.replicate((weights, told()))
+    params = devices.replicate((weights, gaussians()))
     over_finetuning.run(
         workdir,
         sampling.sample_function(model, samplers['over_finetuning'], sizes.images),

@@ -36,7 +36,7 @@ def run(
         workdir: to read from and write to; in process 0.
         sample: a `sampling.sample_function`.
         key: gives that of the noise, the same for all steps.
-        released: averaged weights of the released model, and what it is told, on the devices.
+        released: averaged weights of the released model with what its denoiser is around, on the devices.
         last_step: after which they are.
         classes: number of classes.
         class_names: of them.

@@ -82,7 +82,7 @@ def labels_by_share(total: int, shares: np.ndarray) -> np.ndarray:
 
 
 def sample_function(model: Model, sampler: Callable, at_once: int) -> Callable:
-    """Make ((params, told), index (n,) int32, key) → (n, H, W, C) uint8, for devices.
+    """Make ((params, gaussians), index (n,) int32, key) → (n, H, W, C) uint8, for devices.
 
     At most `at_once` images, in equal groups, go through the sampler together.
 

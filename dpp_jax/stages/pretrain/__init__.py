@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from dpp_jax.diffusion.around import Around
+from dpp_jax.diffusion.class_gaussians import ClassGaussians
 from dpp_jax.diffusion.model import Model
 from dpp_jax.privacy.budget import QUERIES
 from dpp_jax.run import artefacts, digests
@@ -54,7 +54,7 @@ def run(
     sizes: Sizes,
     total_steps: int,
     drawings: Mapping[str, artefacts.Drawing] | None = None,
-    told: Callable[[], Around | None] = lambda: None,
+    gaussians: Callable[[], ClassGaussians | None] = lambda: None,
 ) -> None:
     """Train from scratch; save weights and averaged weights in release/.
 
@@ -67,14 +67,14 @@ def run(
         sizes: what is in work at once.
         total_steps: of all phases.
         drawings: mechanism → how images are drawn from its answer.
-        told: gives what the model's denoiser is told.
+        gaussians: gives what the model's denoiser is around.
     """
     settings = config.pretrain
     streams = {name: settings[f'{QUERIES[name]}_steps'] for name in drawings or {}}
     saved = hosts.from_first(lambda: artefacts.central_arrays(artefacts.central_images(workdir))[:2])
     images, labels = saved
     own_keys = keys.of_part('pretrain')
-    known = devices.replicate(told())
+    known = devices.replicate(gaussians())
     optimizer = optimizer_lib.make(settings.learning_rate, schedule=settings.schedule, steps=total_steps)
 
     def phase(count: int, batch_size: int, augment: steps.Augmentation, batch_of: Callable) -> Phase:
@@ -91,7 +91,7 @@ def run(
 
         def step(state, number):
             batch = devices.deal(steps.make_batch(*batch_of(number), capacity))
-            return device_step(state, {**batch, 'told': known}, own_keys.random)
+            return device_step(state, {**batch, 'gaussians': known}, own_keys.random)
 
         return Phase(count, step)
 

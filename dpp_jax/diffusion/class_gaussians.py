@@ -4,11 +4,12 @@ D(x; σ, y) = G(x; σ, y) + c_out(σ) F([c_in(σ) x, G / σ_data]; c_noise(σ), 
 
     G(x; σ, y) = m + f/(f + σ²) (x - m) + Q V diag(λ/(λ + σ²) - f/(f + σ²)) Vᵀ Qᵀ (x - m)
 
-is the best linear denoiser of a class with mean m and covariance Q V diag(λ - f) Vᵀ Qᵀ + f I, where f is the
-variance that the moments leave out (`data.class_moments`), taken to be the same in all directions: for normal
-images it is E[x₀ | x]. It has the released class moments in the place of N(0, σ_data²), whose best denoiser
-is EDM's c_skip x (Karras et al. 2022, appendix B.6). At high noise, where the class of an image is decided,
-little is left for the network. The network sees G beside the noised image.
+is the best linear denoiser of a class with mean m whose covariance is Q V diag(λ) Vᵀ Qᵀ in the span of Q,
+which is that of the frequencies asked for, and f I outside: for normal images it is E[x₀ | x]. It has the
+released class moments in the place of N(0, σ_data²), whose best denoiser is EDM's c_skip x (Karras et al.
+2022, appendix B.6). f is the variance that the covariances leave out (`data.class_moments`), which is also
+that of directions in the span whose eigenvalues are lost in the noise. At high noise, where the class of an
+image is decided, little is left for the network. The network sees G beside the noised image.
 
 Everything here follows from what a query released: post-processing.
 """
@@ -24,15 +25,15 @@ from dpp_jax.diffusion.denoiser import SIGMA_DATA, Denoise, Kind, Network
 _EXACT = jax.lax.Precision.HIGHEST  # an accelerator's short products would be an error in every image
 
 
-class Around(NamedTuple):
+class ClassGaussians(NamedTuple):
     """Normal distributions of images in [-1, 1], one for each class, and one for "no class".
 
     Attributes:
         means: (classes + 1, d) float32, m.
         basis: (d, r) float32, Q: orthonormal columns.
         vectors: (classes + 1, r, r) float32, V: orthonormal columns.
-        values: (classes + 1, r) float32, λ ≥ f, the variances along the columns of Q V.
-        rest: () float32, f.
+        values: (classes + 1, r) float32, λ ≥ 0, the variances along the columns of Q V.
+        rest: () float32, f, the variance in other directions.
     """
 
     means: np.ndarray
@@ -66,7 +67,9 @@ class Around(NamedTuple):
         return denoise
 
 
-def of_moments(means: np.ndarray, factors: np.ndarray, rest: np.ndarray, synthesis: np.ndarray) -> Around:
+def of_moments(
+    means: np.ndarray, factors: np.ndarray, rest: np.ndarray, synthesis: np.ndarray
+) -> ClassGaussians:
     """Make the distributions of images from class moments; "no class" has mean and covariance of all.
 
     Every class counts equally there, as in pre-training.
@@ -78,29 +81,29 @@ def of_moments(means: np.ndarray, factors: np.ndarray, rest: np.ndarray, synthes
         synthesis: (d, r), what makes an image of frequencies. It is linear, but for the cut to [0, 1].
     """
     basis, triangle = np.linalg.qr(synthesis)
-    factors = 2 * triangle @ factors.astype(np.float64)
-    covariances = factors @ factors.transpose(0, 2, 1)
+    factors, size = factors.astype(np.float64), factors.shape[-1]
+    lost = np.eye(size) - factors @ np.linalg.pinv(factors, rcond=1e-5)  # projects on what they leave out
+    covariances = 4 * triangle @ (factors @ factors.transpose(0, 2, 1) + rest * lost) @ triangle.T
     means = means.astype(np.float64)
     away = 2 * (means - means.mean(0)) @ triangle.T
     means = 2 * means @ synthesis.T - 1
     covariances = np.concatenate([covariances, (covariances.mean(0) + away.T @ away / len(away))[None]])
     values, vectors = np.linalg.eigh(covariances)
-    rest = np.float32(4 * rest)
-    return Around(
+    return ClassGaussians(
         means=np.concatenate([means, means.mean(0)[None]]).astype(np.float32),
         basis=basis.astype(np.float32),
         vectors=vectors.astype(np.float32),
-        values=(np.maximum(values, 0) + rest).astype(np.float32),
-        rest=rest,
+        values=np.maximum(values, 0).astype(np.float32),
+        rest=np.asarray(4 * rest, np.float32),
     )
 
 
-def stand_in(*, classes: int, pixels: int, size: int) -> Around:
+def stand_in(*, classes: int, pixels: int, size: int) -> ClassGaussians:
     """Return distributions of the right shapes that nothing was asked for: for measuring speed and memory."""
-    return Around(
+    return ClassGaussians(
         means=np.zeros((classes + 1, pixels), np.float32),
         basis=np.eye(pixels, size, dtype=np.float32),
         vectors=np.tile(np.eye(size, dtype=np.float32), (classes + 1, 1, 1)),
         values=np.ones((classes + 1, size), np.float32),
-        rest=np.float32(0.1),
+        rest=np.asarray(0.1, np.float32),
     )

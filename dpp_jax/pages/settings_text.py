@@ -105,6 +105,8 @@ def how_made(settings: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
             )
             if settings['pretrain.moments_steps']:
                 sources.append('images drawn from the class moments')
+            if settings.get('model.around') == MOMENTS:  # earlier versions have no such setting
+                lines.append('The diffusion model corrects the best linear denoiser of these moments.')
         if FREQUENCY in rows:
             lines.append(
                 f'Frequencies: a noisy query for mean random features, {settings["frequency.features"]:,} '

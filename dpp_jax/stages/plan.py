@@ -136,7 +136,8 @@ def text(config: ConfigDict, plan: Plan) -> str:
         '',
         *_table(columns),
         '',
-        f'network        {plan.parameters:,} parameters, denoiser {config.model.denoiser}',
+        f'network        {plan.parameters:,} parameters, denoiser {config.model.denoiser}'
+        f'{" around the class moments" if config.model.around == "moments" else ""}',
         *_trainings(config, plan),
         f'generation     {config.generate.images:,} images, {config.generate.sampler.name} '
         f'with {config.generate.sampler.steps} steps{_moments_share(config)}',

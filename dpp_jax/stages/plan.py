@@ -440,5 +440,6 @@ def _memory(config: ConfigDict, model: Model, sizes: Sizes) -> int:
         for leaf in jax.tree.leaves(kept)
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
     )
+    vectors = 4 * n * sizes.draws * (model.directions or 0) ** 2  # of the class of each noised image
     # Weights, average, two moments of Adam, the sum, the noisy sum; two gradients per example.
-    return activations + 4 * model_lib.size(shapes) * (6 + 2 * n)
+    return activations + vectors + 4 * model_lib.size(shapes) * (6 + 2 * n)

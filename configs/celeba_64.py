@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dpp_jax.configs import cifar10_32, default
 
 
+@default.may_use_moments
 def get_config(epsilon: str = '10') -> ConfigDict:
     config = default.get_config(epsilon)
     config.name = 'celeba_64'

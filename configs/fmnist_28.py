@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dpp_jax.configs import default
 
 
+@default.may_use_moments
 def get_config(epsilon: str = '1') -> ConfigDict:
     config = default.get_config(epsilon)
     small = default.is_small(config.dp.epsilon)

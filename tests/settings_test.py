@@ -19,6 +19,7 @@ from dpp_jax.configs import (
     mnist_28_hour,
 )
 from dpp_jax.privacy import calibration, queries
+from dpp_jax.run.folder import flatten
 
 # What a query checks itself, by kind and name, with the value that its class has without a setting.
 QUERY_SETTINGS = {
@@ -126,6 +127,24 @@ def test_settings_of_groups_out_of_range_are_named(change, text):
 )
 def test_the_configs_here_are_allowed(module, epsilon):
     settings.check(module.get_config(epsilon))
+
+
+@pytest.mark.parametrize('module', [camelyon_32, celeba_32, fmnist_28, mnist_28])
+@pytest.mark.parametrize('epsilon', ['1', '10'])
+def test_a_word_after_epsilon_switches_the_paper_s_configs_to_class_moments(module, epsilon):
+    paper, switched = module.get_config(epsilon), module.get_config(f'{epsilon},moments')
+    settings.check(switched)
+    assert build.plan(switched, build.model(switched)).budget.spent() <= float(epsilon)
+    before, after = flatten(paper.to_dict()), flatten(switched.to_dict())
+    assert {name.split('.')[0] for name in before if before[name] != after[name]} == {
+        'query',
+        'moments',
+        'model',
+        'pretrain',
+        'generate',
+    }
+    with pytest.raises(ValueError, match="after ε, --config has 'moment'; it may be moments"):
+        module.get_config(f'{epsilon},moment')
 
 
 def test_every_setting_has_a_rule_and_every_rule_a_setting():

@@ -148,6 +148,8 @@ def kind() -> str:
 
 def replicate(tree: PyTree) -> PyTree:
     """Copy every leaf to each local device, with a leading device axis."""
+    if not jax.tree.leaves(tree):
+        return tree  # with several processes, pmap must return something (JAX 0.10)
     # Through the mapping call itself: another placement of the same values would compile again.
     copy = parallel(lambda leaves, _: leaves, in_axes=(None, 0))
     return copy(tree, np.zeros(len(local())))

@@ -7,7 +7,7 @@ pre-trains on images drawn from them, the network works on patches of 2x2 pixels
 steps as fit into its time.
 
 With half of that time (`--config.finetune.time_limit=18m`, 12,000 images, 4 epochs; 42 minutes in all, beside
-other work) at ε = 1, seed 3: CNN 91.5 %, MLP 88.7 %, logistic regression 88.5 % on the 10,000 real test images;
+other work) at ε = 1, seed 3: CNN 91.5 %, MLP 88.7 %, logistic regression 88.5 % on 10,000 real test images;
 FID with features of a small CNN 222 (real test images: 1.5). The whole hour and ε = 10 were not measured.
 """
 

@@ -95,7 +95,8 @@ def run(
         devices_per_image=sizes.devices_per_image,
     )
 
-    known = devices.replicate(gaussians())
+    known = gaussians()
+    beside = {} if known is None else {'gaussians': devices.replicate(known)}
     snapshot_steps = _snapshot_steps(releases.count, settings.snapshots)
 
     def keep(state, number):
@@ -118,8 +119,7 @@ def run(
             own=batches.own,
         )
         used = steps.used_microbatches(share.largest(indices), sizes.microbatch, team)
-        on_devices = {**devices.deal_own(batch, team), 'gaussians': known}
-        result, entry = dp_step(number, state, on_devices, used)
+        result, entry = dp_step(number, state, devices.deal_own(batch, team) | beside, used)
         # The devices compute on meanwhile. No process goes on before the line is on the disk.
         hosts.at_first(lambda: ledger.append(entry))
         keep(result[0], number + 1)

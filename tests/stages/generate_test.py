@@ -303,7 +303,8 @@ def test_every_class_has_the_share_of_moments_images_from_its_beginning_on(share
 def test_a_moments_image_keeps_its_pixels_whatever_else_is_drawn(tiny_config):
     config = tiny_config(moments__enabled=True, moments__frequencies=10)
     rng = np.random.default_rng(0)
-    answer = ClassMoments(np.float32(rng.random((3, 10))), np.float32(0.1 * rng.standard_normal((3, 10, 10))))
+    means, factors = rng.random((3, 10)), 0.1 * rng.standard_normal((3, 10, 10))
+    answer = ClassMoments(np.float32(means), np.float32(factors), np.float32(0.01))
     draw = lambda *batch: answer.draw(build.frequencies(config), *batch)
 
     def filled(labels, key=7):

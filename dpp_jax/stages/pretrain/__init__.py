@@ -74,7 +74,8 @@ def run(
     saved = hosts.from_first(lambda: artefacts.central_arrays(artefacts.central_images(workdir))[:2])
     images, labels = saved
     own_keys = keys.of_part('pretrain')
-    known = devices.replicate(gaussians())
+    known = gaussians()
+    beside = {} if known is None else {'gaussians': devices.replicate(known)}
     optimizer = optimizer_lib.make(settings.learning_rate, schedule=settings.schedule, steps=total_steps)
 
     def phase(count: int, batch_size: int, augment: steps.Augmentation, batch_of: Callable) -> Phase:
@@ -91,7 +92,7 @@ def run(
 
         def step(state, number):
             batch = devices.deal(steps.make_batch(*batch_of(number), capacity))
-            return device_step(state, {**batch, 'gaussians': known}, own_keys.random)
+            return device_step(state, batch | beside, own_keys.random)
 
         return Phase(count, step)
 

@@ -28,12 +28,12 @@ from dpp_jax.stages.generate import sampling
 from dpp_jax.training import devices, preemption
 
 
-def config(name: str | Path, epsilon: float, **changes: Any) -> ConfigDict:
+def config(name: str | Path, epsilon: float | str, **changes: Any) -> ConfigDict:
     """Return the settings of a run, to be changed further as `config.finetune.epochs = 20`.
 
     Args:
         name: a shipped config ('mnist_28'), or the path of a config file.
-        epsilon: the budget of the run, > 0.
+        epsilon: the budget of the run, > 0; or what stands after the colon of --config, as '1,moments'.
         **changes: full names of settings with their values, as **{'data.source': 'folder:/data/scans'}.
 
     Raises:

@@ -423,8 +423,7 @@ class Run(RealImages):
 
     def clean(self) -> None:
         def more():
-            self._gaussians()
-            if self.config.generate.moments_share:
+            if self.model.directions is not None or self.config.generate.moments_share:
                 artefacts.moments(self.workdir)
 
         clean.run(

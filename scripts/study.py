@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from dpp_jax import command_line
+from dpp_jax.configs import default
 from dpp_jax.data import image_grid
 from dpp_jax.privacy import budget as budget_lib
 
@@ -150,7 +151,10 @@ def noised_images(config: ConfigDict) -> tuple[float, float]:
 def changes_of(row: str, name: str, epsilon: str) -> dict[str, Any]:
     """Return what a row changes, with the epochs of fine-tuning that make its work that of the config."""
     config = load(name, epsilon)
-    changes = {'model.around': 'none', **ROWS[row](config)}
+    # Of a config that asks for moments, too: a row has the queries that it names.
+    alone = {'model.around': 'none', 'moments.enabled': False, 'frequency.enabled': False}
+    alone |= {'pretrain.moments_steps': 0, 'pretrain.frequency_steps': 0}
+    changes = {**alone, **ROWS[row](config)}
     if 'finetune.epochs' in changes:
         return changes
     before, epoch = noised_images(config)
@@ -256,6 +260,11 @@ def main(argv: list[str]) -> None:
     rows, epsilons, seeds = (getattr(chosen, name).split(',') for name in ('rows', 'epsilons', 'seeds'))
     if unknown := set(rows) - set(ROWS):
         parser.error(f'--rows has {", ".join(sorted(unknown))}; they may be {", ".join(ROWS)}')
+    for epsilon in epsilons:
+        try:
+            default.parse_epsilon(epsilon)
+        except ValueError as error:
+            parser.error(f'--epsilons: {error}')
     out, cells, failed = chosen.out, {}, []
     for seed in seeds:  # a table with one seed of every cell first
         for row in rows:

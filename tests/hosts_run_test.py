@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 
+from dpp_jax import build
 from dpp_jax.configs import digits_8
 from dpp_jax.run import artefacts
 from dpp_jax.run.folder import WorkDir, flatten
@@ -129,3 +130,28 @@ def test_a_command_on_one_host_of_several_fails_at_once(launch, tmp_path):
     (alone,) = launch.start(arguments, 1, 1, folders=[tmp_path], env={**os.environ, 'PYTHONPATH': str(ROOT)})
     said = alone.communicate(timeout=120)[0].decode()
     assert alone.returncode == 1 and '--hosts is 4, but this run has 1 process' in said
+
+
+def test_a_run_around_class_moments_is_the_same_in_two_processes(launch, tiny_config, tmp_path):
+    config = tiny_config(
+        moments__enabled=True,
+        moments__frequencies=10,
+        moments__clip_norm=1.0,
+        moments__noise_multiplier=1.0,
+        model__around='moments',
+        pretrain__epochs=0,
+        pretrain__moments_steps=4,
+        generate__moments_share=0.25,
+    )
+    found = []
+    for processes, devices in ((2, 1), (1, 2)):
+        root = tmp_path / str(processes)
+        root.mkdir()
+        run = Together(launch, config, root, processes, devices, stage='all')
+        assert run.wait() == [0] * processes, ''.join(run.said)
+        found.append(WorkDir(root / 'run'))
+    check_same(config, *found, build.model(config), has_images=False)
+    assert found[0].moments.read_bytes() == found[1].moments.read_bytes()
+    images = [np.load(workdir.synthetic / 'images.npz') for workdir in found]
+    assert (images[0]['source'] == images[1]['source']).all() and images[0]['source'].mean() == 0.25
+    assert np.abs(images[0]['images'].astype(int) - images[1]['images']).max() <= 1

@@ -1,6 +1,7 @@
 """Every setting has a rule, and all that are wrong are named at once, before anything is spent."""
 
 import dataclasses
+import importlib
 import math
 
 from ml_collections import ConfigDict
@@ -129,14 +130,33 @@ def test_the_configs_here_are_allowed(module, epsilon):
     settings.check(module.get_config(epsilon))
 
 
-@pytest.mark.parametrize('module', [camelyon_32, celeba_32, fmnist_28, mnist_28])
+@pytest.mark.parametrize(
+    'name, average_down, clip_norm',
+    [
+        ('mnist_28', 2, 2.52),
+        ('fmnist_28', 2, 2.52),
+        ('celeba_32', 2, 4.99),
+        ('camelyon_32', 2, 4.99),
+        ('cifar10_32', 2, 4.99),
+        ('cifar100_32', 2, 4.99),
+        ('eurosat_32', 2, 4.99),
+        ('celeba_64', 4, 4.99),
+    ],
+)
 @pytest.mark.parametrize('epsilon', ['1', '10'])
-def test_a_word_after_epsilon_switches_the_paper_s_configs_to_class_moments(module, epsilon):
-    paper, switched = module.get_config(epsilon), module.get_config(f'{epsilon},moments')
+def test_a_word_after_epsilon_switches_a_benchmark_s_config_to_class_moments(
+    name, average_down, clip_norm, epsilon
+):
+    module = importlib.import_module(f'dpp_jax.configs.{name}')
+    paper, switched = module.get_config(epsilon=epsilon), module.get_config(f'{epsilon},moments')
     settings.check(switched)
+    assert switched.moments.average_down == average_down
+    assert switched.moments.clip_norm == pytest.approx(clip_norm, abs=0.005)
+    assert module.get_config().name == name and switched.name == f'{name}_moments'
     assert build.plan(switched, build.model(switched)).budget.spent() <= float(epsilon)
     before, after = flatten(paper.to_dict()), flatten(switched.to_dict())
     assert {name.split('.')[0] for name in before if before[name] != after[name]} == {
+        'name',
         'query',
         'moments',
         'model',

@@ -65,6 +65,19 @@ def test_the_variance_that_noise_hides_is_known_all_the_same():
     np.testing.assert_allclose(found.rest, 0.01, rtol=0.15)
 
 
+def test_a_class_without_images_does_not_decide_what_is_left_out():
+    """Its sums are divided by 1: all of them is noise."""
+    rng = np.random.default_rng(5)
+    counts = np.array([1000.0, 1.0])
+    tau = 2 / counts
+    seconds = 0.01 * np.eye(K) + tau[:, None, None] * symmetric_noise(rng, 2)
+    found = class_moments.fit(
+        np.zeros((2, K)), np.zeros((2, K)), seconds, mean_noise=np.zeros(2), second_noise=tau
+    )
+    # The noise of its own trace is 0.0005; that of both together, if they counted alike, 0.2.
+    np.testing.assert_allclose(found.rest, 0.01, rtol=0.3)
+
+
 def test_a_shift_is_shrunk_where_it_is_noise_and_leaves_the_second_moment():
     rng = np.random.default_rng(3)
     noise = 0.1 * rng.standard_normal(K)

@@ -75,7 +75,7 @@ def run(
     sizes = np.full(classes, per_class) if counts is None else np.maximum(counts, 1)
     mean_noise, second_noise = query.noise(mechanism.noise_multiplier, sizes)
     fitted = class_moments.fit(centers, shifts, seconds, mean_noise=mean_noise, second_noise=second_noise)
-    released = {'means': fitted.means, 'factors': fitted.factors}
+    released = {'means': fitted.means, 'factors': fitted.factors, 'rest': fitted.rest}
     released |= {'centers': centers, 'shifts': shifts, 'seconds': seconds}
     released |= {} if counts is None else {'counts': counts}
     kept = np.any(fitted.factors != 0, axis=1).sum(axis=1)

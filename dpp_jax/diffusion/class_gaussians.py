@@ -9,12 +9,12 @@ which is that of the frequencies asked for, and f I outside: for normal images i
 released class moments in the place of N(0, σ_data²), whose best denoiser is EDM's c_skip x (Karras et al.
 2022, appendix B.6).
 
-f is what the covariances leave out, in the mean of a direction (`data.class_moments`). Directions in the span
-whose eigenvalues are lost in the noise have it, too, as it is in averaged frequencies: enlarged with them
-where `moments.average_down` is above 1. Outside there is less, so f stays as it is: on MNIST 28x28 a direction
-outside has 0.08 (values in [-1, 1]), one that is lost inside 0.3 to 0.6, and f is 0.06 to 0.13. At high noise,
-where the class of an image is decided, little is left for the network. The network sees G beside the noised
-image.
+f is what the covariances leave out, in the mean of a direction (`data.class_moments`). Directions in the
+span whose eigenvalues are lost in the noise have it, too, as it is in averaged frequencies: enlarged with
+them where `moments.average_down` is above 1. Outside there is less, so f stays as it is: on MNIST 28x28 a
+direction outside has 0.08 (values in [-1, 1]), one that is lost inside 0.3 to 0.6, and f is 0.06 to 0.13.
+At high noise, where the class of an image is decided, little is left for the network. The network sees G
+beside the noised image.
 
 Everything here follows from what a query released: post-processing.
 """
